@@ -1,0 +1,49 @@
+"""MACs, parameters, weight bytes and bit operations of a network under a policy.
+
+BitOPs are counted as ``MACs * weight bits * activation bits``, summed over layers: the convention
+of HAWQ-V3, Bayesian Bits and FracBits. With the first and last layer at 8/8 it gives ResNet-18 at
+224x224 22.85 G at W3A3 and 116.1 G at W8A8, as those papers print. Float counts as 32 bits.
+
+Source: Yao et al., "HAWQ-V3", ICML 2021, https://arxiv.org/abs/2011.10680; van Baalen et al.,
+"Bayesian Bits", NeurIPS 2020, appendix B.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sdq.layers import LayerSpec
+from sdq.policy import BitwidthPolicy
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer's cost. Biases and scales count as parameters but not as weight bytes."""
+
+    name: str
+    weight_bits: int
+    act_bits: int
+    macs: int
+    params: int
+    weight_bytes: float
+    bops: int
+
+
+def layer_costs(layers: Sequence[LayerSpec], policy: BitwidthPolicy) -> list[LayerCost]:
+    """Return the cost of each layer.
+
+    Args:
+        layers: of the network, in the policy's order.
+        policy: one entry a layer.
+    """
+    return [
+        LayerCost(
+            spec.name, bits.weight_bits, bits.act_bits, spec.macs, spec.num_params,
+            spec.num_weights * bits.weight_bits / 8, spec.macs * bits.weight_bits * bits.act_bits,
+        )
+        for spec, bits in zip(layers, policy, strict=True)
+    ]  # fmt: skip
+
+
+def total_bops(layers: Sequence[LayerSpec], policy: BitwidthPolicy) -> int:
+    """Return the bit operations of one sample."""
+    return sum(cost.bops for cost in layer_costs(layers, policy))

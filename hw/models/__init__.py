@@ -1,0 +1,1 @@
+"""Families of cost model. A file in ``hw/targets`` is a family with a device's numbers."""

@@ -1,0 +1,60 @@
+"""A systolic array whose units fuse for wider operands, after Bit Fusion.
+
+Each unit multiplies 8 by 8 bits in one cycle, or splits into up to 16 multipliers of 2 by 2 bits.
+Operands are widened to a power of two of at least 2 bits, so 3 bits cost as much as 4, and 1 as
+much as 2; wider than 8 bits takes several passes.
+
+Source: Sharma et al., "Bit Fusion", ISCA 2018, https://arxiv.org/abs/1712.01507: the cycle count
+of their published simulator, compute only, without the memory system.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+
+from hw.target import TargetCost
+from sdq.layers import LayerSpec
+from sdq.policy import BitwidthPolicy
+
+
+@dataclass(frozen=True)
+class FusibleArray:
+    """A systolic array.
+
+    Args:
+        rows: units along the input channels (N).
+        columns: units along the output channels (M).
+        clock_hz: clock frequency.
+    """
+
+    rows: int
+    columns: int
+    clock_hz: float
+
+    def cycles(self, spec: LayerSpec, weight_bits: int, act_bits: int) -> int:
+        """Return the cycles of one layer for one sample.
+
+        ``ceil(K / M) * OH * OW * k^2 * ceil(C / (N * factor))`` for each group of channels, with
+        ``factor = 8 / bits(w) * 8 / bits(a)``.
+        """
+        factor = (8 / _fused(weight_bits)) * (8 / _fused(act_bits))
+        out_channels, in_channels = spec.weight_shape[:2]
+        window = prod(spec.weight_shape[2:])
+        # MACs = K * C/g * k^2 * positions * calls, so this counts every call of a shared layer
+        positions = spec.macs // (out_channels * in_channels * window)
+        groups = max(spec.in_shape[0] // in_channels, 1) if spec.kind != "linear" else 1
+        per_group = ceil(out_channels / groups / self.columns)
+        passes = groups * per_group * ceil(in_channels / (self.rows * factor))
+        return passes * positions * window
+
+    def cost(self, layers: Sequence[LayerSpec], policy: BitwidthPolicy) -> TargetCost:
+        """Return the cycles of every layer and the latency of one sample."""
+        cycles = tuple(
+            self.cycles(spec, bits.weight_bits, bits.act_bits)
+            for spec, bits in zip(layers, policy, strict=True)
+        )
+        return TargetCost(cycles, sum(cycles) / self.clock_hz)
+
+
+def _fused(bits: int) -> int:
+    return max(2, 2 ** (bits - 1).bit_length())

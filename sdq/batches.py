@@ -1,0 +1,152 @@
+"""Batches of normalised images, with augmentation, in an order that follows from seed and epoch.
+
+The order and the augmentation of an epoch depend on nothing but ``(seed, epoch)``: a run that
+resumes at an epoch sees exactly what an undisturbed run would have seen.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdq.data import ImageSet
+from sdq.errors import RequestError
+
+
+def generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
+    """Return a generator of its own for one purpose and epoch of a seeded run."""
+    # splitmix-like: nearby seeds and epochs must not give related streams
+    mixed = seed & 0xFFFFFFFF
+    for value in (*purpose.encode(), epoch):
+        mixed = (mixed ^ value) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 29
+    return torch.Generator().manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """``(pixel / 255 - mean) / std`` for each channel, in float32."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
+            raise RequestError(
+                "normalization: mean and std must have one value a channel and std be positive, "
+                f"got mean {self.mean} and std {self.std}"
+            )
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Map uint8 ``(N, C, H, W)`` to float32 of the same shape."""
+        shape = (1, len(self.mean), 1, 1)
+        mean = torch.tensor(self.mean, device=pixels.device).view(shape)
+        std = torch.tensor(self.std, device=pixels.device).view(shape)
+        return (pixels.float() / 255.0 - mean) / std
+
+    @classmethod
+    def of(cls, images: ImageSet, sample: int = 2000) -> "Normalization":
+        """Return the channel statistics of evenly spaced images."""
+        count = len(images)
+        indices = torch.linspace(0, count - 1, min(sample, count)).long()
+        pixels = images.images.take(indices).double() / 255
+        std = pixels.std(dim=(0, 2, 3)).clamp_min(1e-3)  # a constant channel must not divide by 0
+        mean = pixels.mean(dim=(0, 2, 3))
+        # six digits: what is recorded in the run is what is used
+        return cls(tuple(round(float(m), 6) for m in mean), tuple(round(float(s), 6) for s in std))
+
+    @classmethod
+    def given(cls, mean: Sequence[float], std: Sequence[float], channels: int) -> "Normalization":
+        """Return the caller's statistics; one value serves every channel."""
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) not in (1, channels):
+                raise RequestError(
+                    f"--{name}: must be one value or one a channel ({channels}), got {len(values)}"
+                )
+        repeat = channels if len(mean) == 1 else 1, channels if len(std) == 1 else 1
+        return cls(tuple(mean) * repeat[0], tuple(std) * repeat[1])
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random flips and shifts. ``shift`` is the largest shift as a share of the side."""
+
+    horizontal_flip: bool = True
+    vertical_flip: bool = False
+    shift: float = 0.125
+
+    def __call__(self, pixels: Tensor, rng: torch.Generator) -> Tensor:
+        """Augment uint8 ``(N, C, H, W)``; each image has its own draw."""
+        n, _, h, w = pixels.shape
+        rows = torch.arange(h).expand(n, h)
+        cols = torch.arange(w).expand(n, w)
+        if self.vertical_flip:
+            rows = torch.where(torch.rand(n, 1, generator=rng) < 0.5, rows, h - 1 - rows)
+        if self.horizontal_flip:
+            cols = torch.where(torch.rand(n, 1, generator=rng) < 0.5, cols, w - 1 - cols)
+        reach_h, reach_w = int(self.shift * h), int(self.shift * w)
+        if reach_h or reach_w:
+            # beyond the edge the edge pixel repeats: black bars would be a new kind of image
+            dy = torch.randint(-reach_h, reach_h + 1, (n, 1), generator=rng)
+            dx = torch.randint(-reach_w, reach_w + 1, (n, 1), generator=rng)
+            rows = rows.gather(1, (torch.arange(h) + dy).clamp(0, h - 1))
+            cols = cols.gather(1, (torch.arange(w) + dx).clamp(0, w - 1))
+        index = torch.arange(n)
+        # (N, H, W, C): advanced indices around a slice put the slice last
+        moved = pixels[index[:, None, None], :, rows[:, :, None], cols[:, None, :]]
+        return moved.permute(0, 3, 1, 2).contiguous()
+
+
+class Batches:
+    """An iterable of ``(images, labels)``: float32 ``(B, C, H, W)`` and int64 ``(B,)``.
+
+    Args:
+        data: the images.
+        normalization: applied to every batch.
+        batch_size: images in a batch; the last may have fewer.
+        shuffle: a new order each epoch.
+        augment: applied to the pixels before normalisation, or None.
+        seed: of order and augmentation.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        normalization: Normalization,
+        *,
+        batch_size: int = 128,
+        shuffle: bool = False,
+        augment: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise RequestError(f"batch_size: must be at least 1, got {batch_size}")
+        self.data = data
+        self.normalization = normalization
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.augment = augment
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.data) / self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose which epoch's order and augmentation the next pass has."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rng = generator(self.seed, "batches", self.epoch)
+        count = len(self.data)
+        order = torch.randperm(count, generator=rng) if self.shuffle else torch.arange(count)
+        for chunk in order.split(self.batch_size):
+            # batch norm cannot learn from a single image
+            if self.shuffle and len(chunk) == 1 and count > 1:
+                continue
+            pixels = self.data.images.take(chunk)
+            if self.augment is not None:
+                pixels = self.augment(pixels, rng)
+            yield self.normalization(pixels), self.data.labels[chunk]

@@ -1,0 +1,102 @@
+"""Checkpoints: module, optimizer and progress in one safetensors file, written atomically."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from sdq.errors import RequestError
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, also after a crash or a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to a safetensors file, atomically; shared storage is copied."""
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    write_bytes_atomically(path, save(plain, metadata=dict(metadata or {})))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: its tensors and its metadata.
+
+    Raises:
+        RequestError: no such file, or not a whole safetensors file.
+    """
+    if not path.is_file():
+        raise RequestError(f"weights: no file {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RequestError(
+            f"{path}: must be a whole safetensors file, but: {error}; copy or write it anew"
+        ) from None
+
+
+class Checkpoint:
+    """The state of one phase of training, in one file.
+
+    Args:
+        path: of the file; it need not exist yet.
+        identity: what must be equal for a resume to make sense (configuration, data, seed).
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, object] | None = None) -> None:
+        self.path = path
+        self.identity = json.dumps(identity or {}, sort_keys=True, default=str)
+
+    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, epochs: int) -> None:
+        """Save the state after this many epochs."""
+        tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
+        for index, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{index}.{key}"] = value
+        save_tensors(self.path, tensors, {"epochs": str(epochs), "identity": self.identity})
+
+    def load_(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Restore the saved state, if there is one, and return the number of epochs it has.
+
+        Raises:
+            RequestError: the file is damaged, or belongs to another run.
+        """
+        if not self.path.exists():
+            return 0
+        tensors, metadata = load_tensors(self.path)
+        if metadata.get("identity") != self.identity:
+            raise RequestError(
+                f"{self.path}: must be of this run, but data or configuration differ; "
+                "resume with the same arguments, or start in a new folder"
+            )
+        state: dict[int, dict[str, Tensor]] = {}
+        own: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "module":
+                own[rest] = tensor
+            else:
+                index, _, key = rest.partition(".")
+                state.setdefault(int(index), {})[key] = tensor
+        module.load_state_dict(own)
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        return int(metadata["epochs"])

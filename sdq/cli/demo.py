@@ -1,0 +1,114 @@
+"""``sdq demo``: the whole path on built-in data, in a few minutes."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import hw
+from sdq.cli import inputs as inp
+from sdq.cli import options
+from sdq.cli.evaluate import run_inputs
+from sdq.cli.export_run import describe, write_and_verify
+from sdq.cli.progress import Watch, show_json, show_table
+from sdq.cli.quantize import asked_for, make_plan, open_source, prepare, run_quantize
+from sdq.cli.train import train
+from sdq.config import QuantConfig, TrainConfig
+from sdq.errors import RequestError, RunError
+from sdq.policy import FLOAT_BITS, BitwidthPolicy
+from sdq.quant_model import quantize
+from sdq.run_folder import RunFolder
+
+MODEL, DATA, BITS = "vgg_like", "synthetic_derm", 2.0
+EPOCHS = {"float": 10, "search": 3, "finetune": 5}
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the demo's runs; must be new.")] = Path(
+        "sdq-demo"
+    ),
+    seed: options.Seed = 0,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train, quantize uniformly and with SDQ, export, verify: on built-in data, no download.
+
+    Example: `sdq demo --out demo`
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"--out: folder must be new or empty, got {str(out)!r}")
+    train(MODEL, DATA, out / "float", epochs=EPOCHS["float"], seed=seed, device="cpu", quiet=quiet)
+    uniform = _quantized(out, "uniform", seed, quiet)
+    learned = _quantized(out, "sdq", seed, quiet)
+    rows = [
+        _row("float", learned["float"], float_cost(out / "sdq")),
+        _row(f"uniform {BITS:g} bits", uniform["quantized"], uniform),
+        _row("SDQ", learned["quantized"], learned),
+    ]
+    show_table(f"{MODEL} on {DATA}, {learned['float']['num_examples']} test images", rows)
+    folder = RunFolder.open(out / "sdq")
+    qmodel, inputs = inp.load_quantized(folder), run_inputs(folder)
+    exports = {}
+    for format_ in ("onnx", "qonnx"):
+        document = write_and_verify(
+            folder, qmodel, inputs, format_, out / "sdq" / "export" / format_
+        )
+        exports[format_] = document
+        print(f"\n{format_}: " + describe(document))
+    if json_:
+        show_json({"rows": rows, "exports": exports})
+    if not all(d["verification"]["verified"] for d in exports.values()):
+        raise RunError("demo: an exported file does not compute what PyTorch computes; see above")
+
+
+def _quantized(out: Path, method: options.Method, seed: int, quiet: bool) -> dict[str, Any]:
+    plan = make_plan(
+        bits=BITS, weight_kb=None, bops_g=None, choices="1,2,3,4,6,8", act_bits=4,
+        first_last_bits=8, weight_scale="per_channel", scale="float", search_method=method,
+        search_epochs=EPOCHS["search"], seed=seed,
+        train=TrainConfig(epochs=EPOCHS["finetune"], seed=seed),
+    )  # fmt: skip
+    request = inp.DataRequest(DATA, seed=seed)
+    source = open_source(None, None, out / "float", request)
+    prepare(source, plan)
+    asked = asked_for("quantize", None, None, out / "float", request, plan)
+    fabric = inp.open_device("cpu")
+    with (
+        RunFolder.create(out / method, asked, resume=False) as run,
+        Watch(run, quiet=quiet) as watch,
+    ):
+        return run_quantize(run, source, plan, fabric, watch, seed)
+
+
+def float_cost(run: Path) -> dict[str, float]:
+    """Return what the float network of a quantized run costs."""
+    folder = RunFolder.open(run)
+    document = folder.read_json("run.json")
+    config = QuantConfig(**document["quant"])
+    network = inp.load_float(folder)
+    sample = torch.zeros(1, *document["data"]["image_shape"])
+    qmodel = quantize(network, config, sample=sample)
+    floats = BitwidthPolicy(
+        tuple(
+            type(b)(b.name, FLOAT_BITS, FLOAT_BITS, b.searched, b.num_weights)
+            for b in qmodel.policy
+        )
+    )
+    return {
+        "avg_weight_bits": float(FLOAT_BITS),
+        "weight_bytes": floats.weight_bytes,
+        "bops": hw.total_bops(qmodel.layers, floats),
+    }
+
+
+def _row(name: str, metrics: dict[str, Any], cost: dict[str, Any]) -> dict[str, object]:
+    return {
+        "network": name,
+        "accuracy": metrics["accuracy"],
+        "balanced accuracy": metrics["balanced_accuracy"],
+        "auc": metrics["auc"],
+        "average bits": cost["avg_weight_bits"],
+        "weight bytes": int(cost["weight_bytes"]),
+        "BitOPs (M)": round(cost["bops"] / 1e6, 1),
+    }

@@ -1,0 +1,95 @@
+"""``sdq evaluate``: a run's network on a test set."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdq.batches import Normalization
+from sdq.cli import inputs as inp
+from sdq.cli import options
+from sdq.cli.progress import show_json, show_table
+from sdq.cli.train import summary
+from sdq.errors import RequestError
+from sdq.metrics import agreement, classification_metrics, predict
+from sdq.run_folder import RunFolder
+
+
+def evaluate(
+    run: Annotated[
+        Path | None, typer.Argument(help="Run folder of `sdq train` or `sdq quantize`.")
+    ] = None,
+    data: options.OptionalData = None,
+    model: options.Model = None,
+    weights: options.Weights = None,
+    data_root: options.DataRoot = None,
+    image_size: options.ImageSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    split: options.Split = "0.7,0.1,0.2",
+    batch_size: options.BatchSize = 256,
+    seed: options.Seed = 0,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure a run's network, or a --model with --weights, on the data's test split.
+
+    Example: `sdq evaluate q --data other.npz`
+    """
+    root = str(data_root) if data_root else None
+    metrics: dict[str, Any]
+    if run is None:
+        if model is None or weights is None or data is None:
+            raise RequestError(
+                "sdq evaluate: must have a run folder, or --model, --weights and --data"
+            )
+        request = inp.DataRequest(data, root, image_size, mean, std, split, batch_size, seed)
+        inputs = inp.open_inputs(request)
+        network = inp.load_float_file(model, weights, inputs)
+        logits, labels = predict(network, inputs.held_out())
+        metrics = {"float": classification_metrics(logits, labels)}
+    else:
+        folder = RunFolder.open(run)
+        inputs = run_inputs(folder, data, root, image_size, mean, std, split, batch_size)
+        logits, labels = predict(inp.load_float(folder), inputs.held_out())
+        metrics = {"float": classification_metrics(logits, labels)}
+        if folder.read_json("run.json").get("quant"):
+            quantized, _ = predict(inp.load_quantized(folder), inputs.held_out())
+            metrics["quantized"] = classification_metrics(quantized, labels)
+            metrics["agreement"] = agreement(quantized, logits)
+    rows = [summary(k, v) for k, v in metrics.items() if isinstance(v, dict)]
+    show_table(str(run or model), rows, quiet=quiet)
+    if json_:
+        show_json(metrics)
+
+
+def run_inputs(
+    folder: RunFolder,
+    data: str | None = None,
+    root: str | None = None,
+    image_size: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    split: str | None = None,
+    batch_size: int = 256,
+) -> inp.Inputs:
+    """Open a run's own data as it was, or other data prepared as the run's was."""
+    document = folder.read_json("run.json")
+    recorded = document["data"]
+    before = document["request"]["data"]
+    if data is None:
+        request = inp.DataRequest(**{**before, "root": root or before["root"]})
+        inputs = inp.open_inputs(request)
+        if inputs.describe()["fingerprint"] != recorded["fingerprint"]:
+            raise RequestError(
+                f"{before['reference']}: must be the data the run was made with, but it changed "
+                "since; name it with --data if that is meant"
+            )
+        recorded_norm = Normalization(tuple(recorded["mean"]), tuple(recorded["std"]))
+        return inp.Inputs(inputs.splits, recorded_norm, inputs.train, request)
+    size = image_size or before["image_size"]
+    request = inp.DataRequest(
+        data, root or before["root"], size, mean, std, split or before["split"], batch_size,
+        before["seed"],
+    )  # fmt: skip
+    return inp.open_inputs(request, recorded)

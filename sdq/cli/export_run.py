@@ -1,0 +1,117 @@
+"""``sdq export``: a run's network as a file for another runtime, checked against PyTorch."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import export
+from sdq import plugins
+from sdq.batches import Normalization
+from sdq.cli import inputs as inp
+from sdq.cli import options
+from sdq.cli.evaluate import run_inputs
+from sdq.cli.progress import show_json
+from sdq.errors import RunError
+from sdq.quant_model import QuantModel
+from sdq.run_folder import RunFolder
+
+
+def export_run(
+    run: Annotated[Path, typer.Argument(help="Run folder of `sdq quantize`.")],
+    format_: Annotated[
+        str, typer.Option("--format", help="A name (see `sdq list formats`).")
+    ] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; default RUN/export/FORMAT.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run the file and compare it with PyTorch.")
+    ] = False,
+    with_preprocessing: Annotated[
+        bool,
+        typer.Option(
+            "--with-preprocessing",
+            help="Put the normalisation into the file, which then takes uint8 N x H x W x C.",
+        ),
+    ] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Images to verify on.")] = 500,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier export.")
+    ] = False,
+    data: options.OptionalData = None,
+    data_root: options.DataRoot = None,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write a run's network in a file format; with --verify, prove that it computes the same.
+
+    Example: `sdq export q --format onnx --verify`
+    """
+    plugins.load("export.formats", format_)
+    folder = RunFolder.open(run)
+    qmodel = inp.load_quantized(folder)
+    inputs = None
+    if verify:  # open the data first: a wrong --data-root must not leave a file behind
+        inputs = run_inputs(folder, data, str(data_root) if data_root else None)
+    out = out or run / "export" / format_.replace("-", "_")
+    document = write_and_verify(
+        folder, qmodel, inputs, format_, out, with_preprocessing, samples, overwrite
+    )
+    if not quiet:
+        print(describe(document))
+    if json_:
+        show_json(document)
+    if document.get("verification", {}).get("verified") is False:
+        raise RunError(f"{out}: the file does not compute what PyTorch computes; see above")
+
+
+def write_and_verify(
+    folder: RunFolder,
+    qmodel: QuantModel,
+    inputs: inp.Inputs | None,
+    format_: str,
+    out: Path,
+    with_preprocessing: bool = False,
+    samples: int = 500,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write one format and, given data, verify it. Return what both report, as JSON values."""
+    recorded = folder.read_json("run.json")["data"]
+    normalization = Normalization(tuple(recorded["mean"]), tuple(recorded["std"]))
+    preprocessing = normalization if with_preprocessing else None
+    result = export.write(
+        qmodel,
+        out,
+        format=format_,
+        sample=torch.zeros(1, *recorded["image_shape"]),
+        preprocessing=preprocessing,
+        metadata={
+            "class_names": recorded["class_names"],
+            "normalization": {"mean": recorded["mean"], "std": recorded["std"]},
+            "run": str(folder.path.name),
+        },
+        overwrite=overwrite,
+    )
+    document: dict[str, Any] = {"export": result.to_json()}
+    if inputs is not None:
+        part = inputs.splits.test or inputs.splits.val or inputs.splits.train
+        count = min(samples, len(part))
+        pixels = part.images.take(torch.linspace(0, len(part) - 1, count).long())
+        report = export.verify(
+            qmodel,
+            out,
+            format=format_,
+            inputs=pixels if with_preprocessing else normalization(pixels),
+        )
+        document["verification"] = report.to_json()
+        document["summary"] = report.lines
+    return document
+
+
+def describe(document: dict[str, Any]) -> str:
+    """Return what a person wants to read of an export."""
+    written = document["export"]
+    lines = [f"{written['path']}  {written['file_bytes']:,} bytes  sha256 {written['sha256'][:12]}"]
+    return "\n".join(lines + document.get("summary", []))

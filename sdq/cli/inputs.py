@@ -1,0 +1,295 @@
+"""From options to data, network and device: the same way in every verb."""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from sdq import plugins
+from sdq.batches import Augmentation, Batches, Normalization
+from sdq.checkpoint import load_tensors
+from sdq.cli.options import numbers
+from sdq.config import QuantConfig
+from sdq.data import DataOptions, ImageSet, Splits, open_data
+from sdq.errors import RequestError
+from sdq.policy import BitwidthPolicy
+from sdq.quant_model import QuantModel, apply_policy_, quantize
+from sdq.run_folder import RunFolder, fingerprint
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """What was said about the data; stored in the run, so that other verbs find the same data."""
+
+    reference: str
+    root: str | None = None
+    image_size: int | None = None
+    mean: str | None = None
+    std: str | None = None
+    split: str = "0.7,0.1,0.2"
+    batch_size: int = 128
+    seed: int = 0
+    augment: bool = True
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Data as batches, and what describes them."""
+
+    splits: Splits
+    normalization: Normalization
+    train: Batches
+    request: DataRequest
+
+    @property
+    def sample(self) -> Tensor:
+        """An input of the right shape, ``(1, C, H, W)``."""
+        return torch.zeros(1, *self.splits.image_shape)
+
+    def held_out(self) -> Batches:
+        """Return the test set; the validation set where there is no test set."""
+        part = self.splits.test or self.splits.val
+        if part is None:
+            raise RequestError(
+                f"{self.request.reference}: must have a test or val split to measure on; "
+                "add one, or give images without splits and --split 0.7,0.1,0.2"
+            )
+        return self.plain(part)
+
+    def plain(self, part: ImageSet) -> Batches:
+        """Return a part in order, not augmented."""
+        return Batches(part, self.normalization, batch_size=self.request.batch_size)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what ``run.json`` says of the data."""
+        splits = self.splits
+        parts = {"train": splits.train, "val": splits.val, "test": splits.test}
+        return {
+            "reference": self.request.reference,
+            "fingerprint": fingerprint(splits),
+            "class_names": list(splits.class_names),
+            "image_shape": list(splits.image_shape),
+            "num_examples": {k: len(v) for k, v in parts.items() if v is not None},
+            "mean": list(self.normalization.mean),
+            "std": list(self.normalization.std),
+        }
+
+
+def open_inputs(request: DataRequest, recorded: dict[str, Any] | None = None) -> Inputs:
+    """Open data and prepare batches.
+
+    Args:
+        request: what was asked.
+        recorded: ``run.json``'s ``data`` of the run the network comes from: its normalisation is
+            used unless the request names one, and its classes and shape must fit.
+    """
+    shares = numbers(request.split, "--split")
+    if len(shares) != 3 or min(shares) < 0 or not shares[0] > 0:
+        raise RequestError(
+            f"--split: must be three shares of train, val, test, got {request.split!r}"
+        )
+    root = Path(request.root) if request.root else None
+    splits = open_data(
+        request.reference,
+        DataOptions(root, request.seed, request.image_size, (shares[0], shares[1], shares[2])),
+    )
+    channels = splits.image_shape[0]
+    if (request.mean is None) != (request.std is None):
+        raise RequestError("--mean, --std: must be given together")
+    if request.mean is not None and request.std is not None:
+        normalization = Normalization.given(
+            numbers(request.mean, "--mean"), numbers(request.std, "--std"), channels
+        )
+    elif recorded is not None:
+        _check_fits(request.reference, splits, recorded)
+        normalization = Normalization(tuple(recorded["mean"]), tuple(recorded["std"]))
+    else:
+        normalization = Normalization.of(splits.train)
+    if recorded is not None:
+        _check_fits(request.reference, splits, recorded)
+    augment = (
+        Augmentation(splits.horizontal_flip, splits.vertical_flip) if request.augment else None
+    )
+    train = Batches(
+        splits.train, normalization, batch_size=request.batch_size, shuffle=True,
+        augment=augment, seed=request.seed,
+    )  # fmt: skip
+    return Inputs(splits, normalization, train, request)
+
+
+def _check_fits(reference: str, splits: Splits, recorded: dict[str, Any]) -> None:
+    if list(splits.image_shape) != recorded["image_shape"]:
+        raise RequestError(
+            f"{reference}: images must be {tuple(recorded['image_shape'])} (C, H, W) as in the "
+            f"run, got {splits.image_shape}; pass --image-size {recorded['image_shape'][1]} "
+            "or other data"
+        )
+    if len(splits.class_names) != len(recorded["class_names"]):
+        raise RequestError(
+            f"{reference}: must have the run's {len(recorded['class_names'])} classes, "
+            f"got {len(splits.class_names)}"
+        )
+
+
+def build_model(reference: str, splits_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Build a network from a plugin name or ``file.py:function``.
+
+    Args:
+        reference: ``--model``.
+        splits_shape: ``(C, H, W)`` of the images.
+        classes: number of classes.
+    """
+    if plugins.is_file_reference(reference):
+        function, _ = plugins.load_function(reference)
+    else:
+        function = plugins.load("sdq.models", reference).build
+    channels, height, _ = splits_shape
+    offered = {"num_classes": classes, "in_channels": channels, "image_size": height}
+    required = [
+        name
+        for name, p in inspect.signature(function).parameters.items()
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and name not in offered
+    ]
+    if required:
+        raise RequestError(
+            f"{reference}: parameters must be among {', '.join(offered)} or have defaults, "
+            f"got {', '.join(required)}"
+        )
+    model = plugins.call_with_known(function, **offered)
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"{reference}: must return a torch.nn.Module, got {type(model)}")
+    return model
+
+
+def load_weights_(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Load a state dict that must fit exactly; RequestError names the first tensor that does not.
+
+    Wrappers' prefixes (``module.`` of DataParallel) are removed.
+    """
+    if tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
+    own = model.state_dict()
+    counters = {name for name in own if name.endswith("num_batches_tracked")}
+    missing = sorted(set(own) - set(tensors) - counters)
+    unknown = sorted(set(tensors) - set(own))
+    if missing or unknown:
+        first = f"no {missing[0]!r}" if missing else f"{unknown[0]!r}, which the network has not"
+        raise RequestError(
+            f"{where}: must hold the weights of this architecture, but has {first} "
+            f"({len(missing)} missing, {len(unknown)} unknown); name the --model they belong to"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise RequestError(
+                f"{where}: {name!r} must have shape {tuple(own[name].shape)}, "
+                f"got {tuple(tensor.shape)}; check the number of classes and channels"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise RequestError(
+                f"{where}: {name!r} must be finite, got NaN or infinity; train it again"
+            )
+    model.load_state_dict({**{name: own[name] for name in counters}, **tensors})
+
+
+def load_float_file(reference: str, weights: Path, inputs: Inputs) -> nn.Module:
+    """Build ``--model`` for the data and load ``--weights`` into it."""
+    network = build_model(reference, inputs.splits.image_shape, len(inputs.splits.class_names))
+    load_weights_(network, load_tensors(weights)[0], str(weights))
+    return network
+
+
+def load_float(run: RunFolder) -> nn.Module:
+    """Return the float network of a run: of ``sdq train``, or what a quantized run started from."""
+    document = run.read_json("run.json")
+    model = _rebuild(document)
+    name = "float.safetensors" if document.get("quant") else "model.safetensors"
+    load_weights_(model, run.read_tensors(name), str(run.path / name))
+    return model
+
+
+def load_quantized(run: RunFolder) -> QuantModel:
+    """Return the quantized network of a run that ended well."""
+    document = run.read_json("run.json")
+    if not document.get("quant"):
+        raise RequestError(
+            f"{run.path}: must be a quantized run, got one of `sdq {_verb(document)}`; "
+            "run `sdq quantize --from` it first"
+        )
+    if document.get("status") != "done":
+        raise RequestError(
+            f"{run.path}: the run must have ended, but was interrupted; continue it with --resume"
+        )
+    qmodel = quantize(
+        load_float(run),
+        QuantConfig(**document["quant"]),
+        sample=torch.zeros(1, *document["data"]["image_shape"]),
+    )
+    apply_policy_(qmodel, BitwidthPolicy.load(run.path / "policy.json"))
+    load_weights_(qmodel, run.read_tensors("model.safetensors"), str(run.path))
+    return qmodel
+
+
+def _verb(document: dict[str, Any]) -> str:
+    return str(document.get("request", {}).get("verb", "?"))
+
+
+def _rebuild(document: dict[str, Any]) -> nn.Module:
+    data, model = document["data"], document["model"]
+    if model.get("sha256"):
+        _, now = plugins.load_function(model["reference"])
+        if now != model["sha256"]:
+            raise RequestError(
+                f"{model['reference']}: must be the file the run was made with, but it changed "
+                "since; restore it or run again"
+            )
+    return build_model(model["reference"], tuple(data["image_shape"]), len(data["class_names"]))
+
+
+def describe_model(reference: str) -> dict[str, Any]:
+    """Return what ``run.json`` says of the model: its reference, and a user file's hash."""
+    if plugins.is_file_reference(reference):
+        path, _, function = reference.rpartition(":")
+        _, digest = plugins.load_function(reference)
+        return {"reference": f"{Path(path).resolve()}:{function}", "sha256": digest}
+    plugins.load("sdq.models", reference)
+    return {"reference": reference, "sha256": None}
+
+
+def open_device(device: str) -> Fabric:
+    """Return Fabric for ``cpu``, ``cuda`` or ``auto``."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise RequestError(f"--device: must be auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RequestError("--device: cuda must be available, but torch sees none; use cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Fabric(accelerator=device, devices=1)
+
+
+def check_logits(network: nn.Module, sample: Tensor, classes: int) -> None:
+    """Raise RequestError unless the network maps the sample to one logit a class."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            out = network(sample)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(
+            f"model: must accept images of shape {tuple(sample.shape[1:])} (C, H, W), "
+            f"but: {reason}; pass --image-size, or another model"
+        ) from error
+    finally:
+        network.train(training)
+    if not isinstance(out, Tensor) or out.shape != (1, classes):
+        got = tuple(out.shape[1:]) if isinstance(out, Tensor) else type(out).__name__
+        raise RequestError(
+            f"model: must return one logit for each of {classes} classes, got {got}; "
+            "check the number of classes"
+        )

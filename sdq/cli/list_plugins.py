@@ -1,0 +1,37 @@
+"""``sdq list``: what there is by name."""
+
+from typing import Annotated
+
+import typer
+
+from sdq import plugins
+from sdq.cli import options
+from sdq.cli.progress import show_json
+from sdq.errors import RequestError, nearest
+
+PACKAGES = {
+    "models": "sdq.models",
+    "datasets": "sdq.datasets",
+    "methods": "fl.methods",
+    "formats": "export.formats",
+    "targets": "hw.targets",
+}
+
+
+def list_plugins(
+    kind: Annotated[str, typer.Argument(help=", ".join(PACKAGES))],
+    json_: options.Json = False,
+) -> None:
+    """List models, datasets, methods, formats or targets.
+
+    Example: `sdq list models`
+    """
+    if kind not in PACKAGES:
+        raise RequestError(f"sdq list: unknown kind {kind!r}; {nearest(kind, PACKAGES)}")
+    found = plugins.names(PACKAGES[kind])
+    if json_:
+        show_json({kind: found})
+        return
+    for name in found:
+        summary = (plugins.load(PACKAGES[kind], name).__doc__ or "").partition("\n")[0]
+        print(f"{name:20} {summary}")

@@ -1,0 +1,96 @@
+"""The options that several verbs share, each written once."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from sdq.errors import RequestError
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="A name (see `sdq list models`) or path/to/file.py:function."),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="A name (see `sdq list datasets`), an .npz, a folder with a CSV or class folders, "
+        "or path/to/file.py:function."
+    ),
+]
+OptionalData = Annotated[
+    str | None, typer.Option("--data", help="Another data set than the run's own.")
+]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(envvar="SDQ_DATA", help="Folder that holds the data sets read by name."),
+]
+Out = Annotated[Path, typer.Option(help="Run folder to write; must be new or empty.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+BatchSize = Annotated[int, typer.Option(min=1)]
+ImageSize = Annotated[
+    int | None, typer.Option(min=4, help="Side in pixels to resize to; default: the data's own.")
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(help="Of pixels in 0..1: one value, or one a channel; default: from the data."),
+]
+Std = Annotated[str | None, typer.Option(help="As --mean.")]
+Split = Annotated[
+    str, typer.Option(help="Shares of train, val and test for data that has no splits.")
+]
+Augment = Annotated[
+    bool, typer.Option(help="Random flips and shifts in training (flips as the data allow).")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")]
+Json = Annotated[bool, typer.Option("--json", help="End standard output with one JSON line.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no tables.")]
+
+Weights = Annotated[
+    Path | None, typer.Option(help="Float weights of --model, a .safetensors file.")
+]
+From = Annotated[
+    Path | None, typer.Option("--from", help="Run folder of `sdq train`, instead of --weights.")
+]
+Bits = Annotated[
+    float | None, typer.Option(help="Budget: average weight bits of the searched layers.")
+]
+WeightKb = Annotated[
+    float | None, typer.Option(help="Budget: kilobytes (1000 bytes) of all quantized weights.")
+]
+BopsG = Annotated[
+    float | None, typer.Option(help="Budget: bit operations of one sample, in units of 1e9.")
+]
+Choices = Annotated[str, typer.Option(help="Candidate weight bitwidths, ascending, from 1..8.")]
+ActBits = Annotated[
+    int, typer.Option(help="Bits of activations entering searched layers: 2..8, or 32 for none.")
+]
+FirstLastBits = Annotated[
+    int, typer.Option(help="Bits of the first and last layer, which are not searched; 32: float.")
+]
+ScaleGranularity = Literal["per_tensor", "per_channel"]
+ScaleKind = Literal["float", "power_of_two"]
+Method = Literal["sdq", "uniform"]
+WeightScale = Annotated[ScaleGranularity, typer.Option(help="One scale a tensor or a channel.")]
+Scale = Annotated[ScaleKind, typer.Option(help="What a scale may be.")]
+SearchMethod = Annotated[Method, typer.Option(help="How the bitwidths are chosen.")]
+SearchEpochs = Annotated[int, typer.Option(min=1, help="Passes of phase 1.")]
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """Read ``1,2.5`` as numbers; RequestError naming the option if it is anything else."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(f"{option}: must be numbers separated by commas, got {text!r}") from None
+
+
+def integers(text: str, option: str) -> tuple[int, ...]:
+    """Read ``1,2,3`` as integers; RequestError naming the option if it is anything else."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(
+            f"{option}: must be integers separated by commas, got {text!r}"
+        ) from None

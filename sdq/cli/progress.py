@@ -1,0 +1,86 @@
+"""Live progress on standard error, and tables and JSON on standard output."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sdq.run_folder import RunFolder
+from sdq.train import StepReport
+
+
+class Watch:
+    """Shows steps as a bar with the time left, and writes each epoch to the run's log.
+
+    Use as a context manager.
+    """
+
+    def __init__(self, run: RunFolder, *, quiet: bool) -> None:
+        self.run = run
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}% loss {task.fields[loss]:.4f}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=quiet,
+        )
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "Watch":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, report: StepReport) -> None:
+        """Take a report of the training loop."""
+        if report.phase not in self.tasks:
+            self.tasks[report.phase] = self.progress.add_task(
+                report.phase, total=report.epochs * report.steps, loss=report.loss
+            )
+        self.progress.update(
+            self.tasks[report.phase],
+            completed=report.epoch * report.steps + report.step,
+            description=f"{report.phase} {report.epoch + 1}/{report.epochs}",
+            loss=report.loss,
+        )
+        if report.end_of_epoch is not None:
+            self.run.log(
+                {
+                    "phase": report.phase,
+                    "epoch": report.epoch + 1,
+                    "time": round(time.time(), 3),
+                    **report.end_of_epoch,
+                }
+            )
+
+
+def show_table(title: str, rows: Sequence[Mapping[str, object]], *, quiet: bool = False) -> None:
+    """Print rows with the keys of the first as columns."""
+    if quiet or not rows:
+        return
+    table = Table(title=title, title_justify="left")
+    for key, value in rows[0].items():
+        table.add_column(key, justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console().print(table)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "-" if value is None else str(value)
+
+
+def show_json(document: Mapping[str, Any]) -> None:
+    """Print one JSON object on a line of its own."""
+    print(json.dumps(document, allow_nan=False), flush=True)

@@ -1,0 +1,314 @@
+"""``sdq quantize``: learn the bitwidths, fine-tune, measure."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from lightning_fabric import Fabric
+from torch import nn
+
+import hw
+from sdq.cli import inputs as inp
+from sdq.cli import options
+from sdq.cli.progress import Watch, show_json, show_table
+from sdq.cli.train import summary
+from sdq.config import QuantConfig, SearchConfig, TrainConfig
+from sdq.cost import Budget
+from sdq.errors import RequestError
+from sdq.finetune import finetune_
+from sdq.metrics import agreement, classification_metrics, predict
+from sdq.policy import BitwidthPolicy
+from sdq.quant_model import QuantModel, apply_policy_, calibrate_
+from sdq.quant_model import quantize as quantize_model
+from sdq.run_folder import RunFolder
+from sdq.search import search, uniform_policy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a quantize or search run does, apart from data and network."""
+
+    quant: QuantConfig
+    budget: Budget | None
+    method: str
+    search: SearchConfig
+    train: TrainConfig | None
+    given_policy: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is asked, for ``run.json``."""
+        return {
+            "quant": self.quant.model_dump(),
+            "budget": vars(self.budget) if self.budget else None,
+            "search_method": self.method,
+            "search": self.search.model_dump(),
+            "train": self.train.model_dump() if self.train else None,
+            "policy": self.given_policy,
+        }
+
+
+def make_plan(
+    *,
+    bits: float | None,
+    weight_kb: float | None,
+    bops_g: float | None,
+    choices: str,
+    act_bits: int,
+    first_last_bits: int,
+    weight_scale: options.ScaleGranularity,
+    scale: options.ScaleKind,
+    search_method: options.Method,
+    search_epochs: int,
+    seed: int,
+    train: TrainConfig | None,
+    policy: Path | None = None,
+) -> Plan:
+    """Check options and gather them in a plan.
+
+    Raises:
+        RequestError: no budget (or a budget and a policy), or a value out of range.
+    """
+    quant = QuantConfig(
+        bit_choices=options.integers(choices, "--choices"),
+        act_bits=act_bits,
+        first_last_bits=first_last_bits,
+        weight_scale=weight_scale,
+        restrict_scale=scale,
+    )
+    limits = (bits, weight_kb, bops_g)
+    if policy is not None and any(v is not None for v in limits):
+        raise RequestError("--policy: must stand without a budget, got both; drop one")
+    budget = None
+    if policy is None:
+        if all(v is None for v in limits):
+            raise RequestError("budget: must be given; pass --bits 2.0, --weight-kb or --bops-g")
+        budget = Budget(
+            avg_weight_bits=bits,
+            weight_bytes=weight_kb * 1000 if weight_kb is not None else None,
+            bops=bops_g * 1e9 if bops_g is not None else None,
+        )
+    return Plan(
+        quant, budget, search_method, SearchConfig(epochs=search_epochs, seed=seed), train,
+        str(policy) if policy else None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A float network and what is known of it."""
+
+    network: nn.Module
+    described: dict[str, Any]
+    inputs: inp.Inputs
+
+
+def open_source(
+    model: str | None, weights: Path | None, from_: Path | None, request: inp.DataRequest
+) -> Source:
+    """Open the float network named by ``--from``, or by ``--model`` and ``--weights``."""
+    if (from_ is None) == (model is None):
+        raise RequestError("network: must be named by --from RUN or by --model M --weights F")
+    if from_ is not None:
+        if weights is not None:
+            raise RequestError("--weights: must go with --model, got --from as well; drop one")
+        run = RunFolder.open(from_)
+        document = run.read_json("run.json")
+        if document.get("status") != "done":
+            raise RequestError(
+                f"{from_}: the run must have ended, but was interrupted; continue it with --resume"
+            )
+        inputs = inp.open_inputs(request, document["data"])
+        return Source(inp.load_float(run), document["model"], inputs)
+    assert model is not None
+    if weights is None:
+        raise RequestError(
+            "--weights: must name the float weights of --model; train some with `sdq train`"
+        )
+    described = inp.describe_model(model)
+    inputs = inp.open_inputs(request)
+    return Source(inp.load_float_file(model, weights, inputs), described, inputs)
+
+
+def find_policy(
+    qmodel: QuantModel, source: Source, plan: Plan, run: RunFolder, fabric: Fabric, watch: Watch
+) -> BitwidthPolicy:
+    """Return the policy: given, already found, or found now."""
+    if (run.path / "policy.json").exists():
+        return BitwidthPolicy.load(run.path / "policy.json")
+    if plan.given_policy is not None:
+        policy = BitwidthPolicy.load(Path(plan.given_policy))
+    else:
+        assert plan.budget is not None
+        if plan.method == "uniform":
+            policy = uniform_policy(qmodel, plan.budget)
+        else:
+            document = run.read_json("run.json")
+            identity = {"request": document["request"], "data": document["data"]["fingerprint"]}
+            policy = search(
+                qmodel, source.inputs.train, budget=plan.budget, config=plan.search,
+                fabric=fabric, checkpoint=run.checkpoint("search", identity), watch=watch,
+            )  # fmt: skip
+    apply_policy_(copy.deepcopy(qmodel), policy)  # raises if it does not fit the network
+    run.write_text("policy.json", policy.to_json())
+    return policy
+
+
+def prepare(source: Source, plan: Plan) -> QuantModel:
+    """Quantize and calibrate the source's network, and check that the budget can be met."""
+    network, inputs = source.network, source.inputs
+    inp.check_logits(network, inputs.sample, len(inputs.splits.class_names))
+    qmodel = quantize_model(network, plan.quant, sample=inputs.sample)
+    if plan.budget is not None:
+        uniform_policy(qmodel, plan.budget)  # raises with the reachable range
+    if plan.given_policy is not None:
+        apply_policy_(copy.deepcopy(qmodel), BitwidthPolicy.load(Path(plan.given_policy)))
+    calibrate_(qmodel, inputs.plain(inputs.splits.train))
+    return qmodel
+
+
+def start(run: RunFolder, source: Source, plan: Plan, qmodel: QuantModel, seed: int) -> None:
+    """Write what a run knows at its start."""
+    run.update(
+        data=source.inputs.describe(), model=source.described, seed=seed,
+        quant=plan.quant.model_dump(),
+    )  # fmt: skip
+    run.write_tensors("float.safetensors", source.network.state_dict())
+    run.write_layers(qmodel.layers)
+
+
+def run_quantize(
+    run: RunFolder, source: Source, plan: Plan, fabric: Fabric, watch: Watch, seed: int
+) -> dict[str, Any]:
+    """Do all of ``sdq quantize`` in an open run folder and return the metrics."""
+    qmodel = prepare(source, plan)
+    start(run, source, plan, qmodel, seed)
+    policy = find_policy(qmodel, source, plan, run, fabric, watch)
+    apply_policy_(qmodel, policy)
+    document = run.read_json("run.json")
+    identity = {
+        "request": document["request"],
+        "data": document["data"]["fingerprint"],
+        "policy": policy.to_json(),
+    }
+    finetune_(
+        qmodel, source.inputs.train, teacher=source.network, config=plan.train, fabric=fabric,
+        checkpoint=run.checkpoint("finetune", identity), watch=watch,
+    )  # fmt: skip
+    qmodel.cpu()
+    run.write_tensors("model.safetensors", qmodel.state_dict())
+    metrics = measure(qmodel, source)
+    run.write_json("metrics.json", metrics)
+    run.update(status="done")
+    return metrics
+
+
+def measure(qmodel: QuantModel, source: Source) -> dict[str, Any]:
+    """Return the contents of ``metrics.json``."""
+    held_out = source.inputs.held_out()
+    float_logits, labels = predict(source.network.cpu(), held_out)
+    logits, _ = predict(qmodel, held_out)
+    policy = qmodel.policy
+    return {
+        "float": classification_metrics(float_logits, labels),
+        "quantized": classification_metrics(logits, labels),
+        "agreement": agreement(logits, float_logits),
+        "avg_weight_bits": policy.avg_weight_bits,
+        "avg_weight_bits_all": policy.avg_weight_bits_all,
+        "weight_bytes": policy.weight_bytes,
+        "bops": hw.total_bops(qmodel.layers, policy),
+    }
+
+
+def rows(metrics: dict[str, Any], float_bytes: float) -> list[dict[str, object]]:
+    """Return the table of a quantized run: float above, quantized below."""
+    return [
+        {**summary("float", metrics["float"]), "bits": 32.0, "weight bytes": float_bytes},
+        {
+            **summary("quantized", metrics["quantized"]),
+            "bits": metrics["avg_weight_bits"],
+            "weight bytes": metrics["weight_bytes"],
+        },
+    ]
+
+
+def quantize(
+    data: options.Data,
+    out: options.Out,
+    model: options.Model = None,
+    weights: options.Weights = None,
+    from_: options.From = None,
+    bits: options.Bits = None,
+    weight_kb: options.WeightKb = None,
+    bops_g: options.BopsG = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="A policy.json to use instead of a search.")
+    ] = None,
+    choices: options.Choices = "1,2,3,4,6,8",
+    act_bits: options.ActBits = 4,
+    first_last_bits: options.FirstLastBits = 8,
+    weight_scale: options.WeightScale = "per_channel",
+    scale: options.Scale = "float",
+    search_method: options.SearchMethod = "sdq",
+    search_epochs: options.SearchEpochs = 4,
+    epochs: Annotated[int, typer.Option(min=0, help="Passes of fine-tuning (phase 2).")] = 10,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of fine-tuning.")] = 1e-3,
+    bin_weight: Annotated[float, typer.Option(help="lambda_E of bin regularization.")] = 0.1,
+    data_root: options.DataRoot = None,
+    batch_size: options.BatchSize = 128,
+    image_size: options.ImageSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    split: options.Split = "0.7,0.1,0.2",
+    augment: options.Augment = True,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    resume: options.Resume = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Learn a bitwidth for each layer within a budget, fine-tune, and measure.
+
+    Example: `sdq quantize --from f --data dermamnist --data-root DIR --bits 2.0 --out q`
+    """
+    tuning = TrainConfig(epochs=epochs, lr=lr, bin_weight=bin_weight, seed=seed)
+    plan = make_plan(
+        bits=bits, weight_kb=weight_kb, bops_g=bops_g, choices=choices, act_bits=act_bits,
+        first_last_bits=first_last_bits, weight_scale=weight_scale, scale=scale,
+        search_method=search_method, search_epochs=search_epochs, seed=seed, train=tuning,
+        policy=policy,
+    )  # fmt: skip
+    fabric = inp.open_device(device)
+    request = inp.DataRequest(
+        data, str(data_root) if data_root else None, image_size, mean, std, split, batch_size,
+        seed, augment,
+    )  # fmt: skip
+    source = open_source(model, weights, from_, request)
+    asked = asked_for("quantize", model, weights, from_, request, plan)
+    prepare(source, plan)  # whatever is wrong with the request shows before a folder is made
+    with RunFolder.create(out, asked, resume=resume) as run, Watch(run, quiet=quiet) as watch:
+        metrics = run_quantize(run, source, plan, fabric, watch, seed)
+    weights_count = sum(b.num_weights for b in BitwidthPolicy.load(out / "policy.json"))
+    show_table(f"{data}: {out}", rows(metrics, 4.0 * weights_count), quiet=quiet)
+    if json_:
+        show_json({"out": str(out), "metrics": metrics})
+
+
+def asked_for(
+    verb: str,
+    model: str | None,
+    weights: Path | None,
+    from_: Path | None,
+    request: inp.DataRequest,
+    plan: Plan,
+) -> dict[str, Any]:
+    """Return the request as ``run.json`` keeps it."""
+    return {
+        "verb": verb,
+        "model": model,
+        "weights": str(weights) if weights else None,
+        "from": str(from_) if from_ else None,
+        "data": vars(request),
+        **plan.to_json(),
+    }

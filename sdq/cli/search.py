@@ -1,0 +1,74 @@
+"""``sdq search``: phase 1 only."""
+
+from sdq.cli import inputs as inp
+from sdq.cli import options
+from sdq.cli.progress import Watch, show_json, show_table
+from sdq.cli.quantize import asked_for, find_policy, make_plan, open_source, prepare, start
+from sdq.run_folder import RunFolder
+
+
+def search(
+    data: options.Data,
+    out: options.Out,
+    model: options.Model = None,
+    weights: options.Weights = None,
+    from_: options.From = None,
+    bits: options.Bits = None,
+    weight_kb: options.WeightKb = None,
+    bops_g: options.BopsG = None,
+    choices: options.Choices = "1,2,3,4,6,8",
+    act_bits: options.ActBits = 4,
+    first_last_bits: options.FirstLastBits = 8,
+    weight_scale: options.WeightScale = "per_channel",
+    scale: options.Scale = "float",
+    search_method: options.SearchMethod = "sdq",
+    search_epochs: options.SearchEpochs = 4,
+    data_root: options.DataRoot = None,
+    batch_size: options.BatchSize = 128,
+    image_size: options.ImageSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    split: options.Split = "0.7,0.1,0.2",
+    augment: options.Augment = True,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    resume: options.Resume = False,
+    json_: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Learn a bitwidth for each layer within a budget, and write policy.json.
+
+    Example: `sdq search --from f --data dermamnist --data-root DIR --bits 2.0 --out s`
+    """
+    plan = make_plan(
+        bits=bits, weight_kb=weight_kb, bops_g=bops_g, choices=choices, act_bits=act_bits,
+        first_last_bits=first_last_bits, weight_scale=weight_scale, scale=scale,
+        search_method=search_method, search_epochs=search_epochs, seed=seed, train=None,
+    )  # fmt: skip
+    fabric = inp.open_device(device)
+    request = inp.DataRequest(
+        data, str(data_root) if data_root else None, image_size, mean, std, split, batch_size,
+        seed, augment,
+    )  # fmt: skip
+    source = open_source(model, weights, from_, request)
+    qmodel = prepare(source, plan)
+    asked = asked_for("search", model, weights, from_, request, plan)
+    with RunFolder.create(out, asked, resume=resume) as run, Watch(run, quiet=quiet) as watch:
+        start(run, source, plan, qmodel, seed)
+        policy = find_policy(qmodel, source, plan, run, fabric, watch)
+        run.update(status="done")
+    rows = [
+        {"layer": b.name, "weights": b.num_weights, "weight bits": b.weight_bits,
+         "act bits": b.act_bits, "searched": "yes" if b.searched else "no"}
+        for b in policy
+    ]  # fmt: skip
+    show_table(f"average weight bits {policy.avg_weight_bits:.4f}", rows, quiet=quiet)
+    if json_:
+        show_json(
+            {
+                "out": str(out),
+                "avg_weight_bits": policy.avg_weight_bits,
+                "avg_weight_bits_all": policy.avg_weight_bits_all,
+                "weight_bits": {b.name: b.weight_bits for b in policy},
+            }
+        )

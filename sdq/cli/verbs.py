@@ -1,0 +1,35 @@
+"""The list of verbs: one file each."""
+
+import importlib
+
+import typer
+
+VERBS = {
+    "list": "list_plugins",
+    "train": "train",
+    "quantize": "quantize",
+    "search": "search",
+    "evaluate": "evaluate",
+    "export": "export_run",
+    "cost": "cost",
+    "demo": "demo",
+}
+"""Verb -> the file in this folder, and the function in it."""
+
+
+def register(app: typer.Typer, arguments: list[str]) -> None:
+    """Add the verb that is asked for; all of them if none is, so that help can list them.
+
+    A verb imports torch, onnx and the like; ``sdq list`` must not wait for what it does not use.
+    """
+    asked = arguments[0] if arguments else ""
+    for verb, file in VERBS.items():
+        if verb == asked or asked not in VERBS:
+            module = importlib.import_module(f"sdq.cli.{file}")
+            app.command(verb)(getattr(module, file))
+    # with a single command typer would drop the verb from the usage line
+    app.callback()(_keep_verbs)
+
+
+def _keep_verbs() -> None:
+    pass

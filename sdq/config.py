@@ -1,0 +1,123 @@
+"""Configurations: frozen, checked when made, and JSON both ways."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sdq.errors import RequestError
+
+
+class Config(BaseModel):
+    """A frozen set of checked fields. A wrong value raises RequestError naming the field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise RequestError(_sentence(type(self).__name__, error)) from None
+
+    def replaced(self, **fields: Any) -> Self:
+        """Return a copy with these fields changed, checked again."""
+        return type(self)(**{**self.model_dump(), **fields})
+
+
+def _sentence(where: str, error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    rule = first["msg"].removeprefix("Value error, ")
+    rule = rule[0].lower() + rule[1:]
+    return f"{where}.{field}: {rule}, got {first['input']!r:.100}"
+
+
+Bits = Annotated[int, Field(ge=1, le=8)]
+
+
+class QuantConfig(Config):
+    """How a network is quantized.
+
+    Args:
+        bit_choices: candidate weight bitwidths of the searched layers, ascending, from 1..8.
+        act_bits: bits of the activations that enter the searched layers: 2 to 8, or 32 for none.
+        first_last_bits: bits of weights and input activations of the first and the last layer,
+            which are not searched: 1 to 8 (activations at least 2), or 32 for float; None
+            searches them like the others.
+        weight_scale: one scale a tensor, or one an output channel.
+        restrict_scale: ``float``, or ``power_of_two`` for hardware that shifts.
+    """
+
+    bit_choices: tuple[Bits, ...] = (1, 2, 3, 4, 6, 8)
+    act_bits: Annotated[int, Field(ge=2, le=32)] = 4
+    first_last_bits: Annotated[int, Field(ge=1, le=32)] | None = 8
+    weight_scale: Literal["per_tensor", "per_channel"] = "per_channel"
+    restrict_scale: Literal["float", "power_of_two"] = "float"
+
+    @field_validator("bit_choices")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or list(value) != sorted(set(value)):
+            raise ValueError("must be ascending bitwidths, each once, like 1,2,3,4,6,8")
+        return value
+
+    @field_validator("act_bits", "first_last_bits")
+    @classmethod
+    def _eight_or_float(cls, value: int | None) -> int | None:
+        if value is not None and 8 < value < 32:
+            raise ValueError("must be at most 8, or 32 for float")
+        return value
+
+
+class TrainConfig(Config):
+    """How weights are trained; for float training and for fine-tuning (phase 2).
+
+    Args:
+        epochs: passes over the training set.
+        lr: peak learning rate; it falls to zero along a cosine, after ``warmup`` of the steps.
+        weight_decay: decoupled; not applied to scales, biases and normalisation.
+        optimizer: ``adamw``, or ``sgd`` with Nesterov momentum 0.9.
+        warmup: share of all steps in which the learning rate rises from zero.
+        bin_weight: lambda_E, the weight of entropy-aware bin regularization (fine-tuning only).
+            Source: SDQ (Huang et al., ICML 2022), Table 4: 0.1 is best.
+        bin_warmup: share of the epochs before bin regularization acts, so that bins settle.
+        distill: use the teacher's soft labels (fine-tuning only); else the hard labels.
+        seed: of batch order, augmentation and dropout.
+    """
+
+    epochs: Annotated[int, Field(ge=0)] = 10
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    bin_weight: Annotated[float, Field(ge=0)] = 0.1
+    bin_warmup: Annotated[float, Field(ge=0, le=1)] = 0.25
+    distill: bool = True
+    seed: int = 0
+
+
+class SearchConfig(Config):
+    """Phase 1: how the bitwidths are learned.
+
+    The paper's values of most of these are not known (it published no code); each is our choice
+    unless a source is named.
+
+    Args:
+        epochs: passes over the training set.
+        lr: learning rate of the weights, falling along a cosine.
+        bitwidth_lr: learning rate of the bitwidth parameters theta, beta = sigmoid(theta). None:
+            such that theta can travel from the highest to the lowest candidate in half the steps.
+        temperature: of the Gumbel-softmax.
+        initial_beta: probability of the higher bitwidth when a pair of candidates becomes active.
+        decay_threshold: the higher bitwidth is dropped for good when beta falls below it.
+        settle: share of the steps at the end in which the price of bits only holds the budget.
+        seed: of batch order, augmentation, dropout and the Gumbel draws.
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 4
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    bitwidth_lr: Annotated[float, Field(gt=0)] | None = None
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    initial_beta: Annotated[float, Field(gt=0.5, lt=1)] = 0.9
+    decay_threshold: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    settle: Annotated[float, Field(ge=0, lt=0.9)] = 0.2
+    seed: int = 0

@@ -1,0 +1,236 @@
+"""Image sets: what a data plugin returns, and how ``--data`` is resolved.
+
+A data plugin ``sdq/datasets/NAME.py`` has one function, ``load(options) -> Splits``. Pixels stay
+``uint8`` until a batch is made; scaling to [0, 1] and normalisation belong to the batch
+(:mod:`sdq.batches`), so that one place defines what the network sees.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdq import plugins
+from sdq.errors import RequestError
+
+
+class Images(Protocol):
+    """A sequence of images of one shape: an array in memory, or files decoded when asked for."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(N, C, H, W)``."""
+        ...
+
+    def take(self, indices: Tensor) -> Tensor:
+        """Return the images at ``indices`` (int64, ``(B,)``) as uint8 ``(B, C, H, W)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images in memory: ``pixels`` is uint8 ``(N, C, H, W)``."""
+
+    pixels: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(N, C, H, W)``."""
+        n, c, h, w = self.pixels.shape
+        return n, c, h, w
+
+    def take(self, indices: Tensor) -> Tensor:
+        """Return the images at ``indices``, uint8 ``(B, C, H, W)``."""
+        return self.pixels[indices]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with one class each. ``labels`` is int64 ``(N,)`` in ``[0, num_classes)``."""
+
+    images: Images
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor) -> "ImageSet":
+        """Return a view on the images at ``indices`` (int64, ``(M,)``), read when asked for."""
+        return ImageSet(_Subset(self.images, indices), self.labels[indices])
+
+
+@dataclass(frozen=True)
+class _Subset:
+    images: Images
+    indices: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (len(self.indices), *self.images.shape[1:])
+
+    def take(self, indices: Tensor) -> Tensor:
+        return self.images.take(self.indices[indices])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a data plugin returns. ``val`` and ``test`` may be missing; ``train`` never is."""
+
+    train: ImageSet
+    val: ImageSet | None
+    test: ImageSet | None
+    class_names: tuple[str, ...]
+    horizontal_flip: bool = True
+    """Whether a mirrored image is as good an example as the image (no for text or sides)."""
+    vertical_flip: bool = False
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)``."""
+        return self.train.images.shape[1:]
+
+    def checked(self, where: str) -> "Splits":
+        """Return self, or raise RequestError when labels, shapes or classes do not fit.
+
+        Every class must occur in ``train``: a network cannot learn a class it never sees, and
+        the per-class figures would be meaningless.
+        """
+        classes = len(self.class_names)
+        for name, part in (("train", self.train), ("val", self.val), ("test", self.test)):
+            if part is None:
+                continue
+            if len(part) == 0:
+                raise RequestError(f"{where}: {name} must have at least one image, got none")
+            if len(part) != part.images.shape[0]:
+                raise RequestError(
+                    f"{where}: {name} must have one label an image, got "
+                    f"{part.images.shape[0]} images and {len(part)} labels"
+                )
+            low, high = int(part.labels.min()), int(part.labels.max())
+            if low < 0 or high >= classes:
+                raise RequestError(
+                    f"{where}: {name} labels must be in 0..{classes - 1}, got {low}..{high}; "
+                    "number the classes from 0 without gaps, or name all of them"
+                )
+            if part.images.shape[1:] != self.image_shape:
+                raise RequestError(
+                    f"{where}: {name} images must be {self.image_shape} (C, H, W) like train's, "
+                    f"got {part.images.shape[1:]}"
+                )
+        counts = torch.bincount(self.train.labels, minlength=classes)
+        if (counts == 0).any():
+            empty = [self.class_names[int(c)] for c in (counts == 0).nonzero()]
+            raise RequestError(
+                f"{where}: every class must have a training image, got none of "
+                f"{', '.join(empty)}; remove the class or add images"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What the caller may say about a data set.
+
+    Args:
+        root: folder that holds the data sets read by name.
+        seed: for built-in data, and for the division of a set that has no splits.
+        image_size: side in pixels to resize to; None keeps the set's own.
+        split: shares of train, val and test for a set that has no splits of its own.
+    """
+
+    root: Path | None = None
+    seed: int = 0
+    image_size: int | None = None
+    split: tuple[float, float, float] = (0.7, 0.1, 0.2)
+
+    def rooted(self, name: str) -> Path:
+        """Return the data root, or raise RequestError that says how to name one."""
+        if self.root is None:
+            raise RequestError(
+                f"data: {name!r} is read from a data root and none was given; "
+                "pass --data-root DIR or set SDQ_DATA"
+            )
+        return self.root
+
+
+def open_data(reference: str, options: DataOptions) -> Splits:
+    """Resolve ``--data``: a plugin name, an ``.npz``, a folder, or ``file.py:function``.
+
+    Raises:
+        RequestError: nothing of that name, or what is there does not hold together.
+    """
+    from sdq import image_files  # here: image_files uses the types above
+
+    if plugins.is_file_reference(reference):
+        function, _ = plugins.load_function(reference)
+        splits = plugins.call_with_known(function, options=options, seed=options.seed)
+        if not isinstance(splits, Splits):
+            raise RequestError(
+                f"{reference}: must return sdq.data.Splits, got {type(splits).__name__}"
+            )
+    elif reference.endswith(".npz"):
+        splits = image_files.read_npz(Path(reference), options)
+    elif Path(reference).is_dir():
+        splits = image_files.read_folder(Path(reference), options)
+    elif "/" in reference or Path(reference).suffix:
+        raise RequestError(
+            f"data: no file or folder {reference!r}; give a name "
+            f"({', '.join(plugins.names('sdq.datasets'))}), an .npz, or a folder with a CSV"
+        )
+    else:
+        splits = plugins.load("sdq.datasets", reference).load(options)
+    return splits.checked(reference)
+
+
+def divide(labels: Tensor, shares: Sequence[float], seed: int) -> list[Tensor]:
+    """Divide indices into parts, class by class, so that rare classes reach every part.
+
+    Args:
+        labels: int64 ``(N,)``.
+        shares: one share a part, the first above 0; they are scaled to sum to 1.
+        seed: of the shuffle.
+
+    Returns:
+        One sorted int64 index tensor a part; together they are 0..N-1, none twice. The first
+        part has at least one member of every class, whatever its share.
+
+    Raises:
+        RequestError: a share is negative, or the first is 0.
+
+    >>> [part.tolist() for part in divide(torch.tensor([0, 0, 1]), (0.7, 0.3), seed=0)]
+    [[0, 2], [1]]
+    """
+    weights = np.asarray(shares, dtype=np.float64)
+    if not (len(weights) and np.isfinite(weights).all() and weights.min() >= 0 < weights[0]):
+        raise RequestError(
+            f"divide: shares must be at least 0 and the first above 0, got {tuple(shares)}; "
+            "pass, for example, --split 0.7,0.1,0.2"
+        )
+    rng = np.random.default_rng(seed)
+    classes = labels.numpy()
+    part_of = np.zeros(len(classes), dtype=np.int64)
+    for c in np.unique(classes):
+        members = rng.permutation(np.flatnonzero(classes == c))
+        part_of[members] = np.repeat(np.arange(len(weights)), _sizes(len(members), weights))
+    return [torch.from_numpy(np.flatnonzero(part_of == p)) for p in range(len(weights))]
+
+
+def _sizes(count: int, weights: np.ndarray) -> np.ndarray:
+    """Return whole numbers near ``count * weights / sum(weights)`` that sum to ``count``.
+
+    By largest remainders, where an empty part goes first among equals; the first part takes one
+    from the largest when it would stay empty, since a class without a training image is lost.
+    """
+    quotas = count * weights / weights.sum()
+    sizes: np.ndarray = np.floor(quotas + 1e-9).astype(np.int64)
+    rest = np.round(quotas - sizes, 9)  # rounded: 0.7 * 2 and 0.2 * 2 leave the same remainder
+    order = np.lexsort((sizes, -rest))
+    sizes[order[: count - sizes.sum()]] += 1
+    if sizes[0] == 0:
+        sizes[sizes.argmax()] -= 1
+        sizes[0] = 1
+    return sizes

@@ -1,0 +1,108 @@
+"""Phase 2: train the weights under a fixed policy."""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from sdq import losses
+from sdq.checkpoint import Checkpoint
+from sdq.config import TrainConfig
+from sdq.learned_scale import WeightQuantizer
+from sdq.quant_model import QuantModel, calibrate_
+from sdq.train import Forward, Loader, Watcher, fit, weight_groups
+
+
+class FineTuning:
+    """The objective of phase 2: distillation (or cross-entropy) plus bin regularization.
+
+    Source: Huang et al., SDQ, ICML 2022, equations 9 and 10.
+    """
+
+    def __init__(
+        self, qmodel: QuantModel, config: TrainConfig, teacher: nn.Module | None = None
+    ) -> None:
+        self.module: nn.Module = qmodel
+        self.qmodel, self.config = qmodel, config
+        self.teacher = copy.deepcopy(teacher).eval() if teacher is not None else None
+        if self.teacher is not None:
+            self.teacher.requires_grad_(False)
+        self.names = [bits.name for bits in qmodel.policy if bits.searched]
+        self.bin_weight = 0.0
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return weights with and without decay."""
+        return weight_groups(self.module, self.config)
+
+    def loss(self, forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of a batch."""
+        logits = forward(images)
+        if self.teacher is not None and self.config.distill:
+            with torch.no_grad():
+                targets = self.teacher.to(images.device)(images)
+            loss = losses.distillation(logits, targets)
+        else:
+            loss = F.cross_entropy(logits, labels)
+        if self.bin_weight:
+            loss = loss + self.bin_weight * self.bin_loss()
+        return loss
+
+    def bin_loss(self) -> Tensor:
+        """Return the bin regularization summed over the searched layers."""
+        total = torch.zeros((), device=next(self.qmodel.parameters()).device)
+        for name in self.names:
+            quantizer = self.qmodel.weight_quantizer(name)
+            assert isinstance(quantizer, WeightQuantizer)
+            total = total + losses.bin_regularization(
+                self.qmodel.weight(name), quantizer.scale, quantizer.bits
+            )
+        return total
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """Switch bin regularization on once the bins have settled."""
+        on = epoch >= self.config.bin_warmup * epochs
+        self.bin_weight = self.config.bin_weight if on else 0.0
+
+    def after_step(self, progress: float) -> None:
+        """Nothing to follow up."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the bin loss."""
+        return {"bin_loss": float(self.bin_loss().detach())}
+
+
+def finetune_(
+    qmodel: QuantModel,
+    loader: Loader,
+    *,
+    teacher: nn.Module | None = None,
+    config: TrainConfig | None = None,
+    fabric: Fabric | None = None,
+    checkpoint: Checkpoint | None = None,
+    watch: Watcher | None = None,
+) -> None:
+    """Train a quantized model in place under its policy.
+
+    Args:
+        qmodel: with the policy applied.
+        loader: of ``(images, labels)``, with a length.
+        teacher: a float network whose soft labels are learned; None learns the hard labels.
+        config: of training.
+        fabric: device and precision.
+        checkpoint: where to save after each epoch, and to resume from.
+        watch: called after every step.
+
+    Raises:
+        RunError: the loss became NaN or infinite.
+    """
+    config = config or TrainConfig()
+    if not qmodel.calibrated:
+        calibrate_(qmodel, loader)
+    objective = FineTuning(qmodel, config, teacher)
+    fit(
+        objective, loader, config, phase="finetune", fabric=fabric, checkpoint=checkpoint,
+        watch=watch,
+    )  # fmt: skip

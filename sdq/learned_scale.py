@@ -1,0 +1,136 @@
+"""Quantizers with a learned scale, as modules: one for weights, one for activations.
+
+Each returns the four tensors Brevitas's layers expect of a quantizer: the quantized values, the
+scale, the zero point (always 0) and the bitwidth. Brevitas itself is not needed here.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sdq import quantizers
+from sdq.errors import RunError
+
+Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Values, scale, zero point, bitwidth."""
+
+Restriction = Literal["float", "power_of_two"]
+
+
+SMALLEST_GAIN = 1e-2
+"""A learned scale may shrink to this share of its first value, not to zero or below."""
+
+
+class _Quantizer(nn.Module):
+    """A scale that is learned relative to its first value: ``scale = base * gain``.
+
+    A scale of 8 bits is a hundred times smaller than one of 2 bits, and Adam's steps have the
+    same size for every parameter; the gain starts at 1 everywhere, so that a step is a step.
+    """
+
+    base: Tensor
+    zero_point: Tensor
+    bit_width: Tensor
+
+    def __init__(self, bits: int, signed: bool, restrict: Restriction, scale: Tensor) -> None:
+        super().__init__()
+        self.bits, self.signed, self.restrict = bits, signed, restrict
+        self.register_buffer("base", scale)
+        self.gain = nn.Parameter(torch.ones_like(scale))
+        # what exporters read; both follow from the code and are not part of the state
+        zero, width = scale.new_zeros(()), scale.new_tensor(float(bits))
+        self.register_buffer("zero_point", zero, persistent=False)
+        self.register_buffer("bit_width", width, persistent=False)
+
+    @property
+    def scale(self) -> Tensor:
+        """The positive scale in use, always the float32 value that a file would hold."""
+        gain = torch.where(self.gain > SMALLEST_GAIN, self.gain, self.gain * 0 + SMALLEST_GAIN)
+        scale = self.base.float() * gain.float()
+        if self.restrict == "power_of_two":
+            scale = quantizers.power_of_two(scale)
+        return scale.to(self.base.dtype)
+
+    def _quantized(self, x: Tensor) -> Quantized:
+        scale = self.scale
+        values = quantizers.quantize(x, scale, self.bits, self.signed)
+        return values, scale, self.zero_point, self.bit_width
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Return the integer codes of ``x``, without gradient."""
+        with torch.no_grad():
+            return quantizers.codes(x, self.scale, self.bits, self.signed)
+
+
+class WeightQuantizer(_Quantizer):
+    """Weights at a fixed bitwidth.
+
+    Args:
+        weight: ``(K, ...)``; gives the first scale, by least squared error.
+        bits: 1 to 8.
+        per_channel: one scale for each of the K output channels.
+        restrict: to powers of two, or not.
+    """
+
+    def __init__(
+        self, weight: Tensor, bits: int, per_channel: bool, restrict: Restriction = "float"
+    ) -> None:
+        scale = quantizers.mse_scale(weight, bits, signed=True, per_channel=per_channel)
+        super().__init__(bits, True, restrict, scale)
+        self.per_channel = per_channel
+
+    def forward(self, weight: Tensor) -> Quantized:
+        """Quantize ``weight`` ``(K, ...)``."""
+        return self._quantized(weight)
+
+
+class ActQuantizer(_Quantizer):
+    """Activations at a fixed bitwidth, one scale a tensor.
+
+    The scale comes from data: while ``observing``, values pass unchanged and a sample of them is
+    kept; :meth:`settle_` then takes the scale of least squared error.
+
+    Args:
+        bits: 2 to 8.
+        signed: whether the tensor can be negative.
+        restrict: the scale to powers of two, or not.
+    """
+
+    calibrated: Tensor
+    sample_size = 1 << 16
+    """Values kept of a batch: enough for a scale to 1 %, small beside the batch itself."""
+
+    def __init__(self, bits: int, signed: bool, restrict: Restriction = "float") -> None:
+        super().__init__(bits, signed, restrict, torch.ones(()))
+        self.register_buffer("calibrated", torch.tensor(False))
+        self.observing = False
+        self._seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Quantized:
+        """Quantize ``x`` of any shape.
+
+        Raises:
+            RunError: no scale yet; run ``sdq.calibrate_`` first.
+        """
+        if self.observing:
+            stride = max(x.numel() // self.sample_size, 1)
+            self._seen.append(x.detach().reshape(-1)[::stride].clone())
+            return x, self.scale, self.zero_point, self.bit_width
+        if not self.calibrated:
+            raise RunError(
+                "activation quantizer: scale must be calibrated before use; "
+                "call sdq.calibrate_(qmodel, batches)"
+            )
+        return self._quantized(x)
+
+    def settle_(self) -> None:
+        """Take the scale of what was observed, and quantize from now on."""
+        seen, self._seen, self.observing = self._seen, [], False
+        if not seen:  # a layer that the forward pass never reached
+            return
+        values = torch.cat(seen)
+        scale = quantizers.mse_scale(values[None], self.bits, self.signed, per_channel=False)
+        self.base.copy_(scale)
+        self.gain.data.fill_(1.0)
+        self.calibrated.fill_(True)

@@ -1,0 +1,60 @@
+"""Losses of phase 2: distillation from the float model, and entropy-aware bin regularization."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdq import quantizers
+
+
+def distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    r"""Return the cross-entropy between the teacher's and the student's class probabilities.
+
+    .. math:: L_{KD} = -\frac1N \sum_i \sum_c p^F_c(X_i) \log p^Q_c(X_i)
+
+    Soft labels at temperature 1, no hard-label term.
+
+    Args:
+        student_logits: ``(N, classes)``.
+        teacher_logits: ``(N, classes)``; no gradient flows into them.
+
+    Source: Huang et al., SDQ, ICML 2022, equation 9.
+    """
+    targets = F.softmax(teacher_logits.detach(), dim=1)
+    return F.cross_entropy(student_logits, targets)
+
+
+def bin_regularization(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    r"""Return the entropy-aware bin regularization of one layer.
+
+    .. math:: L_{EBR} = \sum_n \big[(\overline{v_n} - q_n)^2 + \mathrm{Var}(v_n)\big]
+
+    over the bins ``n`` of the layer's own bitwidth: real weights are pulled to the middle of the
+    bin they round to. Weights are taken in units of the scale (``v = w / s``, the scale fixed),
+    so that a bin has width 1 in every layer and at every bitwidth. Empty bins count nothing; a
+    bin with one weight has variance 0.
+
+    Args:
+        weight: ``(K, ...)``.
+        scale: positive, broadcastable to ``weight``.
+        bits: the layer's bitwidth.
+
+    Source: Huang et al., SDQ, ICML 2022, equation 10; Han et al., "Improving Low-Precision Network
+    Quantization via Bin Regularization", ICCV 2021, equation 5.
+    """
+    scale = scale.detach()
+    # reshape, not view: weights may lie in channels-last order
+    values = (weight / scale).reshape(-1)
+    with torch.no_grad():
+        level = quantizers.codes(weight, scale, bits, signed=True).reshape(-1)
+        low, high = quantizers.code_range(bits, signed=True)
+        bin_index = (level - low).long()
+        count = torch.bincount(bin_index, minlength=high - low + 1)
+        filled = count.clamp_min(1).to(values.dtype)
+    zeros = values.new_zeros(high - low + 1)
+    mean = zeros.index_add(0, bin_index, values) / filled
+    square = zeros.index_add(0, bin_index, (values - mean[bin_index]).square())
+    # the unbiased variance; one weight alone deviates from its mean by 0
+    variance = square / (filled - 1).clamp_min(1)
+    levels = torch.arange(low, high + 1, device=values.device, dtype=values.dtype)
+    return torch.where(count > 0, (mean - levels).square() + variance, zeros).sum()

@@ -1,0 +1,67 @@
+"""What a classifier is worth: metrics that do not hide the rare classes."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional import classification as tm
+
+from sdq.train import Loader
+
+
+@torch.no_grad()
+def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
+    """Return logits ``(N, classes)`` and labels ``(N,)`` of a whole set, on the CPU."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    logits, labels = [], []
+    for x, y in loader:
+        logits.append(model(x.to(device)).float().cpu())
+        labels.append(y)
+    model.train(training)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Return metrics of a set of predictions.
+
+    Args:
+        logits: ``(N, classes)``.
+        labels: int64 ``(N,)``.
+
+    Returns:
+        ``accuracy``; ``balanced_accuracy``, the mean recall over the classes that occur;
+        ``macro_f1`` and ``auc`` (one against the rest), means over the classes that occur;
+        ``per_class_recall``, None for a class that does not occur; ``ece``, the expected
+        calibration error over 15 bins; ``num_examples``.
+    """
+    classes = logits.shape[1]
+    present = torch.bincount(labels, minlength=classes) > 0
+    probabilities = logits.softmax(dim=1)
+    with warnings.catch_warnings():
+        # a class without examples has no AUC; it is left out of the mean below
+        warnings.filterwarnings("ignore", message="No (positive|negative) samples")
+        auc = tm.multiclass_auroc(probabilities, labels, classes, average="none")
+    recall = tm.multiclass_recall(logits, labels, classes, average="none")
+    f1 = tm.multiclass_f1_score(logits, labels, classes, average="none")
+    return {
+        "accuracy": float((logits.argmax(1) == labels).float().mean()),
+        "balanced_accuracy": float(recall[present].mean()),
+        "macro_f1": float(f1[present].mean()),
+        "auc": float(auc[present].mean()),
+        "per_class_recall": [float(r) if p else None for r, p in zip(recall, present, strict=True)],
+        "ece": float(tm.multiclass_calibration_error(logits, labels, classes, n_bins=15)),
+        "num_examples": len(labels),
+    }
+
+
+def evaluate(model: nn.Module, loader: Loader) -> dict[str, Any]:
+    """Return :func:`classification_metrics` of a model on a set of batches."""
+    return classification_metrics(*predict(model, loader))
+
+
+def agreement(logits: Tensor, other: Tensor) -> float:
+    """Return the share of samples for which two sets of logits name the same class."""
+    return float((logits.argmax(1) == other.argmax(1)).float().mean())

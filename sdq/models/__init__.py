@@ -1,0 +1,1 @@
+"""Networks the command line can name. One file, one network: ``build(...) -> nn.Module``."""

@@ -1,0 +1,85 @@
+"""Plugins: a module in a package with a plural name is a plugin, and its file name is its name.
+
+Nothing is registered. Putting ``sdq/models/my_net.py`` there is enough for ``--model my_net``, for
+``sdq list models`` and for the conformance tests.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sdq.errors import RequestError, nearest
+
+
+def names(package: str) -> list[str]:
+    """Return the sorted plugin names of a package.
+
+    >>> "resnet20" in names("sdq.models")
+    True
+    """
+    found = importlib.import_module(package)
+    return sorted(m.name for m in pkgutil.iter_modules(found.__path__) if m.name[0] != "_")
+
+
+def load(package: str, name: str) -> ModuleType:
+    """Import one plugin; ``-`` and ``_`` mean the same in its name.
+
+    Raises:
+        RequestError: no such plugin; the message offers the nearest name.
+    """
+    module_name = name.replace("-", "_")
+    known = names(package)
+    if module_name not in known:
+        kind = package.rsplit(".", 1)[-1].removesuffix("s")
+        raise RequestError(f"{kind}: unknown name {name!r}; {nearest(module_name, known)}")
+    return importlib.import_module(f"{package}.{module_name}")
+
+
+def is_file_reference(text: str) -> bool:
+    """Tell whether ``text`` has the form ``path/to/file.py:function``."""
+    return text.partition(".py:")[1] == ".py:"
+
+
+def load_function(reference: str) -> tuple[Callable[..., Any], str]:
+    """Load ``path/to/file.py:function`` from a user's file.
+
+    Returns:
+        The function, and the SHA-256 of the file in hexadecimal.
+
+    Raises:
+        RequestError: no such file, no such function, or the file cannot be executed.
+    """
+    path_text, _, function_name = reference.rpartition(":")
+    path = Path(path_text)
+    if not path.is_file():
+        raise RequestError(f"{reference}: no file {str(path)!r}; give path/to/file.py:function")
+    spec = importlib.util.spec_from_file_location(f"sdq_user_{path.stem}", path)
+    assert spec is not None  # a .py path always has a spec and a loader
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise RequestError(
+            f"{path}: cannot be executed, {type(error).__name__}: {error}; mend the file"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        known = [n for n, f in vars(module).items() if inspect.isfunction(f)]
+        raise RequestError(
+            f"{path}: no function {function_name!r}; {nearest(function_name, known)}"
+        )
+    return function, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def call_with_known(function: Callable[..., Any], **offered: Any) -> Any:
+    """Call ``function`` with those of the offered arguments that its signature takes."""
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return function(**{k: v for k, v in offered.items() if takes_all or k in parameters})

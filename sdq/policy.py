@@ -1,0 +1,178 @@
+"""A bitwidth policy: how many bits each layer's weights and input activations get.
+
+Immutable, and written as JSON with a schema version, so that a policy outlives the run that
+learned it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sdq.errors import RequestError
+
+SCHEMA = "sdq.policy/1"
+FLOAT_BITS = 32
+"""The bitwidth that stands for "not quantized"."""
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """The bits of one layer.
+
+    Args:
+        name: the layer's path in the network.
+        weight_bits: 1 to 8, or 32 for float.
+        act_bits: of the layer's input; 2 to 8, or 32 for float.
+        searched: whether a search may change ``weight_bits`` (the first and last are pinned).
+        num_weights: number of weights, biases not counted.
+    """
+
+    name: str
+    weight_bits: int
+    act_bits: int
+    searched: bool
+    num_weights: int
+
+    def __post_init__(self) -> None:
+        _check_bits(self.name, "weight_bits", self.weight_bits, lowest=1)
+        _check_bits(self.name, "act_bits", self.act_bits, lowest=2)
+        if type(self.num_weights) is not int or self.num_weights < 1:
+            raise RequestError(
+                f"policy: layer {self.name}: num_weights must be a positive integer, "
+                f"got {self.num_weights!r}"
+            )
+
+
+def _check_bits(name: str, what: str, bits: object, lowest: int) -> None:
+    if type(bits) is not int or not (lowest <= bits <= 8 or bits == FLOAT_BITS):
+        raise RequestError(
+            f"policy: layer {name}: {what} must be {lowest} to 8, or 32 for float, got {bits!r}"
+        )
+
+
+@dataclass(frozen=True)
+class BitwidthPolicy:
+    """One :class:`LayerBits` a layer, in the order of the network.
+
+    >>> policy = BitwidthPolicy((LayerBits("conv1", 8, 8, False, 432),
+    ...                          LayerBits("conv2", 3, 4, True, 2304),
+    ...                          LayerBits("conv3", 1, 4, True, 2304)))
+    >>> policy.avg_weight_bits
+    2.0
+    """
+
+    layers: tuple[LayerBits, ...]
+
+    def __post_init__(self) -> None:
+        names = [layer.name for layer in self.layers]
+        if len(set(names)) != len(names):
+            twice = next(n for n in names if names.count(n) > 1)
+            raise RequestError(f"policy: layer {twice!r} must stand once, got it twice")
+
+    def __iter__(self) -> Iterator[LayerBits]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerBits:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    @property
+    def avg_weight_bits(self) -> float:
+        """Mean bits of a weight over the searched layers (all layers if none is searched).
+
+        Source: the parameter-weighted mean in which the SDQ paper states "1.93 bits".
+        """
+        searched = [layer for layer in self.layers if layer.searched]
+        return _mean_bits(searched or self.layers)
+
+    @property
+    def avg_weight_bits_all(self) -> float:
+        """Mean bits of a weight over all quantizable layers, first and last included."""
+        return _mean_bits(self.layers)
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of all weights at their own bits (information, without padding or scales)."""
+        return sum(layer.num_weights * layer.weight_bits for layer in self.layers) / 8
+
+    def with_weight_bits(self, bits: Mapping[str, int]) -> "BitwidthPolicy":
+        """Return a policy in which the named layers have these weight bits."""
+        unknown = set(bits) - {layer.name for layer in self.layers}
+        if unknown:
+            raise RequestError(f"policy: no layer named {sorted(unknown)[0]!r}")
+        return BitwidthPolicy(
+            tuple(replace(x, weight_bits=bits.get(x.name, x.weight_bits)) for x in self.layers)
+        )
+
+    def to_json(self) -> str:
+        """Return the policy as JSON text, one layer a line."""
+        layers = ",\n".join("    " + json.dumps(asdict(layer)) for layer in self.layers)
+        averages = (
+            f'  "avg_weight_bits": {self.avg_weight_bits!r},\n'
+            f'  "avg_weight_bits_all": {self.avg_weight_bits_all!r},\n'
+        )
+        return f'{{\n  "schema": "{SCHEMA}",\n{averages}  "layers": [\n{layers}\n  ]\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "policy") -> "BitwidthPolicy":
+        """Read :meth:`to_json`'s text.
+
+        Raises:
+            RequestError: not JSON, of another schema, or a field missing, unknown or of the
+                wrong type; the message names it.
+        """
+        try:
+            document = json.loads(text)
+        except ValueError as error:  # JSONDecodeError, and RecursionError's cousin for huge ints
+            raise RequestError(f"{where}: must be JSON, {error}; write it anew") from None
+        except RecursionError:
+            raise RequestError(f"{where}: must be JSON of this schema, got deep nesting") from None
+        if not isinstance(document, dict) or not isinstance(document.get("layers"), list):
+            raise RequestError(f'{where}: must be an object with "schema" and a list "layers"')
+        schema = document.get("schema")
+        if schema != SCHEMA:
+            raise RequestError(
+                f"{where}: schema must be {SCHEMA!r}, got {schema!r}; "
+                "it was written by another version of sdq: use that one, or search again"
+            )
+        return cls(
+            tuple(_layer(x, f"{where}: layer {i}") for i, x in enumerate(document["layers"]))
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "BitwidthPolicy":
+        """Read a policy file; RequestError if it is absent or not a policy."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise RequestError(f"policy: no file {str(path)!r}") from None
+        except UnicodeDecodeError:
+            raise RequestError(f"{path}: must be JSON in UTF-8; write it anew") from None
+        return cls.from_json(text, where=str(path))
+
+
+_FIELDS = {"name": str, "weight_bits": int, "act_bits": int, "searched": bool, "num_weights": int}
+
+
+def _layer(document: Any, where: str) -> LayerBits:
+    if not isinstance(document, dict) or set(document) != set(_FIELDS):
+        got = sorted(document) if isinstance(document, dict) else document
+        raise RequestError(f"{where}: must have the fields {', '.join(_FIELDS)}, got {got!r:.200}")
+    for field, kind in _FIELDS.items():
+        if type(document[field]) is not kind:
+            raise RequestError(
+                f"{where}: {field} must be {kind.__name__}, got {document[field]!r:.100}"
+            )
+    return LayerBits(**document)
+
+
+def _mean_bits(layers: "tuple[LayerBits, ...] | list[LayerBits]") -> float:
+    total = sum(layer.num_weights for layer in layers)
+    return sum(layer.num_weights * layer.weight_bits for layer in layers) / total if total else 0.0

@@ -1,0 +1,152 @@
+r"""The equations of the uniform quantizers, as pure functions.
+
+A tensor ``x`` becomes integer codes times a scale ``s``:
+
+.. math:: Q_b(x) = s\,\mathrm{clip}(\mathrm{round}(x / s), q_{min}, q_{max})
+
+with round-half-to-even, as ONNX ``QuantizeLinear`` and QONNX ``Quant`` have it, and division by
+``s`` rather than multiplication by ``1 / s``, so that the same bits come out. One bit is
+``s sign(x)`` with codes -1 and +1.
+
+Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, equations 1 to 5,
+https://arxiv.org/abs/1902.08153; one bit: Rastegari et al., "XNOR-Net", ECCV 2016, section 3.1.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+SMALLEST_SCALE = 1e-8
+"""Below it a channel counts as dead; any positive scale then gives the same (zero) codes."""
+
+
+def code_range(bits: int, signed: bool) -> tuple[int, int]:
+    """Return the lowest and highest code of a bitwidth.
+
+    >>> code_range(4, signed=True), code_range(4, signed=False), code_range(1, signed=True)
+    ((-8, 7), (0, 15), (-1, 1))
+    """
+    if bits == 1 and signed:
+        return -1, 1
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def codes(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    """Return the integer codes of ``x``, in ``x``'s dtype. ``scale`` broadcasts to ``x``."""
+    if bits == 1 and signed:
+        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+    low, high = code_range(bits, signed)
+    return (x / scale).round_().clamp_(low, high)
+
+
+class _Quantize(torch.autograd.Function):
+    """Forward: codes times scale. Backward: straight-through for x, LSQ's gradient for s.
+
+    With ``y = s c`` the output, LSQ's ``ds = sum g (c - x / s)`` inside the range and ``sum g c``
+    outside is ``(sum g y - sum dx x) / s``, where ``dx`` is the gradient to x: two dot products
+    over tensors that the neighbouring layers keep for their own backward pass anyway.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, bits: int, signed: bool, gain: float) -> Tensor:  # type: ignore[no-untyped-def]
+        y = codes(x, scale, bits, signed).mul_(scale)
+        ctx.save_for_backward(x, y, scale)
+        ctx.bits, ctx.signed, ctx.gain = bits, signed, gain
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[no-untyped-def]
+        x, y, scale = ctx.saved_tensors
+        low, high = code_range(ctx.bits, ctx.signed)
+        if ctx.bits == 1 and ctx.signed:
+            # every weight keeps its gradient, or those beyond the scale would never return; and
+            # ds = sum g sign(x), as the scale's own least squares has it
+            grad_x, pull = grad, grad * y
+        elif scale.dim() == 0:
+            step = float(scale)
+            grad_x = torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)
+            total = torch.dot(grad.reshape(-1), y.reshape(-1))
+            pull = total - torch.dot(grad_x.reshape(-1), x.reshape(-1))
+        else:
+            inside = (x >= low * scale) & (x <= high * scale)
+            grad_x = grad * inside
+            pull = grad * y - grad_x * x
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = pull.sum_to_size(scale.shape) / scale * ctx.gain
+        return grad_x, grad_scale, None, None, None
+
+
+def quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:
+    """Quantize and dequantize, differentiable in ``x`` and ``scale``.
+
+    Args:
+        x: any shape.
+        scale: positive, broadcastable to ``x``: a scalar, or ``(K, 1, ...)`` for one a channel.
+        bits: 1 to 8.
+        signed: codes around zero, or from zero.
+
+    Returns:
+        Codes times scale, in ``x``'s shape. The gradient to ``x`` passes where the code is not
+        clipped; the gradient to ``scale`` is LSQ's, times 1 / sqrt(count * q_max).
+
+    Source: Esser et al., ICLR 2020, equations 2, 3 and section 2.2.
+    """
+    high = code_range(bits, signed)[1]
+    gain = 1.0 / math.sqrt(max(x.numel() // max(scale.numel(), 1), 1) * high)
+    result: Tensor = _Quantize.apply(x, scale, bits, signed, gain)
+    return result
+
+
+class _PowerOfTwo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scale: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        # exp2 is not exact on every platform; ldexp is
+        return torch.ldexp(torch.ones_like(scale), torch.log2(scale).round().to(torch.int32))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return grad
+
+
+def power_of_two(scale: Tensor) -> Tensor:
+    """Return the nearest power of two (in the logarithm), straight-through in the gradient."""
+    result: Tensor = _PowerOfTwo.apply(scale)
+    return result
+
+
+def mse_scale(x: Tensor, bits: int, signed: bool, per_channel: bool, steps: int = 40) -> Tensor:
+    """Return the scale with the least squared error ``||Q_b(x) - x||``, found on a grid.
+
+    Args:
+        x: weights ``(K, ...)`` or activations.
+        bits: 1 to 8. For one bit the minimum is known: the mean of ``|x|`` (XNOR-Net, eq. 6).
+        signed: as in :func:`quantize`.
+        per_channel: one scale for each index of the first dimension.
+        steps: grid points between full range and 1/steps of it.
+
+    Returns:
+        ``(K, 1, ...)`` if per channel, else a scalar; never below the smallest scale. A tensor
+        of zeros gets 1, with which every code is zero.
+    """
+    flat = x.detach().reshape(x.shape[0], -1) if per_channel else x.detach().reshape(1, -1)
+    low, high = code_range(bits, signed)
+    if bits == 1 and signed:
+        best = flat.abs().mean(dim=1, keepdim=True)
+    else:
+        # the scale at which nothing is clipped
+        bound = torch.maximum(
+            flat.amax(1, keepdim=True) / high,
+            flat.amin(1, keepdim=True) / low if low else flat.amax(1, keepdim=True) / high,
+        )
+        best, least = bound, torch.full_like(bound, math.inf)
+        for step in range(1, steps + 1):
+            scale = (bound * (step / steps)).clamp_min(SMALLEST_SCALE)
+            error = (
+                (codes(flat, scale, bits, signed) * scale - flat).square_().mean(1, keepdim=True)
+            )
+            best = torch.where(error < least, scale, best)
+            least = torch.minimum(error, least)
+    best = torch.where(best > SMALLEST_SCALE, best, torch.ones_like(best))
+    return best.reshape((-1,) + (1,) * (x.dim() - 1)) if per_channel else best.reshape(())

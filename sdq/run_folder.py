@@ -1,0 +1,229 @@
+"""The folder a run writes: what was asked, what came out, and enough to go on after a crash.
+
+========================  =====================================================================
+``run.json``              what was asked, versions, seed, data fingerprint, model, status
+``policy.json``           the bitwidth policy
+``layers.json``           shapes and MACs of the quantizable layers
+``model.safetensors``     the result's weights (quantized runs: with scales)
+``float.safetensors``     quantized runs: the float weights they started from
+``metrics.json``          what the result is worth
+``log.jsonl``             one record an epoch
+``checkpoints/``          one file a phase
+========================  =====================================================================
+
+Every file is written whole or not at all.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import torch
+
+from sdq.checkpoint import Checkpoint, load_tensors, save_tensors, write_bytes_atomically
+from sdq.data import ImageSet, Splits
+from sdq.errors import RequestError
+from sdq.layers import LayerSpec
+
+SCHEMA = "sdq.run/1"
+
+
+class RunFolder:
+    """A run's folder, held by one process at a time.
+
+    Use as a context manager: the lock is released at the end. Made by :meth:`create` or, for
+    reading, :meth:`open`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def create(cls, path: Path, request: Mapping[str, Any], *, resume: bool) -> "RunFolder":
+        """Make a new run folder, or take up an interrupted run.
+
+        Args:
+            path: of the folder; it must not exist, or be empty, unless resuming.
+            request: what was asked, as JSON values; a resumed run must ask the same.
+            resume: go on with the run in ``path``.
+
+        Raises:
+            RequestError: the folder exists; or there is nothing to resume; or the run in it was
+                asked something else; or another process holds it.
+        """
+        run = cls(path)
+        if resume:
+            run._check_same_request(dict(request))
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RequestError(
+                f"--out: folder must be new or empty, got {str(path)!r}; "
+                "choose another, or pass --resume to continue an interrupted run in it"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        run._take_lock()
+        if not resume:
+            run.write_json(
+                "run.json",
+                {
+                    "schema": SCHEMA,
+                    "status": "running",
+                    "request": dict(request),
+                    "versions": versions(),
+                },
+            )
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Open a run folder for reading; RequestError if it is none."""
+        run = cls(path)
+        document = run.read_json("run.json")
+        if document.get("schema") != SCHEMA:
+            raise RequestError(
+                f"{path / 'run.json'}: schema must be {SCHEMA!r}, got {document.get('schema')!r}; "
+                "it was written by another version of sdq"
+            )
+        return run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held for the run's life
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            self._lock = None
+            raise RequestError(
+                f"{self.path}: another sdq process is working in this folder; wait for it"
+            ) from None
+
+    def _check_same_request(self, request: dict[str, Any]) -> None:
+        if not (self.path / "run.json").is_file():
+            raise RequestError(
+                f"--resume: no run to continue in {str(self.path)!r}; start without --resume"
+            )
+        before = RunFolder.open(self.path).read_json("run.json").get("request", {})
+        now = json.loads(json.dumps(request))
+        for key in sorted(set(before) | set(now)):
+            if before.get(key) != now.get(key):
+                raise RequestError(
+                    f"--resume: {key} must be as in the interrupted run, "
+                    f"{before.get(key)!r}, got {now.get(key)!r}; repeat the same command, "
+                    "or start in a new folder"
+                )
+
+    def update(self, **fields: Any) -> None:
+        """Add fields to ``run.json``."""
+        self.write_json("run.json", {**self.read_json("run.json"), **fields})
+
+    def write_json(self, name: str, document: Any) -> None:
+        """Write a JSON file, atomically."""
+        self.write_text(name, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file, atomically."""
+        write_bytes_atomically(self.path / name, text.encode())
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON object; RequestError if it is absent or damaged."""
+        path = self.path / name
+        if not path.is_file():
+            raise RequestError(
+                f"{self.path}: must be a run folder, but has no {name}; give the --out of an "
+                "earlier run that ended well"
+            )
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{path}: must be JSON, {error}") from None
+        if not isinstance(document, dict):
+            raise RequestError(f"{path}: must be a JSON object, got {type(document).__name__}")
+        return document
+
+    def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a safetensors file, atomically."""
+        save_tensors(self.path / name, tensors)
+
+    def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Read a safetensors file; RequestError if it is absent or damaged."""
+        return load_tensors(self.path / name)[0]
+
+    def write_layers(self, layers: tuple[LayerSpec, ...]) -> None:
+        """Write ``layers.json``."""
+        self.write_json("layers.json", {"layers": [asdict(layer) for layer in layers]})
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one record to ``log.jsonl``."""
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(record)) + "\n")
+
+    def checkpoint(self, phase: str, identity: Mapping[str, Any]) -> Checkpoint:
+        """Return the checkpoint of a phase."""
+        return Checkpoint(self.path / "checkpoints" / f"{phase}.safetensors", identity)
+
+    @property
+    def done(self) -> bool:
+        """Whether the run ended well."""
+        return self.read_json("run.json").get("status") == "done"
+
+
+def read_layers(path: Path) -> tuple[LayerSpec, ...]:
+    """Read ``layers.json``; RequestError if it is absent or damaged."""
+    document = RunFolder(path.parent).read_json(path.name)
+    try:
+        return tuple(_spec(layer) for layer in document["layers"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f"{path}: must list layer specifications, but: {error}") from None
+
+
+def _spec(layer: dict[str, Any]) -> LayerSpec:
+    shapes = {key: tuple(layer[key]) for key in ("weight_shape", "in_shape", "out_shape")}
+    return LayerSpec(**{**layer, **shapes})
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    found = {"python": platform.python_version(), "platform": sys.platform}
+    for package in ("sdq", "torch", "brevitas", "numpy", "lightning-fabric"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # used from a source tree
+            found[package] = "unknown"
+    return found
+
+
+def fingerprint(splits: Splits, sample: int = 256) -> str:
+    """Return a hash of labels, shapes and evenly spaced images of every split."""
+    digest = hashlib.sha256()
+    for part in (splits.train, splits.val, splits.test):
+        if part is not None:
+            _add(digest, part, sample)
+    return digest.hexdigest()
+
+
+def _add(digest: "hashlib._Hash", part: ImageSet, sample: int) -> None:
+    digest.update(repr(part.images.shape).encode())
+    digest.update(part.labels.numpy().tobytes())
+    indices = torch.linspace(0, len(part) - 1, min(sample, len(part))).long()
+    digest.update(part.images.take(indices).contiguous().numpy().tobytes())

@@ -1,0 +1,163 @@
+r"""Differentiable bitwidth parameters: stochastic quantization between adjacent bitwidths.
+
+A layer that is at candidate :math:`b_i` draws, in every training step, for its whole weight
+
+.. math:: w^q = Q_{b_i}(w) \;\text{with probability}\; \beta_i,
+          \quad Q_{b_{i-1}}(w) \;\text{with}\; 1 - \beta_i,
+
+and learns :math:`\beta_i = \sigma(\theta_i)` through the straight-through Gumbel-softmax. When
+:math:`\beta_i` falls below a threshold, :math:`b_i` is dropped for good and the next pair becomes
+active.
+
+Source: Huang et al., "SDQ: Stochastic Differentiable Quantization with Mixed Precision", ICML
+2022, equations 3 to 5 and Figure 1, https://arxiv.org/abs/2206.04459. The sigmoid
+parametrisation, the threshold's value and the scale of each candidate are our choice: the paper
+does not give them.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sdq.learned_scale import Quantized, WeightQuantizer
+
+
+class _HardSample(torch.autograd.Function):
+    """Forward: 1 if the relaxed sample is above one half, else 0. Backward: of the relaxed one."""
+
+    @staticmethod
+    def forward(ctx, relaxed: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return (relaxed > 0.5).to(relaxed.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return grad
+
+
+def gumbel_bernoulli(log_odds: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """Draw 0 or 1 with straight-through Gumbel-softmax gradient.
+
+    The difference of two Gumbel variables is logistic, so the two-class form reduces to one
+    sigmoid; the draw is 1 with probability sigmoid(log_odds) at every temperature.
+
+    Args:
+        log_odds: theta.
+        temperature: tau > 0 of the relaxation in the backward pass.
+        uniform: uniform draws in (0, 1), of ``log_odds``'s shape.
+
+    Source: Jang et al., ICLR 2017, https://arxiv.org/abs/1611.01144; Maddison et al., ICLR 2017,
+    appendix B (the binary concrete distribution).
+    """
+    logistic = torch.log(uniform) - torch.log1p(-uniform)
+    result: Tensor = _HardSample.apply(torch.sigmoid((log_odds + logistic) / temperature))
+    return result
+
+
+class StochasticWeightQuantizer(nn.Module):
+    """Quantizes a layer's weight at one of two adjacent candidate bitwidths, drawn each step.
+
+    In evaluation mode nothing is drawn: the more probable of the two is used.
+
+    Args:
+        candidates: a quantizer for each candidate bitwidth, ascending; each has its own scale.
+        initial_beta: of every pair when it becomes active.
+        temperature: of the relaxation.
+
+    Attributes:
+        theta: ``(n - 1,)`` log-odds; entry ``i - 1`` belongs to the pair of candidates
+            ``i`` and ``i - 1``.
+        level: index of the higher active candidate; 0 when only the lowest is left.
+        generator: of the draws; set it to make them repeatable.
+    """
+
+    level: Tensor
+
+    def __init__(
+        self,
+        candidates: Sequence[WeightQuantizer],
+        *,
+        initial_beta: float = 0.9,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.choices = tuple(candidate.bits for candidate in candidates)
+        self.temperature = temperature
+        self.generator: torch.Generator | None = None
+        self.candidates = nn.ModuleList(candidates)
+        start = math.log(initial_beta / (1 - initial_beta))
+        like = candidates[0].base
+        self.theta = nn.Parameter(like.new_full((len(candidates) - 1,), start))
+        self.register_buffer("level", torch.tensor(len(candidates) - 1, device=like.device))
+        self.residual = like.new_zeros(())
+        """Mean squared rounding residual of the higher bitwidth, in code units, last forward."""
+
+    def beta(self) -> Tensor:
+        """Return the active pair's probability of the higher bitwidth (1 at the lowest level)."""
+        level = int(self.level)
+        return torch.sigmoid(self.theta[level - 1]) if level else torch.ones_like(self.residual)
+
+    def expected_bits(self) -> float:
+        """Return the mean bitwidth of a draw."""
+        level, beta = int(self.level), float(self.beta().detach())
+        return beta * self.choices[level] + (1 - beta) * self.choices[max(level - 1, 0)]
+
+    def log_odds(self) -> list[float]:
+        """Return theta as a list, one entry for each pair of adjacent candidates."""
+        return [float(t) for t in self.theta.detach()]
+
+    def decay_(self, threshold: float) -> bool:
+        """Drop the higher bitwidth if beta fell below the threshold; tell whether it did."""
+        if int(self.level) == 0 or float(self.beta().detach()) >= threshold:
+            return False
+        self.level -= 1
+        return True
+
+    def forward(self, weight: Tensor) -> Quantized:
+        """Quantize ``weight`` ``(K, ...)`` at a drawn bitwidth."""
+        level = int(self.level)
+        upper: Quantized = self.candidates[level](weight)
+        high, high_scale = upper[:2]
+        self.residual = ((high - weight) / high_scale).detach().square().mean()
+        if level == 0:
+            return upper
+        lower: Quantized = self.candidates[level - 1](weight)
+        if self.training:
+            uniform = torch.rand((), generator=self.generator).clamp_(1e-6, 1 - 1e-6)
+            draw = gumbel_bernoulli(
+                self.theta[level - 1], self.temperature, uniform.to(weight.device)
+            )
+        else:
+            draw = (self.theta[level - 1] >= 0).to(weight.dtype)
+        chosen = draw * high + (1 - draw) * lower[0]
+        return chosen, *(upper if draw > 0.5 else lower)[1:]
+
+
+def quantization_error_regularizer(
+    layers: "list[StochasticWeightQuantizer]", shares: list[float]
+) -> Tensor:
+    r"""Return the regularizer that makes bits decay unless the task resists.
+
+    .. math:: L_{QER} = \sum_l c_l\, \beta_l\, 12\, \overline{r_l^2},
+              \qquad r_l = (Q_b(w_l) - w_l) / s_{l,b}
+
+    This reads the paper's :math:`\sum_l \lambda_b \beta_l \|Q_b(w) - w\|^2` with
+    :math:`\lambda_b \propto (2^b - 1)^2`, and the error measured against the layer's range
+    (:math:`s (2^b - 1)`), because a weight's absolute size means nothing under batch
+    normalisation. Summed over a layer's weights this grows with their number; so
+    :math:`c_l` is the layer's share of what is budgeted: of the weights for a budget on average
+    bits, of the MACs for one on BitOPs. Rounding noise has :math:`\overline{r^2} = 1/12`, hence
+    the 12: the sum is near 1 when every beta is 1.
+
+    Args:
+        layers: the stochastic quantizers, after a forward pass.
+        shares: ``c_l``, summing to 1.
+
+    Source: the exact formula is not in any source we could read; see docs/method.md.
+    """
+    total = layers[0].residual * 0
+    for layer, share in zip(layers, shares, strict=True):
+        if int(layer.level):
+            total = total + share * layer.beta() * 12 * layer.residual
+    return total
