@@ -40,15 +40,17 @@ class QuantConfig(Config):
     Args:
         bit_choices: candidate weight bitwidths of the searched layers, ascending, from 1..8.
         act_bits: bits of the activations that enter the searched layers: 2 to 8, or 32 for none.
-        first_last_bits: bits of weights and input activations of the first and the last layer,
-            which are not searched: 1 to 8 (activations at least 2), or 32 for float; None
-            searches them like the others.
+        input_bits: bits of the network's input, likewise; 32 leaves the input in float.
+        first_last_bits: bits of the weights of the first and the last layer, and of the last
+            one's input: 1 to 8 (activations at least 2), or 32 for float. These layers are not
+            searched then; None searches them like the others.
         weight_scale: one scale a tensor, or one an output channel.
         restrict_scale: ``float``, or ``power_of_two`` for hardware that shifts.
     """
 
     bit_choices: tuple[Bits, ...] = (1, 2, 3, 4, 6, 8)
     act_bits: Annotated[int, Field(ge=2, le=32)] = 4
+    input_bits: Annotated[int, Field(ge=2, le=32)] = 8
     first_last_bits: Annotated[int, Field(ge=1, le=32)] | None = 8
     weight_scale: Literal["per_tensor", "per_channel"] = "per_channel"
     restrict_scale: Literal["float", "power_of_two"] = "float"
@@ -60,7 +62,7 @@ class QuantConfig(Config):
             raise ValueError("must be ascending bitwidths, each once, like 1,2,3,4,6,8")
         return value
 
-    @field_validator("act_bits", "first_last_bits")
+    @field_validator("act_bits", "input_bits", "first_last_bits")
     @classmethod
     def _eight_or_float(cls, value: int | None) -> int | None:
         if value is not None and 8 < value < 32:
@@ -105,10 +107,14 @@ class SearchConfig(Config):
         epochs: passes over the training set.
         lr: learning rate of the weights, falling along a cosine.
         bitwidth_lr: learning rate of the bitwidth parameters theta, beta = sigmoid(theta). None:
-            such that theta can travel from the highest to the lowest candidate in half the steps.
+            such that a pair can be decided in a twelfth of the steps.
         temperature: of the Gumbel-softmax.
-        initial_beta: probability of the higher bitwidth when a pair of candidates becomes active.
-        decay_threshold: the higher bitwidth is dropped for good when beta falls below it.
+        start: where layers begin: at the ``highest`` candidate, as the paper has it, or next to
+            the ``budget``, which leaves more steps for telling layers apart.
+        entry_beta: probability of the newly met bitwidth's neighbour when a pair becomes active.
+        decay_threshold: the higher bitwidth is dropped when beta falls below it.
+        rise_threshold: the next higher bitwidth is tried when beta rises above it; None, as in
+            the paper, never.
         settle: share of the steps at the end in which the price of bits only holds the budget.
         seed: of batch order, augmentation, dropout and the Gumbel draws.
     """
@@ -117,7 +123,9 @@ class SearchConfig(Config):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     bitwidth_lr: Annotated[float, Field(gt=0)] | None = None
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    initial_beta: Annotated[float, Field(gt=0.5, lt=1)] = 0.9
+    start: Literal["highest", "budget"] = "budget"
+    entry_beta: Annotated[float, Field(gt=0.5, lt=1)] = 0.8
     decay_threshold: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
-    settle: Annotated[float, Field(ge=0, lt=0.9)] = 0.2
+    rise_threshold: Annotated[float, Field(gt=0.5, lt=1)] | None = 0.97
+    settle: Annotated[float, Field(ge=0, lt=0.9)] = 0.5
     seed: int = 0

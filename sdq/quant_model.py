@@ -361,18 +361,16 @@ def _measure(net: fx.GraphModule, sample: Tensor) -> tuple[LayerSpec, ...]:
 
 
 def _first_policy(layers: tuple[LayerSpec, ...], config: QuantConfig) -> BitwidthPolicy:
-    ends = {layers[0].name, layers[-1].name} if config.first_last_bits is not None else set()
-    highest = config.bit_choices[-1]
+    fixed, highest = config.first_last_bits, config.bit_choices[-1]
     bits = []
     for spec in layers:
-        if spec.name in ends:
-            fixed = config.first_last_bits
-            assert fixed is not None
-            # one bit cannot hold activations
-            act = max(fixed, 2)
-            bits.append(LayerBits(spec.name, fixed, act, False, spec.num_weights))
-        else:
-            bits.append(LayerBits(spec.name, highest, config.act_bits, True, spec.num_weights))
+        first, last = spec is layers[0], spec is layers[-1]
+        weight, act, searched = highest, config.act_bits, True
+        if fixed is not None and (first or last):
+            weight, act, searched = fixed, max(fixed, 2), False  # one bit cannot hold activations
+        if first:
+            act = config.input_bits if fixed != FLOAT_BITS else FLOAT_BITS
+        bits.append(LayerBits(spec.name, weight, act, searched, spec.num_weights))
     return BitwidthPolicy(tuple(bits))
 
 

@@ -66,8 +66,7 @@ class _Quantize(torch.autograd.Function):
         elif scale.dim() == 0:
             step = float(scale)
             grad_x = torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)
-            total = torch.dot(grad.reshape(-1), y.reshape(-1))
-            pull = total - torch.dot(grad_x.reshape(-1), x.reshape(-1))
+            pull = _dot(grad, y) - _dot(grad_x, x)
         else:
             inside = (x >= low * scale) & (x <= high * scale)
             grad_x = grad * inside
@@ -76,6 +75,16 @@ class _Quantize(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_scale = pull.sum_to_size(scale.shape) / scale * ctx.gain
         return grad_x, grad_scale, None, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``sum(a * b)``, without a temporary where both lie in memory in the same order."""
+    for order in (torch.contiguous_format, torch.channels_last):
+        if (order == torch.contiguous_format or a.dim() == 4) and (
+            a.is_contiguous(memory_format=order) and b.is_contiguous(memory_format=order)
+        ):
+            return torch.dot(a.as_strided((a.numel(),), (1,)), b.as_strided((b.numel(),), (1,)))
+    return (a * b).sum()
 
 
 def quantize(x: Tensor, scale: Tensor, bits: int, signed: bool) -> Tensor:

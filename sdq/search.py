@@ -16,10 +16,14 @@ from sdq.cost import Budget, LinearConstraint, check_reachable
 from sdq.policy import BitwidthPolicy
 from sdq.projection import project
 from sdq.quant_model import QuantModel, calibrate_, new_weight_quantizer
-from sdq.stochastic import StochasticWeightQuantizer, quantization_error_regularizer
+from sdq.stochastic import (
+    StochasticWeightQuantizer,
+    logit,
+    quantization_error_regularizer,
+)
 from sdq.train import Forward, Loader, Watcher, fit, number_of_steps, weight_groups
 
-LOG_PRICE_RANGE = (math.log(1e-6), math.log(1e3))
+LOG_PRICE_RANGE = (math.log(1e-4), math.log(1e2))
 """Where the price may go. Beyond it the regularizer or the task has all the say anyway."""
 
 
@@ -39,7 +43,7 @@ class Price(nn.Module):
         self.settle = settle
         # the whole range can be crossed in a third of the steps
         self.step = 3 * (LOG_PRICE_RANGE[1] - LOG_PRICE_RANGE[0]) / steps
-        self.register_buffer("log_price", torch.tensor(math.log(1e-3)))
+        self.register_buffer("log_price", torch.tensor(math.log(1e-2)))
         self.register_buffer("first_usage", torch.tensor(math.nan))
 
     def steer_(self, usage: float, progress: float) -> None:
@@ -81,7 +85,8 @@ class BitwidthSearch:
         self.layers = [
             StochasticWeightQuantizer(
                 [new_weight_quantizer(qmodel.weight(name), b, quant) for b in quant.bit_choices],
-                initial_beta=config.initial_beta,
+                start=self._start(),
+                entry_beta=config.entry_beta,
                 temperature=config.temperature,
             )
             for name in self.names
@@ -91,7 +96,8 @@ class BitwidthSearch:
         self.price = Price(config.settle, steps)
         self.module: nn.Module = _Searched(qmodel, self.price)
         self.weight_config = TrainConfig(lr=config.lr)
-        self.bitwidth_lr = config.bitwidth_lr or self._travel() / (0.5 * steps)
+        one_pair = logit(config.entry_beta) - logit(config.decay_threshold)
+        self.bitwidth_lr = config.bitwidth_lr or 12 * one_pair / steps
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return weights as in training, and theta at its own constant rate."""
@@ -101,7 +107,8 @@ class BitwidthSearch:
         for group in groups:
             group["params"] = [p for p in group["params"] if id(p) not in ids]
         theta_group = {"params": thetas, "lr": self.bitwidth_lr, "weight_decay": 0.0}
-        return [*groups, {**theta_group, "constant": True}]
+        # a short memory of the gradient's size: it changes with the price by orders of magnitude
+        return [*groups, {**theta_group, "constant": True, "betas": (0.9, 0.95)}]
 
     def loss(self, forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
         """Return cross-entropy plus lambda_Q times the quantization-error regularizer."""
@@ -117,9 +124,9 @@ class BitwidthSearch:
             layer.generator = draws
 
     def after_step(self, progress: float) -> None:
-        """Let bitwidths decay, and steer the price."""
+        """Leave decided pairs, and steer the price."""
         for layer in self.layers:
-            layer.decay_(self.config.decay_threshold)
+            layer.move_(self.config.decay_threshold, self.config.rise_threshold)
         if self.layers:
             self.price.steer_(self._tightest()[0], progress)
 
@@ -138,11 +145,17 @@ class BitwidthSearch:
         chosen = project([utility(x) for x in self.layers], choices, self.constraints)
         return self.qmodel.policy.with_weight_bits(dict(zip(self.names, chosen, strict=True)))
 
-    def _travel(self) -> float:
-        """Return how far theta goes, in all, from the highest candidate down to the lowest."""
-        beta, threshold = self.config.initial_beta, self.config.decay_threshold
-        one_pair = math.log(beta / (1 - beta)) - math.log(threshold / (1 - threshold))
-        return one_pair * max(len(self.qmodel.config.bit_choices) - 1, 1)
+    def _start(self) -> int | None:
+        """Return the level at which every layer begins; None for the highest."""
+        if self.config.start == "highest":
+            return None
+        choices, count = self.qmodel.config.bit_choices, len(self.names)
+        above = (
+            level
+            for level, bits in enumerate(choices)
+            if any(c.cost([bits] * count) > c.limit for c in self.constraints)
+        )
+        return next(above, None)
 
     def _tightest(self) -> tuple[float, LinearConstraint]:
         expected = [layer.expected_bits() for layer in self.layers]

@@ -55,6 +55,15 @@ def gumbel_bernoulli(log_odds: Tensor, temperature: float, uniform: Tensor) -> T
     return result
 
 
+LARGEST_LOG_ODDS = 4.0
+"""Of the active pair: beta stays within 2 and 98 %, where its gradient is still felt."""
+
+
+def logit(probability: float) -> float:
+    """Return the log-odds of a probability."""
+    return math.log(probability / (1 - probability))
+
+
 class StochasticWeightQuantizer(nn.Module):
     """Quantizes a layer's weight at one of two adjacent candidate bitwidths, drawn each step.
 
@@ -62,13 +71,15 @@ class StochasticWeightQuantizer(nn.Module):
 
     Args:
         candidates: a quantizer for each candidate bitwidth, ascending; each has its own scale.
-        initial_beta: of every pair when it becomes active.
+        start: index of the higher bitwidth of the first active pair.
+        entry_beta: probability, when a pair becomes active, of the bitwidth come from's
+            neighbour: of the higher one after a decay, of the lower one after a rise.
         temperature: of the relaxation.
 
     Attributes:
         theta: ``(n - 1,)`` log-odds; entry ``i - 1`` belongs to the pair of candidates
             ``i`` and ``i - 1``.
-        level: index of the higher active candidate; 0 when only the lowest is left.
+        level: index of the active pair's higher candidate; 0 if there is only one candidate.
         generator: of the draws; set it to make them repeatable.
     """
 
@@ -78,23 +89,29 @@ class StochasticWeightQuantizer(nn.Module):
         self,
         candidates: Sequence[WeightQuantizer],
         *,
-        initial_beta: float = 0.9,
+        start: int | None = None,
+        entry_beta: float = 0.8,
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
+        top = len(candidates) - 1
+        start = top if start is None else max(min(start, top), min(top, 1))
         self.choices = tuple(candidate.bits for candidate in candidates)
+        self.entry = logit(entry_beta)
         self.temperature = temperature
         self.generator: torch.Generator | None = None
         self.candidates = nn.ModuleList(candidates)
-        start = math.log(initial_beta / (1 - initial_beta))
         like = candidates[0].base
-        self.theta = nn.Parameter(like.new_full((len(candidates) - 1,), start))
-        self.register_buffer("level", torch.tensor(len(candidates) - 1, device=like.device))
+        # until tried, steps up to the start are taken to be worth it and steps beyond it not, the
+        # more so the further away: every bit more removes a quarter of the error the last one did
+        theta = [self.entry * (start - step - (step >= start)) for step in range(top)]
+        self.theta = nn.Parameter(like.new_tensor(theta))
+        self.register_buffer("level", torch.tensor(start, device=like.device))
         self.residual = like.new_zeros(())
         """Mean squared rounding residual of the higher bitwidth, in code units, last forward."""
 
     def beta(self) -> Tensor:
-        """Return the active pair's probability of the higher bitwidth (1 at the lowest level)."""
+        """Return the active pair's probability of the higher bitwidth."""
         level = int(self.level)
         return torch.sigmoid(self.theta[level - 1]) if level else torch.ones_like(self.residual)
 
@@ -107,12 +124,25 @@ class StochasticWeightQuantizer(nn.Module):
         """Return theta as a list, one entry for each pair of adjacent candidates."""
         return [float(t) for t in self.theta.detach()]
 
-    def decay_(self, threshold: float) -> bool:
-        """Drop the higher bitwidth if beta fell below the threshold; tell whether it did."""
-        if int(self.level) == 0 or float(self.beta().detach()) >= threshold:
-            return False
-        self.level -= 1
-        return True
+    def move_(self, decay_below: float, rise_above: float | None) -> None:
+        """Leave a pair that is decided: downwards (the paper's decay) or upwards (ours).
+
+        Args:
+            decay_below: the higher bitwidth is dropped when beta falls below this.
+            rise_above: the next higher bitwidth is tried when beta rises above this; None never.
+        """
+        level = int(self.level)
+        if level == 0:
+            return
+        # a pair must be able to turn back in good time
+        self.theta.data[level - 1].clamp_(-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
+        beta = float(self.beta().detach())
+        if beta < decay_below and level > 1:
+            self.level -= 1
+            self.theta.data[level - 2] = self.entry
+        elif rise_above is not None and beta > rise_above and level < len(self.choices) - 1:
+            self.level += 1
+            self.theta.data[level] = -self.entry
 
     def forward(self, weight: Tensor) -> Quantized:
         """Quantize ``weight`` ``(K, ...)`` at a drawn bitwidth."""

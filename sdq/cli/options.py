@@ -67,7 +67,7 @@ ActBits = Annotated[
     int, typer.Option(help="Bits of activations entering searched layers: 2..8, or 32 for none.")
 ]
 FirstLastBits = Annotated[
-    int, typer.Option(help="Bits of the first and last layer, which are not searched; 32: float.")
+    int, typer.Option(help="Of the first and last layer; 0 searches them too, 32 leaves float.")
 ]
 ScaleGranularity = Literal["per_tensor", "per_channel"]
 ScaleKind = Literal["float", "power_of_two"]

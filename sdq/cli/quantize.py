@@ -73,7 +73,7 @@ def make_plan(
     quant = QuantConfig(
         bit_choices=options.integers(choices, "--choices"),
         act_bits=act_bits,
-        first_last_bits=first_last_bits,
+        first_last_bits=first_last_bits or None,
         weight_scale=weight_scale,
         restrict_scale=scale,
     )
@@ -252,7 +252,7 @@ def quantize(
     scale: options.Scale = "float",
     search_method: options.SearchMethod = "sdq",
     search_epochs: options.SearchEpochs = 4,
-    epochs: Annotated[int, typer.Option(min=0, help="Passes of fine-tuning (phase 2).")] = 10,
+    epochs: Annotated[int, typer.Option(min=0, help="Passes of fine-tuning (phase 2).")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate of fine-tuning.")] = 1e-3,
     bin_weight: Annotated[float, typer.Option(help="lambda_E of bin regularization.")] = 0.1,
     data_root: options.DataRoot = None,
