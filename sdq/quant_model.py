@@ -12,6 +12,7 @@ This is the only file of the engine that imports Brevitas.
 import copy
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -190,7 +191,7 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, sample: Ten
     net = _trace(copy.deepcopy(model))
     layers = _measure(net, sample)
     policy = _first_policy(layers, config)
-    _insert_act_quantizers(net, policy, config)
+    policy = _insert_act_quantizers(net, policy, config)
     for bits in policy:
         if bits.weight_bits != FLOAT_BITS:
             _replace_layer(net, bits, config)
@@ -376,26 +377,39 @@ def _first_policy(layers: tuple[LayerSpec, ...], config: QuantConfig) -> Bitwidt
 
 def _insert_act_quantizers(
     net: fx.GraphModule, policy: BitwidthPolicy, config: QuantConfig
-) -> None:
-    act_bits = {bits.name: bits.act_bits for bits in policy}
-    sources: dict[fx.Node, tuple[str, int]] = {}
+) -> BitwidthPolicy:
+    """Quantize every tensor that enters a layer; return the policy with the bits it then has.
+
+    A tensor read by layers of different activation bits is quantized once, at the most of them.
+    """
+    wanted = {bits.name: bits.act_bits for bits in policy}
+    readers: dict[fx.Node, list[str]] = {}
     for node in net.graph.nodes:
-        if node.op == "call_module" and node.target in act_bits:
+        if node.op == "call_module" and node.target in wanted:
             source = node.args[0] if node.args else node.kwargs["input"]
-            name, bits = sources.get(source, (str(node.target), 0))
-            if act_bits[node.target] != FLOAT_BITS:
-                sources[source] = (name, max(bits, act_bits[node.target]))
-    for source, (reader, bits) in sources.items():
+            readers.setdefault(source, []).append(str(node.target))
+    actual = dict(wanted)
+    for source, names in readers.items():
+        quantized = [wanted[name] for name in names if wanted[name] != FLOAT_BITS]
+        if not quantized:
+            continue
+        actual |= dict.fromkeys(names, max(quantized))
         signed = not _never_negative(net, source)
-        name = f"{reader}_input"
-        while _has_submodule(net, name):  # a layer called twice has two inputs
-            name += "_again"
-        net.add_submodule(name, _quant_identity(ActQuantizer(bits, signed, config.restrict_scale)))
-        with net.graph.inserting_after(source):
-            quantized = net.graph.call_module(name, (source,))
-        for user in list(source.users):
-            if user is not quantized:
-                user.replace_input_with(source, quantized)
+        quantizer = ActQuantizer(max(quantized), signed, config.restrict_scale)
+        _insert_after(net, source, f"{names[0]}_input", _quant_identity(quantizer))
+    return BitwidthPolicy(tuple(replace(bits, act_bits=actual[bits.name]) for bits in policy))
+
+
+def _insert_after(net: fx.GraphModule, source: fx.Node, name: str, module: nn.Module) -> None:
+    """Let everything that reads ``source`` read ``module(source)`` instead."""
+    while _has_submodule(net, name):  # a layer called twice has two inputs
+        name += "_again"
+    net.add_submodule(name, module)
+    with net.graph.inserting_after(source):
+        new = net.graph.call_module(name, (source,))
+    for user in list(source.users):
+        if user is not new:
+            user.replace_input_with(source, new)
 
 
 def _has_submodule(net: fx.GraphModule, name: str) -> bool:

@@ -12,16 +12,17 @@ from sdq.cli import options
 from sdq.cli.evaluate import run_inputs
 from sdq.cli.export_run import describe, write_and_verify
 from sdq.cli.progress import Watch, show_json, show_table
-from sdq.cli.quantize import asked_for, make_plan, open_source, prepare, run_quantize
+from sdq.cli.quantize import Plan, asked_for, open_source, run_quantize
 from sdq.cli.train import train
-from sdq.config import QuantConfig, TrainConfig
+from sdq.config import QuantConfig, SearchConfig, TrainConfig
+from sdq.cost import Budget
 from sdq.errors import RequestError, RunError
 from sdq.policy import FLOAT_BITS, BitwidthPolicy
 from sdq.quant_model import quantize
 from sdq.run_folder import RunFolder
 
 MODEL, DATA, BITS = "vgg_like", "synthetic_derm", 2.0
-EPOCHS = {"float": 10, "search": 3, "finetune": 5}
+EPOCHS = {"float": 10, "search": 3, "finetune": 3}
 
 
 def demo(
@@ -63,15 +64,16 @@ def demo(
 
 
 def _quantized(out: Path, method: options.Method, seed: int, quiet: bool) -> dict[str, Any]:
-    plan = make_plan(
-        bits=BITS, weight_kb=None, bops_g=None, choices="1,2,3,4,6,8", act_bits=4,
-        first_last_bits=8, weight_scale="per_channel", scale="float", search_method=method,
-        search_epochs=EPOCHS["search"], seed=seed,
-        train=TrainConfig(epochs=EPOCHS["finetune"], seed=seed),
-    )  # fmt: skip
+    plan = Plan(
+        # every layer is searched, so that all of the weights are equally many bytes in both
+        QuantConfig(first_last_bits=None),
+        Budget(avg_weight_bits=BITS),
+        method,
+        SearchConfig(epochs=EPOCHS["search"], seed=seed),
+        TrainConfig(epochs=EPOCHS["finetune"], seed=seed),
+    )
     request = inp.DataRequest(DATA, seed=seed)
     source = open_source(None, None, out / "float", request)
-    prepare(source, plan)
     asked = asked_for("quantize", None, None, out / "float", request, plan)
     fabric = inp.open_device("cpu")
     with (

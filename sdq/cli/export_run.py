@@ -89,12 +89,13 @@ def write_and_verify(
         preprocessing=preprocessing,
         metadata={
             "class_names": recorded["class_names"],
-            "normalization": {"mean": recorded["mean"], "std": recorded["std"]},
+            "mean": recorded["mean"],
+            "std": recorded["std"],
             "run": str(folder.path.name),
         },
         overwrite=overwrite,
     )
-    document: dict[str, Any] = {"export": result.to_json()}
+    document: dict[str, Any] = {"export": {**result.to_json(), "path": str(result.path)}}
     if inputs is not None:
         part = inputs.splits.test or inputs.splits.val or inputs.splits.train
         count = min(samples, len(part))
@@ -106,7 +107,7 @@ def write_and_verify(
             inputs=pixels if with_preprocessing else normalization(pixels),
         )
         document["verification"] = report.to_json()
-        document["summary"] = report.lines
+        document["summary"] = list(report.lines)
     return document
 
 

@@ -1,0 +1,313 @@
+"""What a file format is, and how a network is written in one.
+
+A format is a module ``export/formats/NAME.py`` with the attributes of :class:`Format`. Writing is
+the same for all of them: into a temporary file, which is read back and compared with the policy,
+and only then takes its place.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from sdq import plugins
+from sdq.batches import Normalization
+from sdq.checkpoint import write_bytes_atomically
+from sdq.errors import RequestError, RunError
+from sdq.learned_scale import WeightQuantizer
+from sdq.policy import FLOAT_BITS
+from sdq.quant_model import QuantModel
+
+SCHEMA = "sdq.export/1"
+RECORD = "export.json"
+RESERVED = ("schema", "format", "policy", "normalization")
+"""Metadata keys that the file fills in itself."""
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizerInFile:
+    """A quantizer as a file has it, read from the file's nodes.
+
+    Args:
+        bits: the bitwidth its range of codes has.
+        scale: float32, one value or one an output channel ``(K,)``.
+        codes: of a weight, in the shape PyTorch gives it ``(K, ...)``; None for an activation.
+    """
+
+    bits: int
+    scale: Tensor
+    codes: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What one pass gave: the network's output, and integer codes by activation quantizer."""
+
+    output: Tensor
+    codes: dict[str, Tensor]
+
+
+Runner = Callable[[Tensor], Trace]
+"""Runs the file on float images ``(N, C, H, W)``, or on uint8 ``(N, H, W, C)`` if the file holds
+the preprocessing."""
+
+
+class Format(Protocol):
+    """What a module in ``export/formats`` provides.
+
+    Attributes:
+        FILE: the name of the file inside the export folder.
+        RUNTIMES: the names of the float32 runtimes :meth:`open_runtime` knows.
+        REWRITES: those of them that rewrite the graph before they run it, so that reading the
+            codes may change how they compute.
+        ADVICE: what to do where a runtime deviates through a fault of its own. A runtime named
+            here gives a warning; it does not decide on the file.
+    """
+
+    FILE: str
+    RUNTIMES: tuple[str, ...]
+    REWRITES: tuple[str, ...]
+    ADVICE: Mapping[str, str]
+
+    def write(
+        self,
+        qmodel: QuantModel,
+        path: Path,
+        *,
+        sample: Tensor,
+        preprocessing: Normalization | None,
+        metadata: Mapping[str, str],
+    ) -> None:
+        """Write the network to ``path``; ``qmodel`` is left as it is."""
+
+    def bits(self, path: Path) -> dict[str, int]:
+        """Return the bits of each layer's weight and of each activation quantizer, by name.
+
+        They follow from the file's nodes and constants, not from its metadata; 32 is float.
+        """
+
+    def quantizers(self, path: Path) -> dict[str, QuantizerInFile]:
+        """Return the quantizers of weights (by layer) and activations (by path)."""
+
+    def metadata(self, path: Path) -> dict[str, str]:
+        """Return the file's metadata; RequestError if it is not a file of ours."""
+
+    def run(self, path: Path, inputs: Tensor) -> Tensor:
+        """Run the file in the format's own runtime."""
+
+    def open_runtime(self, path: Path, runtime: str, *, taps: bool) -> Runner:
+        """Return a runner in one of ``RUNTIMES``; with ``taps`` it also records the codes."""
+
+    def open_exact(self, path: Path) -> Runner:
+        """Return a runner in float64 that records the codes."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A file that was written.
+
+    Args:
+        format: plugin name.
+        path: of the file.
+        sha256: of the file, in hexadecimal.
+        weight_bits: of each layer, as read back from the file.
+        act_bits: of each activation quantizer, as read back from the file.
+        file_bytes: its size.
+    """
+
+    format: str
+    path: Path
+    sha256: str
+    weight_bits: Mapping[str, int]
+    act_bits: Mapping[str, int]
+    file_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a document that ``json.dumps`` takes; the path is relative to its folder."""
+        return {
+            "format": self.format,
+            "file": self.path.name,
+            "sha256": self.sha256,
+            "file_bytes": self.file_bytes,
+            "weight_bits": dict(self.weight_bits),
+            "act_bits": dict(self.act_bits),
+        }
+
+
+def load_format(name_or_format: "str | Format") -> tuple[str, Format]:
+    """Return a format's plugin name and the format.
+
+    Raises:
+        RequestError: no such format; the message offers the nearest name.
+    """
+    if not isinstance(name_or_format, str):
+        return str(getattr(name_or_format, "__name__", "")).rpartition(".")[2], name_or_format
+    module = plugins.load("export.formats", name_or_format)
+    return module.__name__.rpartition(".")[2], cast(Format, module)
+
+
+def expected_bits(qmodel: QuantModel) -> dict[str, int]:
+    """Return the bits a file of this network must have: of the policy, and of its activations."""
+    weights = {bits.name: bits.weight_bits for bits in qmodel.policy}
+    return weights | {name: q.bits for name, q in qmodel.act_quantizers().items()}
+
+
+def write(
+    qmodel: QuantModel,
+    folder: str | Path,
+    *,
+    format: "str | Format",
+    sample: Tensor,
+    preprocessing: Normalization | None = None,
+    metadata: Mapping[str, object] | None = None,
+    overwrite: bool = False,
+) -> ExportResult:
+    """Write a quantized network to ``folder`` in a format, and read its bitwidths back.
+
+    The file appears whole or not at all, and ``qmodel`` is left as it is, also when this fails.
+
+    Args:
+        qmodel: calibrated; on any device, in either mode.
+        folder: made if it does not exist. Besides the file it gets ``export.json``.
+        format: a plugin name of ``export.formats``, or such a module.
+        sample: an input ``(N, C, H, W)``, for shapes only; the file takes batches of any size.
+        preprocessing: put into the file, which then takes uint8 pixels ``(N, H, W, C)``.
+        metadata: written into the file; values that are not text become JSON.
+        overwrite: replace the format's file if there is one.
+
+    Raises:
+        RequestError: the network is not calibrated or still being searched, the sample does not
+            fit, the file exists already, or a metadata key is the file's own.
+        RunError: the exporter failed, or the file's bitwidths are not the policy's.
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    name, plugin = load_format(format)
+    texts = _texts(qmodel, name, preprocessing, metadata or {})
+    _check_network(qmodel)
+    folder = Path(folder)
+    target = folder / plugin.FILE
+    if target.exists() and not overwrite:
+        raise RequestError(
+            f"export: {str(target)!r} must not exist yet; choose another folder, or overwrite"
+        )
+    record = read_record(folder)
+    with _folder(folder):
+        temporary = folder / f".{plugin.FILE}.{os.getpid()}.part"
+        try:
+            plugin.write(
+                qmodel, temporary, sample=sample, preprocessing=preprocessing, metadata=texts
+            )
+            bits = plugin.bits(temporary)
+            _check_bits(bits, expected_bits(qmodel))
+            content = temporary.read_bytes()
+            layers = [layer.name for layer in qmodel.policy]
+            result = ExportResult(
+                name,
+                target,
+                hashlib.sha256(content).hexdigest(),
+                {layer: bits[layer] for layer in layers},
+                {key: value for key, value in bits.items() if key not in layers},
+                len(content),
+            )
+            record[name] = result.to_json() | {"policy": json.loads(qmodel.policy.to_json())}
+            document = json.dumps({"schema": SCHEMA, "exports": record}, indent=2) + "\n"
+            _sync(temporary)
+            # the record first: if the disk is full now, the old file stays, or none is there
+            write_bytes_atomically(folder / RECORD, document.encode())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return result
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what ``export.json`` in a folder says, by format; empty if there is none.
+
+    Raises:
+        RequestError: there is one, but it is not of this schema.
+    """
+    path = folder / RECORD
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, RecursionError):
+        document = None
+    exports = document.get("exports") if isinstance(document, dict) else None
+    if not isinstance(exports, dict) or document.get("schema") != SCHEMA:
+        raise RequestError(
+            f"{path}: must be of schema {SCHEMA!r}, got something else; "
+            "remove it, or choose another folder"
+        )
+    return exports
+
+
+def _texts(
+    qmodel: QuantModel,
+    name: str,
+    preprocessing: Normalization | None,
+    metadata: Mapping[str, object],
+) -> dict[str, str]:
+    taken = [key for key in metadata if key in RESERVED]
+    if taken:
+        raise RequestError(
+            f"export: metadata must not have the key {taken[0]!r}, which the file fills in; "
+            "rename it"
+        )
+    texts = {"schema": SCHEMA, "format": name, "policy": qmodel.policy.to_json()}
+    if preprocessing is not None:
+        values = {"mean": preprocessing.mean, "std": preprocessing.std}
+        texts["normalization"] = json.dumps(values)
+    for key, value in metadata.items():
+        texts[key] = value if isinstance(value, str) else json.dumps(value)
+    return texts
+
+
+def _check_network(qmodel: QuantModel) -> None:
+    if not qmodel.calibrated:
+        raise RequestError(
+            "export: activation scales must be calibrated, got some that are not; "
+            "call sdq.calibrate_(qmodel, batches)"
+        )
+    for bits in qmodel.policy:
+        if bits.weight_bits != FLOAT_BITS:
+            quantizer = qmodel.weight_quantizer(bits.name)
+            if not isinstance(quantizer, WeightQuantizer):
+                raise RequestError(
+                    f"export: layer {bits.name}: bits must be settled, got a "
+                    f"{type(quantizer).__name__}; finish the search, then sdq.apply_policy_"
+                )
+
+
+def _check_bits(found: Mapping[str, int], expected: Mapping[str, int]) -> None:
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise RunError(
+                f"export: {name}: bits in the file must be {expected.get(name)}, as in the "
+                f"policy, got {found.get(name)}; nothing was written"
+            )
+
+
+@contextlib.contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Make a folder; if the block fails, take away what was made."""
+    made = next((p for p in [*reversed(folder.parents), folder] if not p.exists()), None)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        raise

@@ -1,0 +1,1 @@
+"""File formats. One module, one format: see :class:`export.format.Format` for what it holds."""

@@ -1,0 +1,241 @@
+"""ONNX with QuantizeLinear, Clip and DequantizeLinear: what onnxruntime reads.
+
+Weights of every bitwidth are int8 initializers followed by a Clip to their range of codes; one bit
+is codes -1 and +1 with a Clip to (-1, 1), because ONNX has no binary type. Activations are
+quantized to 8-bit integers and clipped to theirs. The batch size is free.
+
+onnxruntime runs the file as it stands; with all optimisations on it fuses parts of it into integer
+kernels, which round in other places: the two are judged apart. On x86 processors without VNNI its
+default integer kernels add pairs of products in 16 bits, which overflow where a layer has 8-bit
+weights and 8-bit activations; the session option ``session.x64quantprecision`` = ``1`` selects
+kernels that do not. The optimised runtime has it set, and what the defaults give on this machine
+is reported as well.
+
+Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import helper
+from torch import Tensor
+
+from export import graph
+from export.float64 import Interpreter
+from export.format import QuantizerInFile, Runner, Trace
+from export.tracing import trace
+from sdq.batches import Normalization
+from sdq.errors import RunError
+from sdq.policy import FLOAT_BITS, BitwidthPolicy
+from sdq.quant_model import QuantModel
+
+FILE = "model.onnx"
+AS_WRITTEN = "onnxruntime, optimisations off"
+OPTIMISED = "onnxruntime, optimisations on"
+DEFAULTS = "onnxruntime, default options"
+RUNTIMES = (AS_WRITTEN, OPTIMISED, DEFAULTS)
+REWRITES = (OPTIMISED, DEFAULTS)
+ADVICE = {
+    DEFAULTS: "its 8-bit kernels overflow on processors without VNNI: set the session option "
+    "session.x64quantprecision to 1"
+}
+
+_LEVELS = {
+    AS_WRITTEN: onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    OPTIMISED: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    DEFAULTS: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+
+def write(
+    qmodel: QuantModel,
+    path: Path,
+    *,
+    sample: Tensor,
+    preprocessing: Normalization | None = None,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write the network; see :func:`export.write` for the arguments.
+
+    Raises:
+        RunError: the exporter failed, or its graph is not valid ONNX.
+    """
+    model = trace(qmodel, "qcdq", sample)
+    if preprocessing is not None:
+        graph.prepend_preprocessing_(model, preprocessing)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise RunError(f"export: the graph must be valid ONNX, but: {error}") from error
+    graph.save(model, path, metadata)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """Return the file's metadata."""
+    return graph.metadata(graph.load(path))
+
+
+def bits(path: Path) -> dict[str, int]:
+    """Return the bits of each layer's weight and each activation quantizer: from the Clips."""
+    model = graph.load(path)
+    floats = {
+        name: FLOAT_BITS
+        for name, node in graph.multiplications(model, _layers(model)).items()
+        if _dequantizer(graph.producers(model), node)[0] is None
+    }
+    return {name: q.bits for name, q in quantizers(path).items()} | floats
+
+
+def quantizers(path: Path) -> dict[str, QuantizerInFile]:
+    """Return the quantizers in the file: weights by layer, activations by path.
+
+    Raises:
+        RequestError: not a file of ours.
+        RunError: a Clip whose range no bitwidth has.
+    """
+    model = graph.load(path)
+    values, makers = graph.constants(model), graph.producers(model)
+    found = {}
+    for layer, node in graph.multiplications(model, _layers(model)).items():
+        dequantizer, transposed = _dequantizer(makers, node)
+        if dequantizer is not None:
+            found[layer] = _weight(layer, node, dequantizer, transposed, values, makers)
+    for quantize in _act_quantizers(model):
+        clip = _clip_after(model, quantize)
+        low, high = _range(clip, _kind(quantize, values), values)
+        name = quantize.name.removesuffix(".quantizelinear")
+        scale = graph.vector(values[quantize.input[1]])
+        found[name] = QuantizerInFile(graph.bits_of_range(name, low, high), scale)
+    return found
+
+
+def run(path: Path, inputs: Tensor) -> Tensor:
+    """Run the file in onnxruntime, optimisations on, with kernels that do not overflow."""
+    return open_runtime(path, OPTIMISED, taps=False)(inputs).output
+
+
+def open_runtime(path: Path, runtime: str, *, taps: bool) -> Runner:
+    """Return a runner in onnxruntime.
+
+    Raises:
+        RunError: onnxruntime refuses the file, or fails in it.
+    """
+    model = graph.load(path)
+    tensors = _taps(model) if taps else {}
+    for tensor, kind in tensors.values():
+        model.graph.output.append(helper.make_tensor_value_info(tensor, kind, None))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = _LEVELS[runtime]
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors only
+    if runtime == OPTIMISED:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    try:
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        raise RunError(f"{path}: onnxruntime cannot load it: {error}") from error
+    names = [model.graph.output[0].name, *(tensor for tensor, _ in tensors.values())]
+
+    def once(inputs: Tensor) -> Trace:
+        try:
+            results: list[Any] = session.run(names, {model.graph.input[0].name: inputs.numpy()})
+        except Exception as error:
+            raise RunError(f"{path}: onnxruntime cannot run it: {error}") from error
+        output, *codes = (torch.from_numpy(x) for x in results)
+        return Trace(output, {k: v.short() for k, v in zip(tensors, codes, strict=True)})
+
+    return once
+
+
+def open_exact(path: Path) -> Runner:
+    """Return a runner in float64."""
+    model = graph.load(path)
+    tensors = {name: tensor for name, (tensor, _) in _taps(model).items()}
+    interpreter = Interpreter(model)
+
+    def once(inputs: Tensor) -> Trace:
+        found = interpreter(inputs, tensors.values())
+        return Trace(found[interpreter.output], {k: found[v].short() for k, v in tensors.items()})
+
+    return once
+
+
+def _layers(model: onnx.ModelProto) -> list[str]:
+    text = graph.metadata(model).get("policy", "")
+    return [bits.name for bits in BitwidthPolicy.from_json(text, "policy in the file")]
+
+
+def _dequantizer(
+    makers: dict[str, onnx.NodeProto], node: onnx.NodeProto
+) -> tuple[onnx.NodeProto | None, bool]:
+    """Return the node that dequantizes a layer's weight, and whether it is transposed after."""
+    maker = makers.get(node.input[1])
+    transposed = maker is not None and maker.op_type == "Transpose"
+    if maker is not None and transposed:
+        maker = makers.get(maker.input[0])
+    quantized = maker is not None and maker.op_type == "DequantizeLinear"
+    return (maker if quantized else None), transposed
+
+
+def _weight(
+    layer: str,
+    node: onnx.NodeProto,
+    dequantizer: onnx.NodeProto,
+    transposed: bool,
+    values: dict[str, np.ndarray],
+    makers: dict[str, onnx.NodeProto],
+) -> QuantizerInFile:
+    clip = makers.get(dequantizer.input[0])
+    codes = values[clip.input[0] if clip is not None else dequantizer.input[0]]
+    low, high = _range(clip, codes.dtype, values)
+    codes = codes.clip(low, high)
+    zero = values[dequantizer.input[2]] if len(dequantizer.input) > 2 else np.zeros(1, codes.dtype)
+    if zero.any():
+        raise RunError(f"export: {layer}: the weight's zero point must be 0")
+    as_torch = graph.output_channels_first(node, codes, transposed)
+    return QuantizerInFile(
+        graph.bits_of_range(layer, low, high, codes),
+        graph.vector(values[dequantizer.input[1]]),
+        torch.from_numpy(np.array(as_torch)).short(),
+    )
+
+
+def _range(
+    clip: onnx.NodeProto | None, kind: np.dtype[Any], values: dict[str, np.ndarray]
+) -> tuple[int, int]:
+    if clip is None:
+        return int(np.iinfo(kind).min), int(np.iinfo(kind).max)
+    return int(values[clip.input[1]]), int(values[clip.input[2]])
+
+
+def _act_quantizers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+
+
+def _kind(quantize: onnx.NodeProto, values: dict[str, np.ndarray]) -> np.dtype[Any]:
+    """Return the integer type a QuantizeLinear gives: its zero point's, uint8 without one."""
+    return values[quantize.input[2]].dtype if len(quantize.input) > 2 else np.dtype(np.uint8)
+
+
+def _clip_after(model: onnx.ModelProto, quantize: onnx.NodeProto) -> onnx.NodeProto | None:
+    readers = (n for n in model.graph.node if quantize.output[0] in n.input)
+    return next((n for n in readers if n.op_type == "Clip"), None)
+
+
+def _taps(model: onnx.ModelProto) -> dict[str, tuple[str, int]]:
+    """Return the tensor of codes of each activation quantizer, and its ONNX type."""
+    values = graph.constants(model)
+    found = {}
+    for quantize in _act_quantizers(model):
+        clip = _clip_after(model, quantize)
+        tensor = (clip if clip is not None else quantize).output[0]
+        kind = helper.np_dtype_to_tensor_dtype(_kind(quantize, values))
+        found[quantize.name.removesuffix(".quantizelinear")] = (tensor, kind)
+    return found

@@ -1,0 +1,241 @@
+"""QONNX: ONNX with Quant and BipolarQuant nodes, what FPGA compilers read.
+
+Weights are float initializers that already hold codes times scale, each with its Quant node (one
+bit: BipolarQuant). The batch size in the file is free. qonnx's own executor wants every shape
+fixed: it is given a copy in memory with the batch filled in, the file keeps its free batch. For
+the same reason the file has no shapes for the tensors in between; tools that need them infer them
+(``qonnx.util.cleanup`` with the batch size of their choice).
+
+Source: https://github.com/fastmachinelearning/qonnx
+"""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from export import graph
+from export.float64 import Interpreter
+from export.format import QuantizerInFile, Runner, Trace
+from export.tracing import trace
+from sdq.batches import Normalization
+from sdq.errors import RunError
+from sdq.policy import FLOAT_BITS, BitwidthPolicy
+from sdq.quant_model import QuantModel
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # qonnx imports deprecated parts of other packages
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.core.onnx_exec import execute_onnx
+    from qonnx.transformation.fold_constants import FoldConstants
+    from qonnx.transformation.infer_shapes import InferShapes
+    from qonnx.transformation.quant_constant_folding import FoldTransposeIntoQuantInit
+
+FILE = "model_qonnx.onnx"
+EXECUTOR = "qonnx executor"
+RUNTIMES = (EXECUTOR,)
+REWRITES: tuple[str, ...] = ()
+ADVICE: dict[str, str] = {}
+DOMAIN = "qonnx.custom_op.general"
+
+_QUANTIZERS = ("Quant", "BipolarQuant")
+
+
+def write(
+    qmodel: QuantModel,
+    path: Path,
+    *,
+    sample: Tensor,
+    preprocessing: Normalization | None = None,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write the network; see :func:`export.write` for the arguments.
+
+    Raises:
+        RunError: the exporter failed.
+    """
+    model = trace(qmodel, "qonnx", sample)
+    if preprocessing is not None:
+        graph.prepend_preprocessing_(model, preprocessing)
+    graph.save(_cleaned(model), path, metadata)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """Return the file's metadata."""
+    return graph.metadata(graph.load(path))
+
+
+def bits(path: Path) -> dict[str, int]:
+    """Return the bits of each layer's weight and each activation quantizer: from Quant nodes."""
+    model = graph.load(path)
+    makers = graph.producers(model)
+    floats = {
+        name: FLOAT_BITS
+        for name, node in graph.multiplications(model, _layers(model)).items()
+        if _weight_quantizer(makers, node)[0] is None
+    }
+    return {name: q.bits for name, q in quantizers(path).items()} | floats
+
+
+def quantizers(path: Path) -> dict[str, QuantizerInFile]:
+    """Return the quantizers in the file: weights by layer, activations by path.
+
+    Raises:
+        RequestError: not a file of ours.
+        RunError: a Quant node with a bitwidth that is not a whole number.
+    """
+    model = graph.load(path)
+    values, makers = graph.constants(model), graph.producers(model)
+    found = {}
+    for layer, node in graph.multiplications(model, _layers(model)).items():
+        quantizer, transposed = _weight_quantizer(makers, node)
+        if quantizer is not None:
+            codes = _codes(quantizer, values)
+            as_torch = graph.output_channels_first(node, codes, transposed)
+            found[layer] = QuantizerInFile(
+                _bits(layer, quantizer, values),
+                graph.vector(values[quantizer.input[1]]),
+                torch.from_numpy(np.array(as_torch)).short(),
+            )
+    for quantizer in _act_quantizers(model, values):
+        name = quantizer.name.removesuffix(".quant")
+        scale = graph.vector(values[quantizer.input[1]])
+        found[name] = QuantizerInFile(_bits(name, quantizer, values), scale)
+    return found
+
+
+def run(path: Path, inputs: Tensor) -> Tensor:
+    """Run the file in qonnx's executor."""
+    return open_runtime(path, EXECUTOR, taps=False)(inputs).output
+
+
+def open_runtime(path: Path, runtime: str, *, taps: bool) -> Runner:
+    """Return a runner in qonnx's executor.
+
+    Raises:
+        RunError: the executor fails in the file.
+    """
+    file = graph.load(path)
+    tensors = _taps(file) if taps else {}
+    fixed: dict[int, ModelWrapper] = {}
+
+    def once(inputs: Tensor) -> Trace:
+        try:
+            if len(inputs) not in fixed:
+                fixed[len(inputs)] = _with_batch(file, len(inputs))
+            feed = {file.graph.input[0].name: inputs.numpy()}
+            context = execute_onnx(fixed[len(inputs)], feed, return_full_exec_context=True)
+        except Exception as error:
+            raise RunError(f"{path}: qonnx cannot run it: {error}") from error
+        codes = {
+            name: torch.from_numpy(np.rint(context[tensor] / scale.numpy()).astype(np.int16))
+            for name, (tensor, scale) in tensors.items()
+        }
+        return Trace(torch.from_numpy(context[file.graph.output[0].name]), codes)
+
+    return once
+
+
+def open_exact(path: Path) -> Runner:
+    """Return a runner in float64."""
+    model = graph.load(path)
+    tensors = _taps(model)
+    interpreter = Interpreter(model)
+
+    def once(inputs: Tensor) -> Trace:
+        found = interpreter(inputs, [tensor for tensor, _ in tensors.values()])
+        codes = {
+            name: torch.round(found[tensor] / scale.double()).short()
+            for name, (tensor, scale) in tensors.items()
+        }
+        return Trace(found[interpreter.output], codes)
+
+    return once
+
+
+def _cleaned(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Apply qonnx's cleanup, but for the steps that rename, or that would fix the batch size."""
+    for node in model.graph.node:
+        if node.op_type in _QUANTIZERS:
+            node.domain = DOMAIN
+    wrapper = ModelWrapper(model)
+    # Shape is left alone: its folding would write the free batch size as 0
+    for step in (
+        InferShapes(),
+        FoldConstants([*_QUANTIZERS, "Shape"]),
+        FoldTransposeIntoQuantInit(),
+    ):
+        wrapper = wrapper.transform(step)
+    cleaned: onnx.ModelProto = wrapper.model
+    graph.remove_unused_(cleaned)
+    del cleaned.graph.value_info[:]
+    return cleaned
+
+
+def _with_batch(file: onnx.ModelProto, size: int) -> ModelWrapper:
+    model = onnx.ModelProto()
+    model.CopyFrom(file)
+    for entry in [*model.graph.input, *model.graph.output]:
+        entry.type.tensor_type.shape.dim[0].dim_value = size
+    wrapper = ModelWrapper(model)
+    for step in (InferShapes(), FoldConstants(list(_QUANTIZERS)), InferShapes()):
+        wrapper = wrapper.transform(step)
+    return wrapper
+
+
+def _layers(model: onnx.ModelProto) -> list[str]:
+    text = graph.metadata(model).get("policy", "")
+    return [bits.name for bits in BitwidthPolicy.from_json(text, "policy in the file")]
+
+
+def _weight_quantizer(
+    makers: dict[str, onnx.NodeProto], node: onnx.NodeProto
+) -> tuple[onnx.NodeProto | None, bool]:
+    """Return the node that quantizes a layer's weight, and whether it is transposed after."""
+    maker = makers.get(node.input[1])
+    transposed = maker is not None and maker.op_type == "Transpose"
+    if maker is not None and transposed:
+        maker = makers.get(maker.input[0])
+    quantized = maker is not None and maker.op_type in _QUANTIZERS
+    return (maker if quantized else None), transposed
+
+
+def _bits(name: str, quantizer: onnx.NodeProto, values: dict[str, np.ndarray]) -> int:
+    if quantizer.op_type == "BipolarQuant":
+        return 1
+    width = float(values[quantizer.input[3]])
+    if not (width.is_integer() and 2 <= width <= 8):
+        raise RunError(f"export: {name}: bits of its Quant node must be 2 to 8, got {width}")
+    return int(width)
+
+
+def _codes(quantizer: onnx.NodeProto, values: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the codes a weight's quantizer gives, by its definition."""
+    x, scale = (values[name].astype(np.float64) for name in quantizer.input[:2])
+    if quantizer.op_type == "BipolarQuant":
+        return np.where(x >= 0, 1.0, -1.0)
+    width = float(values[quantizer.input[3]])
+    signed, narrow = (
+        int(graph.attribute(quantizer, k, d)) for k, d in (("signed", 1), ("narrow", 0))
+    )
+    low = -(2.0 ** (width - 1)) + narrow if signed else 0.0
+    high = 2.0 ** (width - 1) - 1 if signed else 2.0**width - 1 - narrow
+    codes: np.ndarray = np.rint(x / scale + values[quantizer.input[2]]).clip(low, high)
+    return codes
+
+
+def _act_quantizers(model: onnx.ModelProto, values: dict[str, np.ndarray]) -> list[onnx.NodeProto]:
+    return [n for n in model.graph.node if n.op_type == "Quant" and n.input[0] not in values]
+
+
+def _taps(model: onnx.ModelProto) -> dict[str, tuple[str, Tensor]]:
+    """Return the output of each activation quantizer, and its scale."""
+    values = graph.constants(model)
+    return {
+        node.name.removesuffix(".quant"): (node.output[0], graph.vector(values[node.input[1]]))
+        for node in _act_quantizers(model, values)
+    }

@@ -1,0 +1,331 @@
+"""What ONNX operators compute, on torch's functions, in whatever precision they are given.
+
+Each takes the node's attributes and its inputs (None where one is left out). Only what our
+exporters write is here; an operator with options nobody writes refuses them.
+
+Source: ONNX operator schemas, https://onnx.ai/onnx/operators/; Quant and BipolarQuant:
+https://github.com/fastmachinelearning/qonnx/tree/main/docs/qonnx-custom-ops
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from sdq.errors import RunError
+
+Attributes = dict[str, Any]
+Operator = Callable[..., Any]
+
+_TYPES = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.DOUBLE: torch.float64,
+    TensorProto.INT8: torch.int8,
+    TensorProto.UINT8: torch.uint8,
+    TensorProto.INT32: torch.int32,
+    TensorProto.INT64: torch.int64,
+    TensorProto.BOOL: torch.bool,
+}
+
+
+def attributes(node: onnx.NodeProto) -> Attributes:
+    """Return a node's attributes."""
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def tensor(proto: onnx.TensorProto, single: bool = False) -> Tensor:
+    """Return a stored tensor; floats in float64, unless ``single``."""
+    values = torch.from_numpy(np.array(numpy_helper.to_array(proto)))
+    return values.double() if values.is_floating_point() and not single else values
+
+
+def _ints(x: Tensor) -> list[int]:
+    return [int(v) for v in x.reshape(-1).tolist()]
+
+
+def _along(axis: int, x: Tensor, parameter: Tensor) -> Tensor:
+    """Shape a per-axis parameter so that it broadcasts to ``x``."""
+    if parameter.numel() == 1:
+        return parameter.reshape(())
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return parameter.reshape(shape)
+
+
+def _quantize_linear(a: Attributes, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    kind = torch.uint8 if zero is None else zero.dtype
+    axis = a.get("axis", 1)
+    offset = 0 if zero is None else _along(axis, x, zero.double())
+    codes = torch.round(x / _along(axis, x, scale)) + offset
+    limits = torch.iinfo(kind)
+    return codes.clamp(limits.min, limits.max).to(kind)
+
+
+def _dequantize_linear(
+    a: Attributes, x: Tensor, scale: Tensor, zero: Tensor | None = None
+) -> Tensor:
+    axis = a.get("axis", 1)
+    offset = 0 if zero is None else _along(axis, x, zero.double())
+    return (x.double() - offset) * _along(axis, x, scale)
+
+
+def _quant(a: Attributes, x: Tensor, scale: Tensor, zero: Tensor, bits: Tensor) -> Tensor:
+    mode = a.get("rounding_mode", b"ROUND").decode().upper()
+    if mode not in ("ROUND", "HALF_EVEN"):
+        raise RunError(f"export: Quant: rounding_mode must be ROUND, got {mode!r}")
+    signed, narrow, width = a.get("signed", 1), a.get("narrow", 0), float(bits)
+    low = -(2.0 ** (width - 1)) + narrow if signed else 0.0
+    high = 2.0 ** (width - 1) - 1 if signed else 2.0**width - 1 - narrow
+    codes = torch.round(x / scale + zero).clamp(low, high)
+    return (codes - zero) * scale
+
+
+def _window(a: Attributes, x: Tensor, fill: float) -> tuple[Tensor, bool]:
+    """Pad as the node says; tell whether anything was padded."""
+    if a.get("auto_pad", b"NOTSET") != b"NOTSET":
+        raise RunError(f"export: auto_pad must be NOTSET, got {a['auto_pad']!r}")
+    pads = list(a.get("pads", [0] * (2 * (x.dim() - 2))))
+    if not any(pads):
+        return x, False
+    half = len(pads) // 2
+    order = [p for i in reversed(range(half)) for p in (pads[i], pads[i + half])]
+    return F.pad(x, order, value=fill), True
+
+
+def _conv(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    x, _ = _window(a, x, 0.0)
+    function = F.conv1d if x.dim() == 3 else F.conv2d
+    ones = [1] * (x.dim() - 2)
+    strides, dilations = a.get("strides", ones), a.get("dilations", ones)
+    result: Tensor = function(x, weight, bias, strides, 0, dilations, a.get("group", 1))
+    return result
+
+
+def _gemm(a: Attributes, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    x = x.T if a.get("transA", 0) else x
+    y = y.T if a.get("transB", 0) else y
+    product: Tensor = a.get("alpha", 1.0) * (x @ y)
+    return product if bias is None else product + a.get("beta", 1.0) * bias
+
+
+def _batch_norm(a: Attributes, x: Tensor, *parameters: Tensor) -> Tensor:
+    weight, bias, mean, variance = (_along(1, x, p) for p in parameters)
+    return (x - mean) / torch.sqrt(variance + a.get("epsilon", 1e-5)) * weight + bias
+
+
+def _max_pool(a: Attributes, x: Tensor) -> Tensor:
+    x, _ = _window(a, x, -torch.inf)
+    function = F.max_pool1d if x.dim() == 3 else F.max_pool2d
+    ones = [1] * (x.dim() - 2)
+    return function(
+        x, a["kernel_shape"], a.get("strides", ones), 0, a.get("dilations", ones),
+        bool(a.get("ceil_mode", 0)),
+    )  # fmt: skip
+
+
+def _average_pool(a: Attributes, x: Tensor) -> Tensor:
+    function = F.avg_pool1d if x.dim() == 3 else F.avg_pool2d
+    ceil = bool(a.get("ceil_mode", 0))
+    ones = [1] * (x.dim() - 2)
+    padded, any_pads = _window(a, x, 0.0)
+    sums = function(padded, a["kernel_shape"], a.get("strides", ones), 0, ceil)
+    if not any_pads or a.get("count_include_pad", 0):
+        return sums
+    inside, _ = _window(a, torch.ones_like(x[:1]), 0.0)
+    return sums / function(inside, a["kernel_shape"], a.get("strides", ones), 0, ceil)
+
+
+def _axes(a: Attributes, x: Tensor, axes: Tensor | None) -> list[int]:
+    found = a.get("axes", None) if axes is None else _ints(axes)
+    return list(range(x.dim())) if found is None else list(found)
+
+
+def _reduce(function: Callable[..., Tensor]) -> Operator:
+    def apply(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
+        return function(x, dim=_axes(a, x, axes), keepdim=bool(a.get("keepdims", 1)))
+
+    return apply
+
+
+def _slice(
+    a: Attributes, x: Tensor, starts: Tensor, ends: Tensor,
+    axes: Tensor | None = None, steps: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    which = _ints(axes) if axes is not None else list(range(starts.numel()))
+    stride = _ints(steps) if steps is not None else [1] * len(which)
+    for start, end, axis, step in zip(_ints(starts), _ints(ends), which, stride, strict=True):
+        indices = range(x.shape[axis])[start:end:step]  # clamps as ONNX does
+        x = x.index_select(axis, torch.tensor(list(indices), dtype=torch.int64))
+    return x
+
+
+def _pad(
+    a: Attributes, x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None
+) -> Tensor:
+    which = [i % x.dim() for i in (_ints(axes) if axes is not None else range(x.dim()))]
+    amounts = _ints(pads)
+    by_axis = {w: (amounts[i], amounts[i + len(which)]) for i, w in enumerate(which)}
+    order = [p for i in reversed(range(x.dim())) for p in by_axis.get(i, (0, 0))]
+    mode = a.get("mode", b"constant").decode()
+    if mode == "constant":
+        return F.pad(x, order, value=0.0 if value is None else float(value))
+    while len(order) > 4 and order[-2:] == [0, 0]:
+        order = order[:-2]
+    modes = {"edge": "replicate", "reflect": "reflect", "wrap": "circular"}
+    return F.pad(x, order, mode=modes[mode])
+
+
+def _reshape(a: Attributes, x: Tensor, shape: Tensor) -> Tensor:
+    sizes = _ints(shape)
+    if not a.get("allowzero", 0):
+        sizes = [x.shape[i] if size == 0 else size for i, size in enumerate(sizes)]
+    return x.reshape(sizes)
+
+
+def _flatten(a: Attributes, x: Tensor) -> Tensor:
+    axis = a.get("axis", 1)
+    rows = int(np.prod(x.shape[:axis]))
+    return x.reshape(rows, -1)
+
+
+def _clip(
+    a: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None
+) -> Tensor:
+    x = x if low is None else torch.maximum(x, low.to(x.dtype))
+    return x if high is None else torch.minimum(x, high.to(x.dtype))
+
+
+def _cast(a: Attributes, x: Tensor) -> Tensor:
+    kind = _TYPES.get(a["to"])
+    if kind is None:
+        raise RunError(f"export: Cast: no type {a['to']} in export/operators.py")
+    keeps = kind is torch.float32 and x.dtype is torch.float64  # float64 stays what it is
+    return x if keeps else x.to(kind)
+
+
+def _constant(a: Attributes) -> Tensor:
+    if "value" in a:
+        return tensor(a["value"])
+    (value,) = a.values()
+    kind = torch.float64 if isinstance(np.asarray(value).flat[0], np.floating) else torch.int64
+    return torch.tensor(value, dtype=kind)
+
+
+def _constant_of_shape(a: Attributes, shape: Tensor) -> Tensor:
+    value = tensor(a["value"]).reshape(()) if "value" in a else torch.zeros((), dtype=torch.float64)
+    return value.expand(_ints(shape)).clone()
+
+
+def _gather(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
+    axis = a.get("axis", 0)
+    indices = torch.where(indices < 0, indices + x.shape[axis], indices)
+    picked = x.index_select(axis, indices.reshape(-1))
+    return picked.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+
+
+def _unsqueeze(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
+    which = _axes(a, x, axes)
+    for axis in sorted(i % (x.dim() + len(which)) for i in which):
+        x = x.unsqueeze(axis)
+    return x
+
+
+def _squeeze(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
+    given = axes is not None or "axes" in a
+    which = _axes(a, x, axes) if given else [i for i, size in enumerate(x.shape) if size == 1]
+    for axis in sorted((i % x.dim() for i in which), reverse=True):
+        x = x.squeeze(axis)
+    return x
+
+
+def _split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+    if sizes is None:
+        raise RunError("export: Split: sizes must be given")
+    return torch.split(x, _ints(sizes), a.get("axis", 0))
+
+
+def _div(a: Attributes, x: Tensor, y: Tensor) -> Tensor:
+    if x.is_floating_point():
+        return x / y
+    return torch.div(x, y, rounding_mode="trunc")
+
+
+def _resize(
+    a: Attributes, x: Tensor, roi: Tensor | None = None,
+    scales: Tensor | None = None, sizes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    mode = a.get("mode", b"nearest").decode()
+    where = a.get("coordinate_transformation_mode", b"half_pixel").decode()
+    if sizes is not None and sizes.numel():
+        size = _ints(sizes)[2:]
+    else:
+        assert scales is not None
+        size = [int(n * s) for n, s in zip(x.shape[2:], scales.tolist()[2:], strict=True)]
+    if mode == "nearest" and where == "asymmetric":
+        return F.interpolate(x, size, mode="nearest")
+    linear = {1: "linear", 2: "bilinear"}[x.dim() - 2]
+    known = {"align_corners": True, "half_pixel": False, "pytorch_half_pixel": False}
+    if mode == "linear" and where in known:
+        return F.interpolate(x, size, mode=linear, align_corners=known[where])
+    raise RunError(f"export: Resize: {mode} with {where} is not known in export/operators.py")
+
+
+OPERATORS: dict[str, Operator] = {
+    "Add": lambda a, x, y: x + y,
+    "AveragePool": _average_pool,
+    "BatchNormalization": _batch_norm,
+    "BipolarQuant": lambda a, x, scale: torch.where(x >= 0, 1.0, -1.0).double() * scale,
+    "Cast": _cast,
+    "Clip": _clip,
+    "Concat": lambda a, *x: torch.cat(x, a["axis"]),
+    "Constant": _constant,
+    "ConstantOfShape": _constant_of_shape,
+    "Conv": _conv,
+    "DequantizeLinear": _dequantize_linear,
+    "Div": _div,
+    "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)),
+    "Equal": lambda a, x, y: x == y,
+    "Erf": lambda a, x: torch.erf(x),
+    "Expand": lambda a, x, shape: x * torch.ones(_ints(shape), dtype=x.dtype),
+    "Flatten": _flatten,
+    "Gather": _gather,
+    "Gemm": _gemm,
+    "GlobalAveragePool": lambda a, x: x.mean(list(range(2, x.dim())), keepdim=True),
+    "GlobalMaxPool": lambda a, x: x.amax(list(range(2, x.dim())), keepdim=True),
+    "HardSigmoid": lambda a, x: (a.get("alpha", 0.2) * x + a.get("beta", 0.5)).clamp(0, 1),
+    "HardSwish": lambda a, x: x * (x / 6 + 0.5).clamp(0, 1),
+    "Identity": lambda a, x: x,
+    "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
+    "MatMul": lambda a, x, y: x @ y,
+    "MaxPool": _max_pool,
+    "Mul": lambda a, x, y: x * y,
+    "Neg": lambda a, x: -x,
+    "PRelu": lambda a, x, slope: torch.where(x >= 0, x, slope * x),
+    "Pad": _pad,
+    "Pow": lambda a, x, y: x**y,
+    "Quant": _quant,
+    "QuantizeLinear": _quantize_linear,
+    "ReduceMax": _reduce(torch.amax),
+    "ReduceMean": _reduce(torch.mean),
+    "ReduceSum": _reduce(torch.sum),
+    "Relu": lambda a, x: x.clamp_min(0),
+    "Reshape": _reshape,
+    "Resize": _resize,
+    "Shape": lambda a, x: torch.tensor(x.shape[a.get("start", 0) : a.get("end", None)]),
+    "Sigmoid": lambda a, x: torch.sigmoid(x),
+    "Slice": _slice,
+    "Softmax": lambda a, x: torch.softmax(x, a.get("axis", -1)),
+    "Split": _split,
+    "Sqrt": lambda a, x: torch.sqrt(x),
+    "Squeeze": _squeeze,
+    "Sub": lambda a, x, y: x - y,
+    "Tanh": lambda a, x: torch.tanh(x),
+    "Transpose": lambda a, x: x.permute(a.get("perm", list(reversed(range(x.dim()))))),
+    "Unsqueeze": _unsqueeze,
+    "Where": lambda a, condition, x, y: torch.where(condition, x, y),
+}

@@ -1,0 +1,119 @@
+"""PyTorch's side of a comparison: outputs and integer codes, in float32 and in float64."""
+
+import copy
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from export.format import Trace
+from sdq.learned_scale import ActQuantizer, Quantized, WeightQuantizer
+from sdq.policy import FLOAT_BITS
+from sdq.quant_model import QuantModel
+
+
+class Reference:
+    """A quantized network in evaluation mode on the CPU, whose codes can be read.
+
+    The float64 copy has the float32 network's weight codes and scales: whether a float32 division
+    fell on one side of a boundary is settled, and everything after it is exact.
+
+    Args:
+        qmodel: left as it is.
+    """
+
+    def __init__(self, qmodel: QuantModel) -> None:
+        self.single = copy.deepcopy(qmodel).cpu().eval()
+        self.double = _in_float64(self.single)
+        self.names = list(self.single.act_quantizers())
+
+    @torch.no_grad()
+    def float32(self, images: Tensor) -> Trace:
+        """Run float images ``(N, C, H, W)`` as PyTorch does."""
+        return _traced(self.single, images)
+
+    @torch.no_grad()
+    def float64(self, images: Tensor) -> Trace:
+        """Run float images ``(N, C, H, W)`` in float64."""
+        return _traced(self.double, images.double())
+
+    @torch.no_grad()
+    def replay(
+        self, images: Tensor, codes: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run in float64, but let every activation quantizer give these codes.
+
+        Returns:
+            The output, and what each quantizer was about to round: its input over its scale.
+        """
+        before: dict[str, Tensor] = {}
+
+        def force(name: str) -> Callable[..., Quantized]:
+            def hook(module: ActQuantizer, inputs: tuple[Tensor], output: Quantized) -> Quantized:
+                before[name] = inputs[0] / module.scale
+                return (codes[name].double() * module.scale, *output[1:])
+
+            return hook
+
+        quantizers = self.double.act_quantizers().items()
+        handles = [q.register_forward_hook(force(name)) for name, q in quantizers]
+        try:
+            return self.double(images.double()), before
+        finally:
+            _remove(handles)
+
+    def weight(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Return a layer's weight codes ``(K, ...)`` and scales, or None if it is float."""
+        if self.single.policy[name].weight_bits == FLOAT_BITS:
+            return None
+        quantizer = self.single.weight_quantizer(name)
+        assert isinstance(quantizer, WeightQuantizer)
+        codes = quantizer.codes(self.single.weight(name))
+        return codes.short(), quantizer.scale.detach().reshape(-1)
+
+    def output_step(self) -> float | None:
+        """Return input scale times the smallest weight scale of the last layer, if it has both."""
+        name = self.single.policy.layers[-1].name
+        weight = self.weight(name)
+        graph = self.single.net.graph
+        inputs = [n.args[0] for n in graph.nodes if n.op == "call_module" and n.target == name]
+        source = self.single.act_quantizers().get(str(getattr(inputs[-1], "target", "")))
+        if weight is None or source is None:
+            return None
+        return float(source.scale.detach()) * float(weight[1].min())
+
+
+def _in_float64(qmodel: QuantModel) -> QuantModel:
+    double = copy.deepcopy(qmodel).double()  # its scales keep their float32 values
+    for bits in qmodel.policy:
+        if bits.weight_bits == FLOAT_BITS:
+            continue
+        single, quantizer = qmodel.weight_quantizer(bits.name), double.weight_quantizer(bits.name)
+        assert isinstance(single, WeightQuantizer)
+        assert isinstance(quantizer, WeightQuantizer)
+        codes = single.codes(qmodel.weight(bits.name))
+        with torch.no_grad():
+            double.weight(bits.name).copy_(codes.double() * quantizer.scale)
+    return double
+
+
+def _traced(qmodel: QuantModel, images: Tensor) -> Trace:
+    codes: dict[str, Tensor] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: ActQuantizer, inputs: tuple[Tensor], output: Quantized) -> None:
+            codes[name] = module.codes(inputs[0]).short()
+
+        return hook
+
+    handles = [q.register_forward_hook(record(name)) for name, q in qmodel.act_quantizers().items()]
+    try:
+        return Trace(qmodel(images), codes)
+    finally:
+        _remove(handles)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,123 @@
+"""What a verification found: plain values, one line a stage, JSON."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+AGREEMENT = 0.998
+"""Least share of equal decisions in float32 that needs no explanation: two in a thousand images
+may fall on the other side of a rounding boundary without anything being wrong."""
+
+
+@dataclass(frozen=True)
+class ExactStage:
+    """The file against PyTorch, both in float64.
+
+    Args:
+        codes: integer codes compared: of all weights, and of every activation quantizer for every
+            image.
+        different: how many of them differ.
+        first_difference: the layer or activation quantizer where the file first differs, in
+            execution order, in bits, codes or scale; None if it does not.
+        output_difference: largest difference of the outputs, relative to the largest output.
+    """
+
+    codes: int
+    different: int
+    first_difference: str | None
+    output_difference: float
+
+    @property
+    def line(self) -> str:
+        """One line for people."""
+        where = f", first at {self.first_difference}" if self.first_difference else ""
+        return (
+            f"float64: {self.different} of {self.codes} codes differ{where}; "
+            f"outputs within {self.output_difference:.1e}"
+        )
+
+
+@dataclass(frozen=True)
+class RuntimeStage:
+    """The file in a float32 runtime against PyTorch in float32.
+
+    Args:
+        name: of the runtime.
+        agreement: share of equal decisions (the class of an image, or of each pixel).
+        flipped: share of the images with a code that differs; None where reading the codes would
+            change how the runtime computes, and flips show in the outputs alone.
+        median_difference: of an output value; in output steps, or absolute without a step.
+        largest_difference: likewise.
+        output_step: input scale times the smallest weight scale of the last layer; None if that
+            is float.
+        finite: whether all outputs are.
+        exceptions: images with another decision than PyTorch's.
+        explained: of them, those that are shown to be ties.
+        tie_distance: the largest distance from a rounding boundary, in codes, at which an
+            exception began; None without any.
+    """
+
+    name: str
+    agreement: float
+    flipped: float | None
+    median_difference: float
+    largest_difference: float
+    output_step: float | None
+    finite: bool
+    exceptions: int
+    explained: int
+    tie_distance: float | None
+
+    @property
+    def line(self) -> str:
+        """One line for people."""
+        unit = "output steps" if self.output_step else "(no output step)"
+        flips = "not readable" if self.flipped is None else f"{self.flipped:.1%} of the images"
+        text = (
+            f"{self.name}: {self.agreement:.2%} of the decisions agree; flipped codes: {flips}; "
+            f"difference {self.median_difference:.2g} median, {self.largest_difference:.2g} "
+            f"largest {unit}"
+        )
+        if self.exceptions:
+            text += f"; {self.explained} of {self.exceptions} exceptions are ties"
+        return text
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The verdict on an exported file.
+
+    Args:
+        format: plugin name.
+        path: of the file.
+        sha256: of the file as it was read.
+        images: how many were passed through.
+        verified: every code equal in float64, the file's bits those of the policy, and decisions
+            in float32 equal but for ties.
+        reason: why, in a sentence.
+        exact: the comparison in float64; None if the file could not be run.
+        runtimes: one for each runtime of the format.
+        warnings: what a user of the file must know of a runtime; not held against the file.
+    """
+
+    format: str
+    path: Path
+    sha256: str
+    images: int
+    verified: bool
+    reason: str
+    exact: ExactStage | None
+    runtimes: tuple[RuntimeStage, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> list[str]:
+        """The verdict and one line a stage."""
+        verdict = "verified" if self.verified else "NOT verified"
+        stages = [stage.line for stage in (self.exact, *self.runtimes) if stage is not None]
+        warnings = [f"warning: {sentence}" for sentence in self.warnings]
+        return [f"{self.path.name}: {verdict}: {self.reason}", *stages, *warnings]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a document that ``json.dumps`` takes."""
+        return asdict(self) | {"path": self.path.name}

@@ -1,0 +1,158 @@
+"""From a quantized network to an ONNX graph whose nodes carry the network's own names.
+
+Brevitas's TorchScript exporters do the translation. They name nodes after the last part of a
+module's path only, so the copy that is exported has its layers renamed first, and the graph gets
+the true names back afterwards: the weight of layer ``a.b`` is the initializer ``a.b.weight``, the
+quantizer at ``a.b_input`` is the node ``a.b_input.quant`` (or ``.quantizelinear``).
+"""
+
+import contextlib
+import copy
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import torch
+from torch import Tensor
+
+from export import graph
+from export.float64 import fold_constants_
+from sdq.errors import RequestError, RunError
+from sdq.learned_scale import WeightQuantizer
+from sdq.policy import FLOAT_BITS
+from sdq.quant_model import QuantModel
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # brevitas imports its own deprecated brevitas.fx
+    from brevitas import config as brevitas_config
+    from brevitas.export import StdQCDQONNXManager
+    from brevitas.export.onnx.qonnx.manager import QONNXManager
+
+OPSET = 17
+"""The newest in which ReduceMean still has its axes as an attribute, as FPGA compilers expect."""
+
+INPUT, OUTPUT, BATCH = "images", "output", "N"
+
+Dialect = Literal["qcdq", "qonnx"]
+_LABEL = re.compile(r"/sdq(\d+)x(?:_\d+)?/")
+
+
+def trace(qmodel: QuantModel, dialect: Dialect, sample: Tensor) -> onnx.ModelProto:
+    """Return the network as an ONNX graph with one input, one output and a free batch size.
+
+    Args:
+        qmodel: left as it is; a copy on the CPU is exported.
+        dialect: ``qcdq`` (QuantizeLinear, Clip, DequantizeLinear; int8 weights) or ``qonnx``.
+        sample: ``(N, C, H, W)``, for shapes only.
+
+    Raises:
+        RequestError: the sample does not fit the network.
+        RunError: the exporter failed; the message names its reason.
+    """
+    clone = copy.deepcopy(qmodel).cpu().eval()
+    example = sample[:1].detach().float().cpu()
+    _check_sample(clone, example)
+    freeze_weights_(clone, binary_as_narrow=dialect == "qcdq")
+    names = _label_(clone)
+    model = _run_exporter(clone, dialect, example)
+    fold_constants_(model)
+    graph.restore_names_(model, names, _LABEL)
+    graph.merge_twins_(model)
+    return model
+
+
+def freeze_weights_(qmodel: QuantModel, *, binary_as_narrow: bool = False) -> None:
+    """Put codes times scale in place of the float master weights.
+
+    Quantizing them again gives the same codes in any precision, so that a reader which divides in
+    float64, or multiplies by a reciprocal, still finds the codes PyTorch has.
+
+    Args:
+        qmodel: changed in place.
+        binary_as_narrow: let one-bit layers say they have two bits without the lowest code
+            (-1, 0, 1): what a dialect without a binary type can write.
+    """
+    for bits in qmodel.policy:
+        if bits.weight_bits == FLOAT_BITS:
+            continue
+        quantizer = qmodel.weight_quantizer(bits.name)
+        assert isinstance(quantizer, WeightQuantizer)
+        weight = qmodel.weight(bits.name)
+        with torch.no_grad():
+            weight.copy_(quantizer.codes(weight) * quantizer.scale)
+        if binary_as_narrow and bits.weight_bits == 1:
+            quantizer.bit_width = torch.full_like(quantizer.bit_width, 2.0)
+            proxy: Any = qmodel.net.get_submodule(f"{bits.name}.weight_quant")
+            proxy.quant_injector = proxy.quant_injector.let(narrow_range=True)
+
+
+def _check_sample(qmodel: QuantModel, example: Tensor) -> None:
+    try:
+        with torch.no_grad():
+            output = qmodel(example)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise RequestError(
+            f"export: sample must fit the network, got shape {tuple(example.shape)} "
+            f"(N, C, H, W): {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(output, Tensor):
+        raise RequestError(
+            f"export: the network must return one tensor, got {type(output).__name__}; "
+            "wrap it in a module that returns one"
+        )
+
+
+def _label_(qmodel: QuantModel) -> list[str]:
+    """Rename layers and activation quantizers to ``sdq0x``, ``sdq1x`` ...; return the names."""
+    names = [bits.name for bits in qmodel.policy] + list(qmodel.act_quantizers())
+    index = {name: i for i, name in enumerate(names)}
+    for name, i in index.items():
+        qmodel.net.add_submodule(f"sdq{i}x", qmodel.net.get_submodule(name))
+    for node in qmodel.net.graph.nodes:
+        if node.op == "call_module" and node.target in index:
+            node.target = f"sdq{index[node.target]}x"
+    qmodel.net.delete_all_unused_submodules()
+    qmodel.net.recompile()
+    return names
+
+
+def _run_exporter(qmodel: QuantModel, dialect: Dialect, example: Tensor) -> onnx.ModelProto:
+    manager = StdQCDQONNXManager if dialect == "qcdq" else QONNXManager
+    with tempfile.TemporaryDirectory() as folder, _clean_exporter(manager):
+        path = Path(folder) / "model.onnx"
+        try:
+            manager.export(
+                qmodel.net,
+                args=example,
+                export_path=str(path),
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_axes={INPUT: {0: BATCH}, OUTPUT: {0: BATCH}},
+                keep_initializers_as_inputs=False,
+            )
+            return onnx.load(path)
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise RunError(f"export: the exporter failed: {reason}") from error
+
+
+@contextlib.contextmanager
+def _clean_exporter(manager: Any) -> Iterator[None]:
+    """Leave nothing of an export behind in Brevitas's class-level state, whatever happens."""
+
+    def clear() -> None:
+        brevitas_config._ONGOING_EXPORT = None
+        manager._fn_cache.clear()
+        manager._fn_to_cache.clear()
+
+    clear()
+    try:
+        yield
+    finally:
+        clear()

@@ -1,0 +1,280 @@
+"""Whether a file computes what PyTorch computes, and if not, where it first differs.
+
+A low-bit network rounds at every layer, and float32 sums depend on their order: the same network
+in two runtimes, or in PyTorch with two batch sizes, gives codes that differ here and there, and
+outputs that differ by whole steps. A bound on the largest difference therefore either fails sound
+files or passes broken ones. Two questions are asked instead:
+
+1. *Does the file mean the same?* Both sides run in float64, where sums are exact enough that no
+   tie is decided by their order: every integer code must be equal.
+2. *Does its runtime do what it should?* In float32 the decisions must agree, and for each image
+   where they do not, the first code that flipped must have stood on a rounding boundary.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.float32 import Tally
+from export.format import Format, Runner, expected_bits, load_format, read_record
+from export.reference import Reference
+from export.report import AGREEMENT, ExactStage, RuntimeStage, VerifyReport
+from sdq.batches import Normalization
+from sdq.errors import RequestError, RunError
+from sdq.quant_model import QuantModel
+
+OUTPUT_TOLERANCE = 1e-9
+"""For the outputs in float64, relative to the largest: its 1e-16 leaves seven digits for sums and
+batch normalisation, and one float32 rounding (6e-8) would show."""
+
+
+def verify(
+    qmodel: QuantModel,
+    folder: str | Path,
+    *,
+    format: "str | Format",
+    inputs: Tensor,
+    batch_size: int = 50,
+) -> VerifyReport:
+    """Compare an exported file with the network it was written from.
+
+    Args:
+        qmodel: the network; left as it is.
+        folder: as given to :func:`export.write`; the file on disk is read, nothing is remembered.
+        format: plugin name, or such a module.
+        inputs: normalised float images ``(N, C, H, W)``; or, for a file that holds the
+            preprocessing, uint8 pixels ``(N, C, H, W)``. A few hundred images will do.
+        batch_size: images at a time; bounds the memory, and changes no result in float64.
+
+    Returns:
+        The report. A file that differs, was changed or cannot be run is ``verified=False`` with
+        the reason; it is not an error.
+
+    Raises:
+        RequestError: no such file, not a file of ours, of another network, or inputs that do not
+            fit it.
+    """
+    name, plugin = load_format(format)
+    path = Path(folder) / plugin.FILE
+    metadata = plugin.metadata(path)
+    prepare = _preparation(path, metadata, inputs)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    reasons = _check_sha256(Path(folder), name, sha256)
+    reference = Reference(qmodel)
+    _check_inputs(reference, prepare(inputs[:1])[0])
+    exact: ExactStage | None = None
+    runtimes: list[RuntimeStage] = []
+    warnings: list[str] = []
+    try:
+        differences, static = _compare_quantizers(plugin, path, reference)
+        reasons += differences
+        exact = _compare_exact(
+            plugin.open_exact(path), reference, inputs, prepare, batch_size, static
+        )
+        reasons += _judge_exact(exact, bool(differences))
+        runtimes = _compare_runtimes(plugin, path, reference, inputs, prepare, batch_size)
+        for stage in runtimes:
+            found = _judge_runtime(stage)
+            advice = plugin.ADVICE.get(stage.name)
+            reasons += found if advice is None else []
+            warnings += [f"{sentence}; {advice}" for sentence in found if advice is not None]
+    except RunError as error:
+        reasons.append(str(error))
+    good = (
+        "every code equals PyTorch's in float64, bits are the policy's, decisions agree in float32"
+    )
+    return VerifyReport(
+        name, path, sha256, len(inputs), not reasons, "; ".join(reasons) or good, exact,
+        tuple(runtimes), tuple(warnings),
+    )  # fmt: skip
+
+
+Preparation = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From a chunk of the inputs: images for PyTorch, inputs for the file."""
+
+
+def _preparation(path: Path, metadata: dict[str, str], inputs: Tensor) -> Preparation:
+    if inputs.dim() != 4 or not len(inputs):
+        raise RequestError(
+            f"verify: inputs must be (N, C, H, W) with N at least 1, got {tuple(inputs.shape)}"
+        )
+    if "normalization" not in metadata:
+        if not inputs.is_floating_point():
+            raise RequestError(
+                f"verify: inputs must be normalised float images, got {inputs.dtype}: {path.name} "
+                "holds no preprocessing"
+            )
+        return lambda images: (images.float().cpu(), images.float().cpu())
+    if inputs.dtype is not torch.uint8:
+        raise RequestError(
+            f"verify: inputs must be uint8 pixels, got {inputs.dtype}: {path.name} holds the "
+            "preprocessing"
+        )
+    try:
+        values = json.loads(metadata["normalization"])
+        normalization = Normalization(tuple(values["mean"]), tuple(values["std"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{path}: its normalization must be mean and std: {error}") from None
+    return lambda pixels: (
+        normalization(pixels.cpu()),
+        pixels.cpu().permute(0, 2, 3, 1).contiguous(),  # (N, H, W, C)
+    )
+
+
+def _check_inputs(reference: Reference, image: Tensor) -> None:
+    try:
+        reference.float32(image)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise RequestError(
+            f"verify: inputs must fit the network, got shape {tuple(image.shape)} (N, C, H, W): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _check_sha256(folder: Path, name: str, sha256: str) -> list[str]:
+    entry = read_record(folder).get(name)
+    if isinstance(entry, dict) and entry.get("sha256") != sha256:
+        return ["the file is not the one that was written: its SHA-256 is not that of export.json"]
+    return []
+
+
+@dataclass
+class _Count:
+    """Codes compared so far, and how many differ by the place they belong to."""
+
+    compared: int = 0
+    different: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, ours: Tensor, theirs: Tensor | None) -> None:
+        self.compared += ours.numel()
+        if theirs is None or theirs.shape != ours.shape:
+            wrong = ours.numel()
+        else:
+            wrong = int((ours != theirs).sum())
+        if wrong:
+            self.different[name] = self.different.get(name, 0) + wrong
+
+
+def _compare_quantizers(
+    plugin: Format, path: Path, reference: Reference
+) -> tuple[list[str], _Count]:
+    """Compare what the file says of its quantizers: bits, weight codes, scales."""
+    bits, expected = plugin.bits(path), expected_bits(reference.single)
+    if set(bits) != set(expected):
+        odd = sorted(set(bits) ^ set(expected))[0]
+        raise RequestError(
+            f"verify: the file must hold the network's layers and quantizers, but {odd!r} is only "
+            "in one of them; verify with the network it was written from"
+        )
+    found = plugin.quantizers(path)
+    count, reasons = _Count(), []
+    for name in expected:
+        if bits[name] != expected[name]:
+            count.different.setdefault(name, 0)
+            reasons.append(f"{name}: the file has {bits[name]} bits, the policy {expected[name]}")
+        if name not in found:
+            continue
+        weight = reference.weight(name) if found[name].codes is not None else None
+        if weight is not None:
+            codes, scale = weight
+            count.add(name, codes, found[name].codes)
+            if count.different.get(name):
+                reasons.append(f"{name}: {count.different[name]} weight codes differ")
+        else:
+            scale = reference.single.act_quantizers()[name].scale.detach().reshape(-1)
+        if not torch.equal(found[name].scale, scale):
+            count.different.setdefault(name, 0)
+            reasons.append(f"{name}: the scale differs")
+    return reasons, count
+
+
+def _chunks(
+    inputs: Tensor, prepare: Preparation, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for chunk in torch.split(inputs, batch_size):
+        yield prepare(chunk)
+
+
+def _compare_exact(
+    run: Runner,
+    reference: Reference,
+    inputs: Tensor,
+    prepare: Preparation,
+    batch_size: int,
+    count: _Count,
+) -> ExactStage:
+    difference = largest = 0.0
+    for images, feed in _chunks(inputs, prepare, batch_size):
+        ours, theirs = reference.float64(images), run(feed)
+        for name in reference.names:
+            count.add(name, ours.codes[name], theirs.codes.get(name))
+        if theirs.output.shape != ours.output.shape:
+            raise RunError(
+                f"the file's output must have shape {tuple(ours.output.shape)}, "
+                f"got {tuple(theirs.output.shape)}"
+            )
+        gap = (ours.output - theirs.output).abs().nan_to_num(torch.inf, torch.inf)
+        difference = max(difference, float(gap.max()))
+        largest = max(largest, float(ours.output.abs().max()))
+    order = _execution_order(reference)
+    first = next((name for name in order if name in count.different), None)
+    total = sum(count.different.values())
+    return ExactStage(count.compared, total, first, difference / (largest or 1.0))
+
+
+def _execution_order(reference: Reference) -> list[str]:
+    """Return layers and activation quantizers as they come in a forward pass."""
+    known = {*reference.names, *(bits.name for bits in reference.single.policy)}
+    nodes = reference.single.net.graph.nodes
+    return [str(n.target) for n in nodes if n.op == "call_module" and str(n.target) in known]
+
+
+def _judge_exact(stage: ExactStage, known: bool) -> list[str]:
+    if stage.different and not known:
+        return [
+            f"{stage.different} of {stage.codes} codes differ in float64, "
+            f"first at {stage.first_difference}"
+        ]
+    if not stage.different and not stage.output_difference <= OUTPUT_TOLERANCE:
+        return [
+            f"the outputs differ in float64 by {stage.output_difference:.1e} of the largest, "
+            "after the last quantizer"
+        ]
+    return []
+
+
+def _compare_runtimes(
+    plugin: Format,
+    path: Path,
+    reference: Reference,
+    inputs: Tensor,
+    prepare: Preparation,
+    batch_size: int,
+) -> list[RuntimeStage]:
+    plain = {x: plugin.open_runtime(path, x, taps=False) for x in plugin.REWRITES}
+    tapped = {x: plugin.open_runtime(path, x, taps=True) for x in plugin.RUNTIMES}
+    tallies = {x: Tally(reference) for x in plugin.RUNTIMES}
+    for images, feed in _chunks(inputs, prepare, batch_size):
+        ours = reference.float32(images)
+        for runtime, tally in tallies.items():
+            theirs = tapped[runtime](feed)
+            output = plain[runtime](feed).output if runtime in plain else theirs.output
+            tally.add(images, ours, output, theirs)
+    return [tally.stage(runtime) for runtime, tally in tallies.items()]
+
+
+def _judge_runtime(stage: RuntimeStage) -> list[str]:
+    if not stage.finite:
+        return [f"{stage.name}: outputs must be finite"]
+    if stage.agreement < AGREEMENT and stage.explained < stage.exceptions:
+        return [
+            f"{stage.name}: {stage.agreement:.2%} of the decisions agree, and "
+            f"{stage.exceptions - stage.explained} of {stage.exceptions} images that differ are "
+            "not ties"
+        ]
+    return []

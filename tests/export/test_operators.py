@@ -1,0 +1,173 @@
+"""The interpreter's operators against onnxruntime and qonnx: another implementation of each."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from export.float64 import Interpreter, fold_constants_
+from sdq.errors import RunError
+
+rng = np.random.default_rng(0)
+
+
+def f(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def i(*values):
+    return np.array(values, np.int64)
+
+
+IMAGE = f(2, 3, 9, 9)
+CASES = {
+    "Add": (IMAGE, [f(1, 3, 1, 1)], {}),
+    "AveragePool padded": (IMAGE, [], {"kernel_shape": [3, 3], "pads": [1, 0, 1, 1]}),
+    "AveragePool counting pads": (
+        IMAGE, [], {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "count_include_pad": 1},
+    ),
+    "BatchNormalization": (IMAGE, [f(3), f(3), f(3), abs(f(3)) + 0.1], {"epsilon": 1e-3}),
+    "Clip": (IMAGE, [np.float32(-0.5), np.float32(0.7)], {}),
+    "Concat": (IMAGE, [f(2, 4, 9, 9)], {"axis": 1}),
+    "Conv": (IMAGE, [f(4, 3, 3, 3), f(4)], {"strides": [2, 2], "pads": [1, 1, 1, 1]}),
+    "Conv grouped": (IMAGE, [f(6, 1, 3, 3)], {"group": 3, "dilations": [2, 1]}),
+    "Conv 1d": (f(2, 3, 9), [f(4, 3, 3)], {"pads": [1, 2]}),
+    "Div": (IMAGE, [f(3, 1, 1)], {}),
+    "Elu": (IMAGE, [], {"alpha": 0.7}),
+    "Erf": (IMAGE, [], {}),
+    "Expand": (f(2, 3, 1, 1), [i(2, 3, 4, 5)], {}),
+    "Flatten": (IMAGE, [], {"axis": 2}),
+    "Gather": (IMAGE, [i(2, -1)], {"axis": 1}),
+    "Gemm": (f(2, 5), [f(4, 5), f(4)], {"transB": 1, "alpha": 0.5, "beta": 2.0}),
+    "GlobalAveragePool": (IMAGE, [], {}),
+    "GlobalMaxPool": (IMAGE, [], {}),
+    "HardSigmoid": (IMAGE, [], {"alpha": 0.3}),
+    "HardSwish": (IMAGE, [], {}),
+    "LeakyRelu": (IMAGE, [], {"alpha": 0.2}),
+    "MatMul": (f(2, 5), [f(5, 4)], {}),
+    "MaxPool": (IMAGE, [], {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}),
+    "MaxPool ceil": (IMAGE, [], {"kernel_shape": [2, 2], "strides": [2, 2], "ceil_mode": 1}),
+    "Mul": (IMAGE, [f(9)], {}),
+    "Neg": (IMAGE, [], {}),
+    "PRelu": (IMAGE, [f(3, 1, 1)], {}),
+    "Pad": (IMAGE, [i(0, 1, 2, 0, 0, 2, 1, 1), np.float32(0.5)], {}),
+    "Pad reflect": (IMAGE, [i(0, 0, 2, 1, 0, 0, 1, 3)], {"mode": "reflect"}),
+    "Pow": (abs(IMAGE), [np.float32(1.5)], {}),
+    "ReduceMax": (IMAGE, [], {"axes": [2, 3], "keepdims": 0}),
+    "ReduceMean": (IMAGE, [], {"axes": [-1]}),
+    "ReduceSum": (IMAGE, [i(1, 2)], {}),
+    "Relu": (IMAGE, [], {}),
+    "Reshape": (IMAGE, [i(0, -1, 3)], {}),
+    "Resize nearest": (
+        IMAGE, [np.zeros(0, np.float32), np.array([1, 1, 2, 2], np.float32)],
+        {"mode": "nearest", "coordinate_transformation_mode": "asymmetric",
+         "nearest_mode": "floor"},
+    ),
+    "Resize linear": (
+        IMAGE, [np.zeros(0, np.float32), np.array([1, 1, 2, 2], np.float32)],
+        {"mode": "linear", "coordinate_transformation_mode": "half_pixel"},
+    ),
+    "Sigmoid": (IMAGE, [], {}),
+    "Slice": (IMAGE, [i(0, -1), i(9, -100), i(2, 3), i(2, -2)], {}),
+    "Softmax": (IMAGE, [], {"axis": 1}),
+    "Sqrt": (abs(IMAGE), [], {}),
+    "Squeeze": (f(2, 1, 3, 1), [i(1)], {}),
+    "Sub": (IMAGE, [f(9, 9)], {}),
+    "Tanh": (IMAGE, [], {}),
+    "Transpose": (IMAGE, [], {"perm": [0, 2, 3, 1]}),
+    "Unsqueeze": (IMAGE, [i(0, -1)], {}),
+}  # fmt: skip
+
+
+def model_of(op, x, constants, attributes, domain="", kind=TensorProto.FLOAT):
+    names = [f"c{k}" for k in range(len(constants))]
+    node = helper.make_node(op, ["x", *names], ["y"], name="node", domain=domain, **attributes)
+    graph = helper.make_graph(
+        [node], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("y", kind, None)],
+        [numpy_helper.from_array(np.asarray(c), n) for c, n in zip(constants, names, strict=True)],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 17)] + ([helper.make_opsetid(domain, 1)] if domain else [])
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def by_onnxruntime(model, x):
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, {"x": x})[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_operator(case):
+    x, constants, attributes = CASES[case]
+    model = model_of(case.split(" ")[0], x, constants, attributes)
+    expected = by_onnxruntime(model, x)
+    found = Interpreter(model)(torch.from_numpy(x))["y"]
+    assert found.dtype is torch.float64
+    # onnxruntime has float32
+    np.testing.assert_allclose(found.numpy(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_quantize_and_dequantize_linear(kind, channels):
+    # steps of 1/8 over scales that are powers of two: exact, and full of ties
+    x = (np.arange(2 * 3 * 100).reshape(2, 3, 100) / 8 - 30).astype(np.float32)
+    scale = np.array([0.25, 0.5, 2.0], np.float32)[:channels]
+    zero = np.arange(channels).astype(kind)
+    if channels == 1:
+        scale, zero = scale.reshape(()), zero.reshape(())
+    onnx_kind = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    model = model_of("QuantizeLinear", x, [scale, zero], {"axis": 1}, kind=onnx_kind)
+    found = Interpreter(model)(torch.from_numpy(x))["y"].numpy()
+    assert found.dtype == kind
+    np.testing.assert_array_equal(found, by_onnxruntime(model, x))
+
+
+@pytest.mark.parametrize("signed", [0, 1])
+@pytest.mark.parametrize("narrow", [0, 1])
+def test_quant_as_qonnx_defines_it(signed, narrow):
+    from qonnx.custom_op.general.quant import quant
+
+    x = (np.arange(600).reshape(2, 300) / 8 - 30).astype(np.float32)
+    constants = [np.float32(0.5), np.float32(0.0), np.float32(4.0)]
+    model = model_of(
+        "Quant", x, constants, {"signed": signed, "narrow": narrow, "rounding_mode": "ROUND"},
+        "qonnx.custom_op.general",
+    )  # fmt: skip
+    expected = quant(x, *constants, signed, narrow, "ROUND")
+    np.testing.assert_array_equal(Interpreter(model)(torch.from_numpy(x))["y"].numpy(), expected)
+
+
+def test_unknown_operators_are_named():
+    model = model_of("Asin", IMAGE, [], {})
+    with pytest.raises(RunError, match=r"node 'node': operator must be one of .* got 'Asin'"):
+        Interpreter(model)
+
+
+def test_constants_are_folded_without_rounding():
+    nodes = [
+        helper.make_node("Concat", ["a", "b"], ["pads"], axis=0),
+        helper.make_node("Identity", ["v"], ["value"]),
+        helper.make_node("Add", ["v", "v"], ["doubled"]),
+        helper.make_node("Pad", ["x", "pads", "value"], ["padded"]),
+        helper.make_node("Add", ["padded", "doubled"], ["y"]),
+    ]
+    stored = {"a": i(0, 0, 1, 1), "b": i(0, 0, 1, 1), "v": np.float32(0.5)}
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, IMAGE.shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (2, 3, 11, 11))],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in stored.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    expected = by_onnxruntime(model, IMAGE)
+    fold_constants_(model)
+    # float arithmetic is left to the runtime
+    assert [node.op_type for node in model.graph.node] == ["Add", "Pad", "Add"]
+    np.testing.assert_array_equal(by_onnxruntime(model, IMAGE), expected)
+    onnx.checker.check_model(model)
