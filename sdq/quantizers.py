@@ -68,7 +68,7 @@ class _Quantize(torch.autograd.Function):
             grad_x = torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)
             pull = _dot(grad, y) - _dot(grad_x, x)
         else:
-            inside = (x >= low * scale) & (x <= high * scale)
+            inside = (x > low * scale) & (x < high * scale)
             grad_x = grad * inside
             pull = grad * y - grad_x * x
         grad_scale = None
