@@ -12,7 +12,7 @@ from sdq.cli import options
 from sdq.cli.evaluate import run_inputs
 from sdq.cli.export_run import describe, write_and_verify
 from sdq.cli.progress import Watch, show_json, show_table
-from sdq.cli.quantize import Plan, asked_for, open_source, run_quantize
+from sdq.cli.quantize import Plan, asked_for, open_source, prepare, run_quantize
 from sdq.cli.train import train
 from sdq.config import QuantConfig, SearchConfig, TrainConfig
 from sdq.cost import Budget
@@ -74,13 +74,13 @@ def _quantized(out: Path, method: options.Method, seed: int, quiet: bool) -> dic
     )
     request = inp.DataRequest(DATA, seed=seed)
     source = open_source(None, None, out / "float", request)
-    asked = asked_for("quantize", None, None, out / "float", request, plan)
+    asked = asked_for("quantize", None, None, out / "float", source.inputs.request, plan)
     fabric = inp.open_device("cpu")
     with (
         RunFolder.create(out / method, asked, resume=False) as run,
         Watch(run, quiet=quiet) as watch,
     ):
-        return run_quantize(run, source, plan, fabric, watch, seed)
+        return run_quantize(run, source, plan, prepare(source, plan), fabric, watch, seed)
 
 
 def float_cost(run: Path) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """From options to data, network and device: the same way in every verb."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,24 @@ class DataRequest:
     batch_size: int = 128
     seed: int = 0
     augment: bool = True
+    division_seed: int | None = None
+    """Of the division of data without splits, where it is not ``seed``."""
+
+    def like(self, before: dict[str, Any]) -> "DataRequest":
+        """Return a request for the data of an earlier run, divided as it was there.
+
+        A network must not be measured on images that it was trained on because another seed
+        divides them differently.
+        """
+        if before["reference"] != self.reference:
+            return self
+        divided_by = before["division_seed"]
+        return replace(
+            self,
+            split=before["split"],
+            image_size=self.image_size or before["image_size"],
+            division_seed=before["seed"] if divided_by is None else divided_by,
+        )
 
 
 @dataclass(frozen=True)
@@ -93,9 +111,10 @@ def open_inputs(request: DataRequest, recorded: dict[str, Any] | None = None) ->
             f"--split: must be three shares of train, val, test, got {request.split!r}"
         )
     root = Path(request.root) if request.root else None
+    division_seed = request.seed if request.division_seed is None else request.division_seed
     splits = open_data(
         request.reference,
-        DataOptions(root, request.seed, request.image_size, (shares[0], shares[1], shares[2])),
+        DataOptions(root, division_seed, request.image_size, (shares[0], shares[1], shares[2])),
     )
     channels = splits.image_shape[0]
     if (request.mean is None) != (request.std is None):

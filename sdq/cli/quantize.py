@@ -119,6 +119,7 @@ def open_source(
             raise RequestError(
                 f"{from_}: the run must have ended, but was interrupted; continue it with --resume"
             )
+        request = request.like(document["request"]["data"])
         inputs = inp.open_inputs(request, document["data"])
         return Source(inp.load_float(run), document["model"], inputs)
     assert model is not None
@@ -179,10 +180,18 @@ def start(run: RunFolder, source: Source, plan: Plan, qmodel: QuantModel, seed: 
 
 
 def run_quantize(
-    run: RunFolder, source: Source, plan: Plan, fabric: Fabric, watch: Watch, seed: int
+    run: RunFolder,
+    source: Source,
+    plan: Plan,
+    qmodel: QuantModel,
+    fabric: Fabric,
+    watch: Watch,
+    seed: int,
 ) -> dict[str, Any]:
-    """Do all of ``sdq quantize`` in an open run folder and return the metrics."""
-    qmodel = prepare(source, plan)
+    """Do all of ``sdq quantize`` in an open run folder and return the metrics.
+
+    ``qmodel`` is what :func:`prepare` returned; it is changed.
+    """
     start(run, source, plan, qmodel, seed)
     policy = find_policy(qmodel, source, plan, run, fabric, watch)
     apply_policy_(qmodel, policy)
@@ -285,10 +294,12 @@ def quantize(
         seed, augment,
     )  # fmt: skip
     source = open_source(model, weights, from_, request)
-    asked = asked_for("quantize", model, weights, from_, request, plan)
-    prepare(source, plan)  # whatever is wrong with the request shows before a folder is made
+    asked = asked_for("quantize", model, weights, from_, source.inputs.request, plan)
+    qmodel = prepare(
+        source, plan
+    )  # whatever is wrong with the request shows before a folder is made
     with RunFolder.create(out, asked, resume=resume) as run, Watch(run, quiet=quiet) as watch:
-        metrics = run_quantize(run, source, plan, fabric, watch, seed)
+        metrics = run_quantize(run, source, plan, qmodel, fabric, watch, seed)
     weights_count = sum(b.num_weights for b in BitwidthPolicy.load(out / "policy.json"))
     show_table(f"{data}: {out}", rows(metrics, 4.0 * weights_count), quiet=quiet)
     if json_:

@@ -52,7 +52,7 @@ def search(
     )  # fmt: skip
     source = open_source(model, weights, from_, request)
     qmodel = prepare(source, plan)
-    asked = asked_for("search", model, weights, from_, request, plan)
+    asked = asked_for("search", model, weights, from_, source.inputs.request, plan)
     with RunFolder.create(out, asked, resume=resume) as run, Watch(run, quiet=quiet) as watch:
         start(run, source, plan, qmodel, seed)
         policy = find_policy(qmodel, source, plan, run, fabric, watch)
