@@ -163,7 +163,7 @@ def open_data(reference: str, options: DataOptions) -> Splits:
     Raises:
         RequestError: nothing of that name, or what is there does not hold together.
     """
-    from sdq import image_files  # here: image_files uses the types above
+    from sdq import image_folder, npz_file  # here: they use the types above
 
     if plugins.is_file_reference(reference):
         function, _ = plugins.load_function(reference)
@@ -173,9 +173,9 @@ def open_data(reference: str, options: DataOptions) -> Splits:
                 f"{reference}: must return sdq.data.Splits, got {type(splits).__name__}"
             )
     elif reference.endswith(".npz"):
-        splits = image_files.read_npz(Path(reference), options)
+        splits = npz_file.read_npz(Path(reference), options)
     elif Path(reference).is_dir():
-        splits = image_files.read_folder(Path(reference), options)
+        splits = image_folder.read_folder(Path(reference), options)
     elif "/" in reference or Path(reference).suffix:
         raise RequestError(
             f"data: no file or folder {reference!r}; give a name "

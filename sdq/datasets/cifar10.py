@@ -14,7 +14,9 @@ from pathlib import Path, PurePosixPath
 
 from sdq.data import DataOptions, Splits, divide
 from sdq.errors import RequestError
-from sdq.image_files import SUFFIXES, ImageFile, Row, build, read_folder, sorted_names
+from sdq.image_files import SUFFIXES, ImageFile
+from sdq.image_folder import read_folder
+from sdq.image_rows import Row, build, sorted_names
 
 PLACES = ("cifar10", "cifar10_jpg", "cifar10_jpg.tar.gz", "cifar10.tar.gz")
 VAL_SHARE = 0.1

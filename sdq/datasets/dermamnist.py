@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from sdq.data import DataOptions, Splits
 from sdq.errors import RequestError
-from sdq.image_files import read_npz
+from sdq.npz_file import read_npz
 
 CLASS_NAMES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 

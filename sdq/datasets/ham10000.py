@@ -9,7 +9,7 @@ https://doi.org/10.7910/DVN/DBW86T. Licence: CC BY-NC 4.0.
 from dataclasses import replace
 
 from sdq.data import DataOptions, Splits
-from sdq.image_files import find_table, read_tables
+from sdq.image_folder import find_table, read_tables
 
 TABLES = ("HAM10000_metadata.csv", "HAM10000_metadata", "HAM10000_metadata.tab")
 

@@ -12,7 +12,7 @@ Licence: CC BY-NC 4.0.
 from dataclasses import replace
 
 from sdq.data import DataOptions, Splits
-from sdq.image_files import find_table, has_table, read_tables
+from sdq.image_folder import find_table, has_table, read_tables
 
 TABLE = "ISIC2018_Task3_{}_GroundTruth.csv"
 

@@ -12,7 +12,7 @@ Licence: CC BY-NC 4.0.
 from dataclasses import replace
 
 from sdq.data import DataOptions, Splits
-from sdq.image_files import find_table, read_tables
+from sdq.image_folder import find_table, read_tables
 
 TABLES = ("ISIC_2019_Training_GroundTruth.csv",)
 

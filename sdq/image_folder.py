@@ -1,0 +1,252 @@
+"""Images from a folder: class folders, or images with a CSV in one of several layouts."""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdq.data import DataOptions, Splits
+from sdq.errors import RequestError, nearest
+from sdq.image_files import SUFFIXES, ImageFile
+from sdq.image_rows import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    LAYOUTS,
+    SPLIT_NAMES,
+    Row,
+    build,
+    class_folder_rows,
+    sorted_names,
+)
+
+GROUP_COLUMNS = ("patient_id", "lesion_id")  # the wider group first: images of one never part
+ISIC_CLASSES = ("MEL", "NV", "BCC", "AKIEC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
+
+
+def read_folder(path: Path, options: DataOptions) -> Splits:
+    """Read ``{train,val,test}/CLASS/*.jpg``, or a folder of images with one CSV.
+
+    The CSV may be that of HAM10000, ISIC 2018 task 3 or ISIC 2019, or have an image and a label
+    column, and a column ``split``. Without one the set is divided by ``options.split`` and
+    ``options.seed``, and images of one ``lesion_id`` or ``patient_id`` stay together.
+
+    Raises:
+        RequestError: no layout fits, or an image is missing, unreadable or of another size.
+    """
+    if any(p.is_dir() for p in (path / "train").glob("[!.]*")):
+        rows, names = class_folder_rows(path)
+        return build(str(path), rows, names, options)
+    tables = [t for t in _csv_files(path) if _has_labels(t)]
+    if len(tables) > 1:
+        raise RequestError(
+            f"{path}: the folder must have one CSV with labels, got "
+            f"{', '.join(str(t.relative_to(path)) for t in tables)}; move the others away"
+        )
+    if not tables:
+        raise RequestError(f"{path}: no train/CLASS folders and no CSV with labels; {LAYOUTS}")
+    return read_tables(path, {"": tables[0]}, options)
+
+
+def read_tables(folder: Path, tables: Mapping[str, Path], options: DataOptions) -> Splits:
+    """Read a folder of images described by one CSV, or by one CSV a split.
+
+    Args:
+        folder: holds the images, at any depth; their names without suffix are looked up.
+        tables: ``{"": csv}`` for a set with a column ``split`` or none, else split name to CSV.
+        options: see :class:`sdq.data.DataOptions`.
+    """
+    index = _index(folder)
+    groups = _groups(folder, tables.values(), index)
+    rows: list[Row] = []
+    names: list[str] = []
+    for split, table in tables.items():
+        found, known = _table_rows(table, index, split, groups)
+        rows += found
+        names += [n for n in known if n not in names]
+    seen: set[Path] = set()
+    for row in rows:
+        if row.file.path in seen:
+            raise RequestError(
+                f"{folder}: every image must have one row, got {row.file.path.name} twice; "
+                "remove the second row"
+            )
+        seen.add(row.file.path)
+    one_hot = set(names) <= set(ISIC_CLASSES)
+    return build(str(folder), rows, tuple(names) if one_hot else sorted_names(names), options)
+
+
+def find_table(name: str, folder: Path, tables: Sequence[str]) -> Path:
+    """Return the first of the CSV files that is in ``folder`` or one folder below.
+
+    Args:
+        name: of the data set, for the message.
+        folder: of the data set.
+        tables: file names that will do.
+
+    Raises:
+        RequestError: none is there; the message names the path and the layout.
+    """
+    found = [p for t in tables for p in (*folder.glob(t), *sorted(folder.glob(f"*/{t}")))]
+    found = [p for p in found if p.is_file()]
+    if not found:
+        raise RequestError(
+            f"{name}: no file {str(folder / tables[0])!r}; put the images (at any depth) and "
+            "this table into the folder"
+        )
+    return found[0]
+
+
+def has_table(folder: Path, table: str) -> bool:
+    """Tell whether the CSV is in ``folder`` or one folder below."""
+    return any(p.is_file() for p in (*folder.glob(table), *folder.glob(f"*/{table}")))
+
+
+def _csv_files(path: Path) -> list[Path]:
+    """CSV files in the folder and, as the official archives of ISIC unpack, one folder below."""
+    return sorted(path.glob("*.csv")) + sorted(path.glob("*/*.csv"))
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the header and the rows; names in lower case, but for the ISIC classes."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            lines = list(csv.reader(stream, delimiter=_delimiter(path)))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RequestError(f"{path}: must be a CSV in UTF-8, got {error}; save it again") from error
+    header = _column_names(lines[0]) if lines else []
+    rows = [dict(zip(header, map(str.strip, line), strict=False)) for line in lines[1:] if line]
+    return header, rows
+
+
+def _first(candidates: Sequence[str], header: Sequence[str]) -> str | None:
+    return next((c for c in candidates if c in header), None)
+
+
+def _header(path: Path) -> list[str]:
+    """Return the names of the columns alone: tables of pixels beside the images may be large."""
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
+        return _column_names(next(csv.reader(stream, delimiter=_delimiter(path)), []))
+
+
+def _column_names(line: Sequence[str]) -> list[str]:
+    stripped = [h.strip() for h in line]
+    return [h if h in ISIC_CLASSES else h.lower() for h in stripped]
+
+
+def _delimiter(path: Path) -> str:
+    return "\t" if path.suffix in (".tab", ".tsv") else ","  # Dataverse gives tables as .tab
+
+
+def _has_labels(path: Path) -> bool:
+    header = _header(path)
+    labelled = _first(LABEL_COLUMNS, header) or {"MEL", "NV"} <= set(header)
+    return bool(labelled and _first(IMAGE_COLUMNS, header))
+
+
+def _groups(folder: Path, tables: Iterable[Path], index: "_Index") -> dict[Path, str]:
+    """Return the lesion or patient of each image, from every CSV that has both columns."""
+    found: dict[Path, str] = {}
+    for path in {*_csv_files(folder), *tables}:
+        header = _header(path)
+        image, group = _first(IMAGE_COLUMNS, header), _first(GROUP_COLUMNS, header)
+        if image and group:
+            for line in _read_csv(path)[1]:
+                file = index.find(line.get(image, ""), str(path))
+                if file is not None and line.get(group):
+                    found[file] = line[group]
+    return found
+
+
+@dataclass(frozen=True)
+class _Index:
+    folder: Path
+    by_path: dict[str, Path]  # relative, with suffix
+    by_stem: dict[str, list[Path]]
+
+    def find(self, name: str, where: str) -> Path | None:
+        """Return the file of a row: by its path in the folder, else by its name alone."""
+        if name in self.by_path:
+            return self.by_path[name]
+        last = Path(name).name
+        stem = Path(last).stem if Path(last).suffix.lower() in SUFFIXES else last
+        files = self.by_stem.get(stem, [])
+        if len(files) > 1:
+            raise RequestError(
+                f"{where}: image {name!r} must be one file, got "
+                f"{', '.join(str(f.relative_to(self.folder)) for f in files[:3])}; "
+                "write the path inside the folder into the CSV"
+            )
+        return files[0] if files else None
+
+
+def _index(folder: Path) -> _Index:
+    by_path: dict[str, Path] = {}
+    by_stem: dict[str, list[Path]] = {}
+    for file in sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES):
+        by_path[file.relative_to(folder).as_posix()] = file
+        by_stem.setdefault(file.stem, []).append(file)
+    return _Index(folder, by_path, by_stem)
+
+
+def _table_rows(
+    table: Path, index: _Index, split: str, groups: Mapping[Path, str]
+) -> tuple[list[Row], list[str]]:
+    """Return the rows of one CSV and its class names."""
+    header, lines = _read_csv(table)
+    image = _first(IMAGE_COLUMNS, header)
+    if image is None:
+        raise RequestError(f"{table}: no image column; {nearest(IMAGE_COLUMNS[0], header)}")
+    files = [(line.get(image, ""), index.find(line.get(image, ""), str(table))) for line in lines]
+    missing = [name for name, file in files if file is None]
+    if missing:
+        raise RequestError(
+            f"{table}: every row must have an image file under {index.folder}, got none for "
+            f"{missing[0]!r} ({len(missing)} of {len(lines)} rows); "
+            "add the images or remove the rows"
+        )
+    labels, names = _table_labels(table, header, lines)
+    rows = [
+        Row(ImageFile(file), label, split or _split_of(table, line), groups.get(file, ""))
+        for (_, file), label, line in zip(files, labels, lines, strict=True)
+        if file is not None
+    ]
+    return rows, names
+
+
+def _split_of(table: Path, line: Mapping[str, str]) -> str:
+    if "split" not in line:
+        return ""
+    try:
+        return SPLIT_NAMES[line["split"].lower()]
+    except KeyError:
+        raise RequestError(
+            f"{table}: split must be train, val or test, got {line['split']!r}; mend the column"
+        ) from None
+
+
+def _table_labels(
+    table: Path, header: Sequence[str], lines: Sequence[Mapping[str, str]]
+) -> tuple[list[str], list[str]]:
+    """Return one class name a row, and all of them, from a label column or one-hot columns."""
+    column = _first(LABEL_COLUMNS, header)
+    if column is not None:
+        labels = [line.get(column, "") for line in lines]
+        if "" in labels:
+            raise RequestError(
+                f"{table}: {column} must name a class in every row, got none in row "
+                f"{labels.index('') + 2}; fill it in or remove the row"
+            )
+        return labels, sorted(set(labels))
+    names = [h for h in header if h in ISIC_CLASSES]
+    labels = []
+    for number, line in enumerate(lines, start=2):
+        ones = [n for n in names if line.get(n, "") in ("1", "1.0")]
+        if len(ones) != 1:
+            raise RequestError(
+                f"{table}: one of {', '.join(names)} must be 1 in every row, got {len(ones)} "
+                f"in row {number}; mend the row"
+            )
+        labels += ones
+    if "UNK" not in labels:  # ISIC 2019 keeps a column for images of no known class, unused
+        names = [n for n in names if n != "UNK"]
+    return labels, names

@@ -1,0 +1,155 @@
+"""Images from an ``.npz`` in MedMNIST's layout.
+
+Decoded with ``allow_pickle=False``: a file can hold no code.
+"""
+
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdq.data import ArrayImages, DataOptions, ImageSet, Splits
+from sdq.errors import RequestError, nearest
+from sdq.image_files import fit_side, planes
+from sdq.image_rows import divided
+
+
+def read_npz(path: Path, options: DataOptions) -> Splits:
+    """Read an ``.npz`` in MedMNIST's layout, or ``images`` with ``labels`` to be divided.
+
+    Args:
+        path: the file. Images are uint8 N x H x W or N x H x W x C with C 1 or 3; labels are
+            integers, N or N x 1. ``class_names`` (text) may name the classes.
+        options: ``image_size`` resizes; ``split`` and ``seed`` divide a set without splits.
+
+    Raises:
+        RequestError: no such file, not an archive, or an array is missing or of a wrong kind.
+
+    Source: Yang et al. 2023, MedMNIST v2, https://doi.org/10.1038/s41597-022-01721-8.
+    """
+    if not path.is_file():
+        raise RequestError(f"{path}: no such file; give an .npz in MedMNIST's layout")
+    if not zipfile.is_zipfile(path):
+        raise RequestError(
+            f"{path}: must be a complete .npz (zip) archive, got a file that is damaged, cut "
+            "short or of another format; copy it again"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return _npz_splits(path, arrays, options)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise RequestError(
+            f"{path}: must be a complete .npz (zip) archive, got {type(error).__name__}: "
+            f"{error}; copy it again"
+        ) from error
+
+
+def _npz_splits(path: Path, arrays: Mapping[str, np.ndarray], options: DataOptions) -> Splits:
+    has_splits = any(k.startswith(("train_", "val_", "test_")) for k in arrays)
+    prefixes = ["train_"] if has_splits else [""]
+    prefixes += [p for p in ("val_", "test_") if any(k.startswith(p) for k in arrays)]
+    parts = {p: _npz_part(path, arrays, p, options.image_size) for p in prefixes}
+    names = _npz_class_names(path, arrays, list(parts.values()))
+    if has_splits:
+        return Splits(parts["train_"], parts.get("val_"), parts.get("test_"), names)
+    return divided(parts[""], names, options)
+
+
+def _npz_part(
+    path: Path, arrays: Mapping[str, np.ndarray], prefix: str, side: int | None
+) -> ImageSet:
+    if f"{prefix}labels" not in arrays and f"{prefix}masks" in arrays:
+        raise RequestError(
+            f"{path}: classification needs labels, got masks only; add an array {prefix}labels"
+        )
+    images, labels = (_member(path, arrays, f"{prefix}{k}") for k in ("images", "labels"))
+    if len(images) != len(labels):
+        raise RequestError(
+            f"{path}: {prefix}labels must have one entry an image, got {len(labels)} for "
+            f"{len(images)} images; save both arrays from the same list"
+        )
+    return ImageSet(
+        ArrayImages(_npz_pixels(f"{path}: {prefix}images", images, side)),
+        _npz_labels(f"{path}: {prefix}labels", labels),
+    )
+
+
+def _member(path: Path, arrays: Mapping[str, np.ndarray], key: str) -> np.ndarray:
+    if key not in arrays:
+        raise RequestError(
+            f"{path}: no array {key!r}; {nearest(key, arrays)}; give train_images and "
+            "train_labels (and val_…, test_…), or images and labels"
+        )
+    try:
+        array = arrays[key]
+    except ValueError as error:  # an object array, which numpy would have to unpickle
+        raise RequestError(
+            f"{path}: {key} must be an array of numbers or text, got {error}; "
+            "save it again with a plain dtype"
+        ) from error
+    return np.atleast_1d(array)
+
+
+def _npz_pixels(where: str, images: np.ndarray, side: int | None) -> Tensor:
+    """Return uint8 ``(N, C, H, W)``."""
+    if images.dtype != np.uint8:
+        raise RequestError(
+            f"{where} must be uint8, got {images.dtype}; scale the pixels to 0..255 and cast them"
+        )
+    if images.ndim not in (3, 4):
+        raise RequestError(
+            f"{where} must be N x H x W or N x H x W x C, got shape {images.shape}; "
+            "reshape the array"
+        )
+    if images.ndim == 4 and images.shape[3] not in (1, 3):
+        raise RequestError(
+            f"{where} must have 1 or 3 channels on the last axis, got {images.shape[3]} in shape "
+            f"{images.shape}; move the channels last or choose three of them"
+        )
+    if side is not None and images.shape[1:3] != (side, side) and len(images):
+        grey = images.ndim == 3 or images.shape[3] == 1
+        flat = (Image.fromarray(i.reshape(i.shape[:2]) if grey else i) for i in images)
+        return torch.from_numpy(np.stack([planes(fit_side(i, side)) for i in flat]))
+    images = images[..., None] if images.ndim == 3 else images
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def _npz_labels(where: str, labels: np.ndarray) -> Tensor:
+    """Return int64 ``(N,)``."""
+    if labels.dtype.kind not in "iu":
+        raise RequestError(
+            f"{where} must be integers, got {labels.dtype}; number the classes from 0"
+        )
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        raise RequestError(
+            f"{where} must have one class an image, got {labels.shape[1]} columns (multi-label); "
+            "give one integer an image"
+        )
+    if labels.ndim not in (1, 2):
+        raise RequestError(f"{where} must be N or N x 1, got shape {labels.shape}; reshape it")
+    return torch.from_numpy(labels.reshape(-1).astype(np.int64))
+
+
+def _npz_class_names(
+    path: Path, arrays: Mapping[str, np.ndarray], parts: Sequence[ImageSet]
+) -> tuple[str, ...]:
+    classes = 1 + max((int(p.labels.max()) for p in parts if len(p)), default=0)
+    if "class_names" in arrays:
+        names = _member(path, arrays, "class_names")
+        if names.dtype.kind != "U" or names.ndim != 1 or len(names) < classes:
+            raise RequestError(
+                f"{path}: class_names must be {classes} or more texts, got {names.dtype} of shape "
+                f"{names.shape}; save np.array([name of class 0, ...])"
+            )
+        return tuple(str(n) for n in names)
+    if classes > sum(len(p) for p in parts):
+        raise RequestError(
+            f"{path}: labels must be numbered from 0 without gaps, got {classes - 1} in a set of "
+            f"{sum(len(p) for p in parts)} images; renumber the classes"
+        )
+    return tuple(str(c) for c in range(classes))
