@@ -45,8 +45,8 @@ def dirichlet(
     ICML 2019), https://arxiv.org/abs/1909.06335.
     """
     _check(labels, clients)
-    if not alpha > 0:
-        raise RequestError(f"partition: alpha must be positive, got {alpha}")
+    if not 0 < alpha < float("inf"):
+        raise RequestError(f"partition: alpha must be positive and finite, got {alpha}")
     rng = np.random.default_rng(seed)
     classes = labels.numpy()
     for _ in range(1000):

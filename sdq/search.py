@@ -94,6 +94,7 @@ class BitwidthSearch:
         for name, layer in zip(self.names, self.layers, strict=True):
             qmodel.set_weight_quantizer_(name, layer)
         self.price = Price(config.settle, steps)
+        self.task_losses: list[float] = []
         self.module: nn.Module = _Searched(qmodel, self.price)
         self.weight_config = TrainConfig(lr=config.lr)
         one_pair = logit(config.entry_beta) - logit(config.decay_threshold)
@@ -113,6 +114,7 @@ class BitwidthSearch:
     def loss(self, forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
         """Return cross-entropy plus lambda_Q times the quantization-error regularizer."""
         task = F.cross_entropy(forward(images), labels)
+        self.task_losses.append(float(task.detach()))
         if not self.layers:
             return task
         return task + self.price() * quantization_error_regularizer(self.layers, self._shares())
@@ -122,6 +124,7 @@ class BitwidthSearch:
         draws = generator(self.config.seed, "gumbel", epoch)
         for layer in self.layers:
             layer.generator = draws
+        self.task_losses.clear()
 
     def after_step(self, progress: float) -> None:
         """Leave decided pairs, and steer the price."""
@@ -131,13 +134,18 @@ class BitwidthSearch:
             self.price.steer_(self._tightest()[0], progress)
 
     def describe(self) -> dict[str, Any]:
-        """Return price, budget use, and for each layer the active bitwidth and beta."""
+        """Return task loss, price, budget use, and each layer's active bitwidth and beta."""
         usage = self._tightest()[0] if self.layers else 0.0
         layers = {
             name: [layer.choices[int(layer.level)], round(float(layer.beta().detach()), 4)]
             for name, layer in zip(self.names, self.layers, strict=True)
         }
-        return {"lambda_q": self.price(), "budget_use": usage, "bits_and_beta": layers}
+        return {
+            "task_loss": sum(self.task_losses) / max(len(self.task_losses), 1),
+            "lambda_q": self.price(),
+            "budget_use": usage,
+            "bits_and_beta": layers,
+        }
 
     def policy(self) -> BitwidthPolicy:
         """Return the most probable policy within the budget."""

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdq import image_files
+from sdq import image_rows
 from sdq.data import ArrayImages, DataOptions, Splits, divide, open_data
 from sdq.datasets import (
     cifar10,
@@ -26,7 +26,9 @@ from sdq.datasets import (
     synthetic_derm,
 )
 from sdq.errors import RequestError
-from sdq.image_files import FileImages, read_folder, read_npz
+from sdq.image_files import FileImages
+from sdq.image_folder import read_folder
+from sdq.npz_file import read_npz
 
 OPTIONS = DataOptions()
 RNG = np.random.default_rng(0)
@@ -331,7 +333,7 @@ def test_lazy_equals_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         draw(tmp_path / "train" / "ab"[i % 2] / f"{i}.png", 8, 6, 3)
     options = DataOptions(image_size=5)
     eager = read_folder(tmp_path, options)
-    monkeypatch.setattr(image_files, "EAGER_BYTES", 12 * 3 * 5 * 5 - 1)
+    monkeypatch.setattr(image_rows, "EAGER_BYTES", 12 * 3 * 5 * 5 - 1)
     lazy = read_folder(tmp_path, options)
     assert isinstance(eager.train.images.images, ArrayImages)  # type: ignore[attr-defined]
     assert isinstance(lazy.train.images.images, FileImages)  # type: ignore[attr-defined]
@@ -351,7 +353,7 @@ def test_undecodable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path.write_bytes(whole[: len(whole) // 2])
     with refuses("0.png: must be a JPEG, PNG or BMP image, got OSError", "replace or remove"):
         read_folder(tmp_path, OPTIONS)
-    monkeypatch.setattr(image_files, "EAGER_BYTES", 0)
+    monkeypatch.setattr(image_rows, "EAGER_BYTES", 0)
     lazy = read_folder(tmp_path, OPTIONS)  # the header is whole
     with refuses("0.png: must be a JPEG, PNG or BMP image, got OSError"):
         lazy.train.images.take(torch.tensor([0]))
