@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 AGREEMENT = 0.998
-"""Least share of equal decisions in float32 that needs no explanation: two in a thousand images
+"""Least share of equal decisions in float32: two in a thousand images (or a single one of fewer)
 may fall on the other side of a rounding boundary without anything being wrong."""
 
 
