@@ -11,7 +11,10 @@ def foreign_module() -> str | None:
     home = Path(__file__).resolve().parent.parent
     for name in OURS:
         spec = importlib.util.find_spec(name)
-        origin = Path(spec.origin).resolve() if spec is not None and spec.origin else None
+        # a folder without __init__.py has no origin, and hides a package installed in place
+        folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+        places = [spec.origin] if spec is not None and spec.origin else folders
+        origin = Path(places[0]).resolve() if places else None
         if origin != home / name / "__init__.py":
             what = f"{origin} hides it" if origin else "it is not installed"
             return (

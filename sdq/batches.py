@@ -132,7 +132,8 @@ class Batches:
         self.epoch = 0
 
     def __len__(self) -> int:
-        return math.ceil(len(self.data) / self.batch_size)
+        count = math.ceil(len(self.data) / self.batch_size)
+        return count - self._leaves_one_out()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose which epoch's order and augmentation the next pass has."""
@@ -143,10 +144,14 @@ class Batches:
         count = len(self.data)
         order = torch.randperm(count, generator=rng) if self.shuffle else torch.arange(count)
         for chunk in order.split(self.batch_size):
-            # batch norm cannot learn from a single image
-            if self.shuffle and len(chunk) == 1 and count > 1:
+            if len(chunk) == 1 and self._leaves_one_out():
                 continue
             pixels = self.data.images.take(chunk)
             if self.augment is not None:
                 pixels = self.augment(pixels, rng)
             yield self.normalization(pixels), self.data.labels[chunk]
+
+    def _leaves_one_out(self) -> bool:
+        """Tell whether training drops a last batch of one: batch norm cannot learn from it."""
+        count, size = len(self.data), self.batch_size
+        return self.shuffle and count > size > 1 and count % size == 1

@@ -23,6 +23,9 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say where, and ours is the name known
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -96,7 +99,13 @@ class Checkpoint:
             else:
                 index, _, key = rest.partition(".")
                 state.setdefault(int(index), {})[key] = tensor
-        module.load_state_dict(own)
+        try:
+            module.load_state_dict(own)
+        except RuntimeError as error:
+            raise RequestError(
+                f"{self.path}: must be of this network, but its tensors are of another; "
+                "start in a new folder"
+            ) from error
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
         return int(metadata["epochs"])

@@ -10,7 +10,7 @@ from sdq.errors import RequestError
 class Config(BaseModel):
     """A frozen set of checked fields. A wrong value raises RequestError naming the field."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
     def __init__(self, **fields: Any) -> None:
         try:

@@ -33,13 +33,16 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
 
     Returns:
         ``accuracy``; ``balanced_accuracy``, the mean recall over the classes that occur;
-        ``macro_f1`` and ``auc`` (one against the rest), means over the classes that occur;
+        ``macro_f1`` and ``auc`` (one against the rest), means over the classes that occur (None
+        if a single class does);
         ``per_class_recall``, None for a class that does not occur; ``ece``, the expected
         calibration error over 15 bins; ``num_examples``.
     """
     classes = logits.shape[1]
     present = torch.bincount(labels, minlength=classes) > 0
     probabilities = logits.softmax(dim=1)
+    # torchmetrics gives a confidence of exactly 1 a bin of its own, beyond the last
+    below_one = probabilities.clamp_max(1 - torch.finfo(probabilities.dtype).eps)
     with warnings.catch_warnings():
         # a class without examples has no AUC; it is left out of the mean below
         warnings.filterwarnings("ignore", message="No (positive|negative) samples")
@@ -50,9 +53,9 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         "accuracy": float((logits.argmax(1) == labels).float().mean()),
         "balanced_accuracy": float(recall[present].mean()),
         "macro_f1": float(f1[present].mean()),
-        "auc": float(auc[present].mean()),
+        "auc": float(auc[present].mean()) if int(present.sum()) > 1 else None,
         "per_class_recall": [float(r) if p else None for r, p in zip(recall, present, strict=True)],
-        "ece": float(tm.multiclass_calibration_error(logits, labels, classes, n_bins=15)),
+        "ece": float(tm.multiclass_calibration_error(below_one, labels, classes, n_bins=15)),
         "num_examples": len(labels),
     }
 

@@ -155,6 +155,8 @@ class BitwidthPolicy:
             raise RequestError(f"policy: no file {str(path)!r}") from None
         except UnicodeDecodeError:
             raise RequestError(f"{path}: must be JSON in UTF-8; write it anew") from None
+        except OSError as error:
+            raise RequestError(f"{path}: must be a policy file, but: {error.strerror}") from None
         return cls.from_json(text, where=str(path))
 
 

@@ -51,6 +51,14 @@ _REFUSED = (
     nn.LazyLinear,
 )
 
+_REFUSED_CALLS: dict[Any, str] = {
+    getattr(nn.functional, name): f"functional.{name}"
+    for name in (
+        "linear", "bilinear", "conv1d", "conv2d", "conv3d",
+        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    )
+}  # fmt: skip
+
 _NEVER_NEGATIVE: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Softmax)
 _KEEPS_SIGN: tuple[type[nn.Module], ...] = (
     nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d,
@@ -63,6 +71,16 @@ _KEEPS_SIGN_CALLS = {
     "mean", "view", "reshape", "contiguous", "getitem", "cat", "add", "iadd", "mul", "dropout",
     "squeeze", "unsqueeze", "permute", "transpose", "pad", "amax",
 }  # fmt: skip
+_KEEPS_SIGN_UNLESS_NEGATIVE_NUMBER = {"add", "iadd", "mul", "pad"}
+
+_DROPOUTS: dict[Any, type[nn.Module]] = {
+    nn.functional.dropout: nn.Dropout,
+    nn.functional.dropout1d: nn.Dropout1d,
+    nn.functional.dropout2d: nn.Dropout2d,
+    nn.functional.dropout3d: nn.Dropout3d,
+    nn.functional.alpha_dropout: nn.AlphaDropout,
+    nn.functional.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}
 
 
 class _Placeholder(nn.Module):
@@ -287,6 +305,11 @@ def _trace(model: nn.Module) -> fx.GraphModule:
                 f"model: layer {name!r} is a {type(module).__name__}, which cannot be quantized "
                 f"yet; quantizable are {', '.join(k.__name__ for k in _KINDS)}"
             )
+        if isinstance(module, tuple(_KINDS)) and type(module) not in _KINDS:
+            raise RequestError(
+                f"model: layer {name!r} is a {type(module).__name__}, whose forward may differ "
+                f"from torch's; use one of {', '.join(k.__name__ for k in _KINDS)} itself"
+            )
     try:
         net = fx.symbolic_trace(model)
     except (fx.proxy.TraceError, TypeError, RuntimeError) as error:
@@ -294,19 +317,25 @@ def _trace(model: nn.Module) -> fx.GraphModule:
             f"model: {type(model).__name__} must be traceable by torch.fx, but its forward "
             f"depends on the data: {error}; move that out of forward"
         ) from error
+    for node in net.graph.nodes:
+        if node.op == "call_function" and node.target in _REFUSED_CALLS:
+            raise RequestError(
+                f"model: {_REFUSED_CALLS[node.target]} is called in forward ({node.name}) and "
+                "would stay in float; use the module that does the same"
+            )
     _module_dropout(net)
     return net
 
 
 def _module_dropout(net: fx.GraphModule) -> None:
-    """Turn ``F.dropout`` into a module: tracing would freeze its ``training`` argument."""
+    """Turn ``F.dropout`` and its kin into modules: tracing would freeze their ``training``."""
     for node in list(net.graph.nodes):
-        if node.op == "call_function" and node.target is nn.functional.dropout:
+        if node.op == "call_function" and node.target in _DROPOUTS:
             p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
             name = f"{node.name}_module"
-            net.add_submodule(name, nn.Dropout(p))
+            net.add_submodule(name, _DROPOUTS[node.target](p))
             with net.graph.inserting_after(node):
-                new = net.graph.call_module(name, (node.args[0],))
+                new = net.graph.call_module(name, tuple(node.all_input_nodes))
             node.replace_all_uses_with(new)
             net.graph.erase_node(node)
     net.recompile()
@@ -423,13 +452,19 @@ def _has_submodule(net: fx.GraphModule, name: str) -> bool:
 def _never_negative(net: fx.GraphModule, node: fx.Node) -> bool:
     """Tell from the graph alone whether a tensor can have no negative value."""
     if node.op == "call_module":
-        kind = type(net.get_submodule(str(node.target)))
+        module = net.get_submodule(str(node.target))
+        kind = type(module)
         known, keeps = kind in _NEVER_NEGATIVE, kind in _KEEPS_SIGN
+        if isinstance(module, nn.Upsample) and module.mode == "bicubic":
+            keeps = False  # a cubic overshoots
         if kind is qnn.QuantIdentity:
             keeps = True
     elif node.op in ("call_function", "call_method"):
         name = node.target if isinstance(node.target, str) else node.target.__name__
         known, keeps = name in _NEVER_NEGATIVE_CALLS, name in _KEEPS_SIGN_CALLS
+        if name in _KEEPS_SIGN_UNLESS_NEGATIVE_NUMBER:  # as in relu(x) - 1, written x + (-1)
+            numbers = (*node.args, *node.kwargs.values())
+            keeps = not any(isinstance(n, int | float) and n < 0 for n in numbers)
     else:
         return False
     if known:

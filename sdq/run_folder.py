@@ -14,6 +14,7 @@
 Every file is written whole or not at all.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
@@ -30,7 +31,7 @@ import torch
 
 from sdq.checkpoint import Checkpoint, load_tensors, save_tensors, write_bytes_atomically
 from sdq.data import ImageSet, Splits
-from sdq.errors import RequestError
+from sdq.errors import RequestError, RunError
 from sdq.layers import LayerSpec
 
 SCHEMA = "sdq.run/1"
@@ -63,23 +64,21 @@ class RunFolder:
         run = cls(path)
         if resume:
             run._check_same_request(dict(request))
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and (not path.is_dir() or any(not _is_ours(p) for p in path.iterdir())):
             raise RequestError(
                 f"--out: folder must be new or empty, got {str(path)!r}; "
                 "choose another, or pass --resume to continue an interrupted run in it"
             )
         path.mkdir(parents=True, exist_ok=True)
         run._take_lock()
-        if not resume:
-            run.write_json(
-                "run.json",
-                {
-                    "schema": SCHEMA,
-                    "status": "running",
-                    "request": dict(request),
-                    "versions": versions(),
-                },
-            )
+        with contextlib.ExitStack() as on_failure:
+            on_failure.push(run)
+            for part in path.rglob(".*.part"):  # of a process that was killed while it wrote
+                part.unlink()
+            if not resume:
+                begun = {"schema": SCHEMA, "status": "running", "request": dict(request)}
+                run.write_json("run.json", begun | {"versions": versions()})
+            on_failure.pop_all()
         return run
 
     @classmethod
@@ -123,9 +122,9 @@ class RunFolder:
             raise RequestError(
                 f"--resume: no run to continue in {str(self.path)!r}; start without --resume"
             )
-        before = RunFolder.open(self.path).read_json("run.json").get("request", {})
-        now = json.loads(json.dumps(request))
-        for key in sorted(set(before) | set(now)):
+        before = _flat(RunFolder.open(self.path).read_json("run.json").get("request", {}))
+        now = _flat(json.loads(json.dumps(request)))
+        for key in [*now, *before]:
             if before.get(key) != now.get(key):
                 raise RequestError(
                     f"--resume: {key} must be as in the interrupted run, "
@@ -138,8 +137,15 @@ class RunFolder:
         self.write_json("run.json", {**self.read_json("run.json"), **fields})
 
     def write_json(self, name: str, document: Any) -> None:
-        """Write a JSON file, atomically."""
-        self.write_text(name, json.dumps(document, indent=2, allow_nan=False) + "\n")
+        """Write a JSON file, atomically; RunError if a number in it is NaN or infinite."""
+        try:
+            text = json.dumps(document, indent=2, allow_nan=False)
+        except ValueError:
+            raise RunError(
+                f"{self.path / name}: numbers must be finite, got NaN or infinity; "
+                "lower the learning rate"
+            ) from None
+        self.write_text(name, text + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, atomically."""
@@ -174,9 +180,10 @@ class RunFolder:
         self.write_json("layers.json", {"layers": [asdict(layer) for layer in layers]})
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one record to ``log.jsonl``."""
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(record)) + "\n")
+        """Add one record to ``log.jsonl``; written anew, as appending could leave half a line."""
+        path = self.path / "log.jsonl"
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        self.write_text("log.jsonl", before + json.dumps(dict(record), allow_nan=False) + "\n")
 
     def checkpoint(self, phase: str, identity: Mapping[str, Any]) -> Checkpoint:
         """Return the checkpoint of a phase."""
@@ -186,6 +193,21 @@ class RunFolder:
     def done(self) -> bool:
         """Whether the run ended well."""
         return self.read_json("run.json").get("status") == "done"
+
+
+def _is_ours(path: Path) -> bool:
+    """Tell whether this is what a run leaves in a folder before it has written ``run.json``."""
+    return path.name == ".lock" or path.suffix == ".part"
+
+
+def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested objects by ``outer.inner``."""
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
 
 
 def read_layers(path: Path) -> tuple[LayerSpec, ...]:

@@ -91,7 +91,9 @@ def fit(
     Raises:
         RunError: the loss became NaN or infinite; the last good checkpoint stays.
     """
-    fabric = fabric or Fabric(accelerator="cpu", devices=1)
+    if fabric is None:
+        device = next(objective.module.parameters()).device
+        fabric = Fabric(accelerator=device.type, devices=1)
     groups = [g for g in objective.parameter_groups() if g["params"]]
     # convolutions run a fifth faster on a CPU in this order; what is computed is the same
     objective.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -61,11 +61,17 @@ def cost(
 def read_policy(what: Path) -> tuple[BitwidthPolicy, tuple[LayerSpec, ...]]:
     """Return the policy of a run folder or file, and the layers it is for."""
     path = what / "policy.json" if what.is_dir() else what
+    if what.is_dir() and not path.is_file():
+        raise RequestError(
+            f"{what}: must be a run with a policy.json, got none; give one of `sdq quantize` or "
+            "`sdq search`"
+        )
     policy = BitwidthPolicy.load(path)
-    layers = read_layers(path.parent / "layers.json")
+    beside = path.parent / "layers.json"
+    layers = read_layers(beside) if beside.is_file() else ()
     if [spec.name for spec in layers] != [bits.name for bits in policy]:
         raise RequestError(
-            f"{path}: must have the layers of layers.json beside it, in the same order; "
+            f"{path}: must have a layers.json of the same layers beside it; "
             "keep a policy with its run"
         )
     return policy, layers

@@ -38,6 +38,9 @@ def evaluate(
     """
     root = str(data_root) if data_root else None
     metrics: dict[str, Any]
+    alone = model is not None or weights is not None
+    if run is not None and alone:
+        raise RequestError("sdq evaluate: must have a run folder or a --model, got both; drop one")
     if run is None:
         if model is None or weights is None or data is None:
             raise RequestError(
@@ -74,6 +77,7 @@ def run_inputs(
     batch_size: int = 256,
 ) -> inp.Inputs:
     """Open a run's own data as it was, or other data prepared as the run's was."""
+    inp.check_ended(folder)
     document = folder.read_json("run.json")
     recorded = document["data"]
     before = document["request"]["data"]

@@ -1,6 +1,7 @@
 """From options to data, network and device: the same way in every verb."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,17 +142,31 @@ def open_inputs(request: DataRequest, recorded: dict[str, Any] | None = None) ->
 
 
 def _check_fits(reference: str, splits: Splits, recorded: dict[str, Any]) -> None:
-    if list(splits.image_shape) != recorded["image_shape"]:
+    before = tuple(recorded["image_shape"])
+    if splits.image_shape != before:
+        same_channels = splits.image_shape[0] == before[0]
+        repair = f"pass --image-size {before[1]}" if same_channels else "give other data"
         raise RequestError(
-            f"{reference}: images must be {tuple(recorded['image_shape'])} (C, H, W) as in the "
-            f"run, got {splits.image_shape}; pass --image-size {recorded['image_shape'][1]} "
-            "or other data"
+            f"{reference}: images must be {before} (C, H, W) as in the run, "
+            f"got {splits.image_shape}; {repair}"
         )
     if len(splits.class_names) != len(recorded["class_names"]):
         raise RequestError(
             f"{reference}: must have the run's {len(recorded['class_names'])} classes, "
-            f"got {len(splits.class_names)}"
+            f"got {len(splits.class_names)}; give data with the same classes"
         )
+
+
+def _builder(reference: str) -> tuple[Callable[..., Any], str | None]:
+    """Return the function that builds a network, and the hash of the file if it is a user's."""
+    if plugins.is_file_reference(reference):
+        return plugins.load_function(reference)
+    if reference.endswith(".py"):
+        raise RequestError(
+            f"--model: must name a function of the file, got {reference!r}; "
+            f"give {reference}:function"
+        )
+    return plugins.load("sdq.models", reference).build, None
 
 
 def build_model(reference: str, splits_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -162,10 +177,7 @@ def build_model(reference: str, splits_shape: tuple[int, ...], classes: int) -> 
         splits_shape: ``(C, H, W)`` of the images.
         classes: number of classes.
     """
-    if plugins.is_file_reference(reference):
-        function, _ = plugins.load_function(reference)
-    else:
-        function = plugins.load("sdq.models", reference).build
+    function, _ = _builder(reference)
     channels, height, _ = splits_shape
     offered = {"num_classes": classes, "in_channels": channels, "image_size": height}
     required = [
@@ -180,9 +192,18 @@ def build_model(reference: str, splits_shape: tuple[int, ...], classes: int) -> 
             f"{reference}: parameters must be among {', '.join(offered)} or have defaults, "
             f"got {', '.join(required)}"
         )
-    model = plugins.call_with_known(function, **offered)
+    try:
+        model = plugins.call_with_known(function, **offered)
+    except Exception as error:  # the user's code may raise anything
+        raise RequestError(
+            f"{reference}: must build a network, but: {type(error).__name__}: {error}; "
+            "mend the function"
+        ) from error
     if not isinstance(model, nn.Module):
-        raise RequestError(f"{reference}: must return a torch.nn.Module, got {type(model)}")
+        raise RequestError(
+            f"{reference}: must return a torch.nn.Module, got {type(model).__name__}; "
+            "mend the function"
+        )
     return model
 
 
@@ -223,8 +244,17 @@ def load_float_file(reference: str, weights: Path, inputs: Inputs) -> nn.Module:
     return network
 
 
+def check_ended(run: RunFolder) -> None:
+    """Raise RequestError if the run was interrupted."""
+    if not run.done:
+        raise RequestError(
+            f"{run.path}: the run must have ended, but was interrupted; continue it with --resume"
+        )
+
+
 def load_float(run: RunFolder) -> nn.Module:
     """Return the float network of a run: of ``sdq train``, or what a quantized run started from."""
+    check_ended(run)
     document = run.read_json("run.json")
     model = _rebuild(document)
     name = "float.safetensors" if document.get("quant") else "model.safetensors"
@@ -234,15 +264,14 @@ def load_float(run: RunFolder) -> nn.Module:
 
 def load_quantized(run: RunFolder) -> QuantModel:
     """Return the quantized network of a run that ended well."""
+    check_ended(run)
     document = run.read_json("run.json")
-    if not document.get("quant"):
+    if not document.get("quant") or _verb(document) == "search":
+        found = run.path / "policy.json"
+        option = f"--policy {found}" if found.exists() else f"--from {run.path}"
         raise RequestError(
             f"{run.path}: must be a quantized run, got one of `sdq {_verb(document)}`; "
-            "run `sdq quantize --from` it first"
-        )
-    if document.get("status") != "done":
-        raise RequestError(
-            f"{run.path}: the run must have ended, but was interrupted; continue it with --resume"
+            f"run `sdq quantize {option}` first"
         )
     qmodel = quantize(
         load_float(run),
@@ -261,7 +290,7 @@ def _verb(document: dict[str, Any]) -> str:
 def _rebuild(document: dict[str, Any]) -> nn.Module:
     data, model = document["data"], document["model"]
     if model.get("sha256"):
-        _, now = plugins.load_function(model["reference"])
+        _, now = _builder(model["reference"])
         if now != model["sha256"]:
             raise RequestError(
                 f"{model['reference']}: must be the file the run was made with, but it changed "
@@ -272,12 +301,11 @@ def _rebuild(document: dict[str, Any]) -> nn.Module:
 
 def describe_model(reference: str) -> dict[str, Any]:
     """Return what ``run.json`` says of the model: its reference, and a user file's hash."""
-    if plugins.is_file_reference(reference):
+    _, digest = _builder(reference)
+    if digest is not None:
         path, _, function = reference.rpartition(":")
-        _, digest = plugins.load_function(reference)
-        return {"reference": f"{Path(path).resolve()}:{function}", "sha256": digest}
-    plugins.load("sdq.models", reference)
-    return {"reference": reference, "sha256": None}
+        reference = f"{Path(path).resolve()}:{function}"
+    return {"reference": reference, "sha256": digest}
 
 
 def open_device(device: str) -> Fabric:
@@ -298,8 +326,8 @@ def check_logits(network: nn.Module, sample: Tensor, classes: int) -> None:
     try:
         with torch.no_grad():
             out = network(sample)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # the user's code may raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise RequestError(
             f"model: must accept images of shape {tuple(sample.shape[1:])} (C, H, W), "
             f"but: {reason}; pass --image-size, or another model"

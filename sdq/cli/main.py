@@ -13,12 +13,14 @@ import typer
 
 from sdq._guard import foreign_module
 from sdq.cli import verbs
-from sdq.errors import RequestError, RunError
+from sdq.errors import RequestError, RunError, nearest
 
 _WRONG_REQUEST = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
     errno.ENAMETOOLONG,
 }  # fmt: skip
+
+_INTERRUPTED = 130
 
 
 def run() -> None:
@@ -39,12 +41,17 @@ def main(arguments: list[str]) -> int:
         pretty_exceptions_enable=False,
         rich_markup_mode="markdown",
     )
+    asked = arguments[0] if arguments else ""
     try:
         if hidden := foreign_module():
             raise RequestError(hidden)
+        if asked not in verbs.VERBS and not asked.startswith("-") and asked:
+            raise RequestError(f"sdq: unknown verb {asked!r}; {nearest(asked, verbs.VERBS)}")
         verbs.register(app, arguments)
         # click returns the code of a typer.Exit instead of raising it
         code = app(arguments, standalone_mode=False)
+        if code == _INTERRUPTED:  # typer turns a KeyboardInterrupt into such an exit
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
@@ -56,9 +63,9 @@ def main(arguments: list[str]) -> int:
     except RunError as error:
         return _fail(str(error), 1)
     except OSError as error:
-        return _os_error(error)
+        return _os_error(error, _again(asked))
     except (KeyboardInterrupt, click.exceptions.Abort):
-        return _fail("interrupted; repeat the command with --resume to continue", 130)
+        return _fail(f"interrupted; {_again(asked)}", _INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> int:
@@ -66,12 +73,16 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _os_error(error: OSError) -> int:
+def _again(verb: str) -> str:
+    return "repeat the command" + (" with --resume to continue" if verb in verbs.RESUMABLE else "")
+
+
+def _os_error(error: OSError, again: str) -> int:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _fail(f"{where}disk is full; free some space and repeat with --resume", 1)
+        return _fail(f"{where}disk is full; free some space and {again}", 1)
     if error.errno in _WRONG_REQUEST:
-        return _fail(f"{where}{error.strerror}; choose a folder you can write to", 2)
+        return _fail(f"{where}{error.strerror}; choose a path you can read and write", 2)
     return _fail(f"{where}{error.strerror or error}", 1)
 
 

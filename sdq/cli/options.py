@@ -1,11 +1,20 @@
 """The options that several verbs share, each written once."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from sdq.errors import RequestError
+
+
+def finite(option: typer.CallbackParam, value: float) -> float:
+    """Return the value of a floating-point option; RequestError if it is infinite or NaN."""
+    if not math.isfinite(value):
+        raise RequestError(f"{option.opts[0]}: must be a finite number, got {value!r}")
+    return value
+
 
 Model = Annotated[
     str | None,
@@ -81,9 +90,12 @@ SearchEpochs = Annotated[int, typer.Option(min=1, help="Passes of phase 1.")]
 def numbers(text: str, option: str) -> tuple[float, ...]:
     """Read ``1,2.5`` as numbers; RequestError naming the option if it is anything else."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        values = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise RequestError(f"{option}: must be numbers separated by commas, got {text!r}") from None
+    if not all(math.isfinite(value) for value in values):
+        raise RequestError(f"{option}: must be finite numbers, got {text!r}")
+    return values
 
 
 def integers(text: str, option: str) -> tuple[int, ...]:

@@ -109,16 +109,16 @@ def open_source(
 ) -> Source:
     """Open the float network named by ``--from``, or by ``--model`` and ``--weights``."""
     if (from_ is None) == (model is None):
-        raise RequestError("network: must be named by --from RUN or by --model M --weights F")
+        got = "neither" if from_ is None else "both"
+        raise RequestError(
+            f"network: must be named by --from RUN or by --model M --weights F, got {got}"
+        )
     if from_ is not None:
         if weights is not None:
             raise RequestError("--weights: must go with --model, got --from as well; drop one")
         run = RunFolder.open(from_)
+        inp.check_ended(run)
         document = run.read_json("run.json")
-        if document.get("status") != "done":
-            raise RequestError(
-                f"{from_}: the run must have ended, but was interrupted; continue it with --resume"
-            )
         request = request.like(document["request"]["data"])
         inputs = inp.open_inputs(request, document["data"])
         return Source(inp.load_float(run), document["model"], inputs)
@@ -262,8 +262,12 @@ def quantize(
     search_method: options.SearchMethod = "sdq",
     search_epochs: options.SearchEpochs = 4,
     epochs: Annotated[int, typer.Option(min=0, help="Passes of fine-tuning (phase 2).")] = 8,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of fine-tuning.")] = 1e-3,
-    bin_weight: Annotated[float, typer.Option(help="lambda_E of bin regularization.")] = 0.1,
+    lr: Annotated[
+        float, typer.Option(callback=options.finite, help="Peak learning rate of fine-tuning.")
+    ] = 1e-3,
+    bin_weight: Annotated[
+        float, typer.Option(callback=options.finite, help="lambda_E of bin regularization.")
+    ] = 0.1,
     data_root: options.DataRoot = None,
     batch_size: options.BatchSize = 128,
     image_size: options.ImageSize = None,

@@ -16,6 +16,8 @@ VERBS = {
 }
 """Verb -> the file in this folder, and the function in it."""
 
+RESUMABLE = ("train", "quantize", "search")
+
 
 def register(app: typer.Typer, arguments: list[str]) -> None:
     """Add the verb that is asked for; all of them if none is, so that help can list them.

@@ -1,0 +1,344 @@
+"""What the verbs give: files, tables and the last line as JSON."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+METRICS = {
+    "accuracy", "balanced_accuracy", "macro_f1", "auc", "per_class_recall", "ece", "num_examples",
+}  # fmt: skip
+COSTS = {"agreement", "avg_weight_bits", "avg_weight_bits_all", "weight_bytes", "bops"}
+ONNX = importlib.util.find_spec("onnx") is not None
+needs_onnx = pytest.mark.skipif(not ONNX, reason="sdq[export] is not installed")
+
+
+def metrics_are_whole(metrics, classes=7):
+    assert set(metrics) == METRICS
+    assert len(metrics["per_class_recall"]) == classes
+    for key in METRICS - {"per_class_recall"}:
+        assert math.isfinite(metrics[key])
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("kind", "some"),
+    [
+        ("models", {"mlp", "resnet20", "vgg_like"}),
+        ("datasets", {"synthetic_derm", "dermamnist"}),
+        ("methods", set()),
+        ("formats", {"onnx", "qonnx"}),
+        ("targets", {"bit_fusion"}),
+    ],
+)
+def test_list(sdq, kind, some):
+    done = sdq(f"list {kind} --json")
+    assert (done.code, done.err) == (0, "")
+    assert list(done.json) == [kind]
+    assert done.json[kind] == sorted(done.json[kind])
+    assert some <= set(done.json[kind])
+    table = sdq(f"list {kind}")
+    assert [line.split()[0] for line in table.out.splitlines()] == done.json[kind]
+
+
+@pytest.mark.parametrize("verb", ["", "--help"])
+def test_help_lists_every_verb(sdq, verb):
+    done = sdq(verb)
+    assert done.code == (0 if verb else 2)
+    for name in ("list", "train", "quantize", "search", "evaluate", "export", "cost", "demo"):
+        assert f" {name} " in done.out
+
+
+@pytest.mark.parametrize(
+    "verb", ["list", "train", "quantize", "search", "evaluate", "export", "cost", "demo"]
+)
+def test_every_verb_explains_itself(sdq, verb):
+    done = sdq(f"{verb} --help")
+    assert done.code == 0
+    assert f"sdq {verb}" in done.out
+    assert "Example: " in done.out
+
+
+def test_train(derm):
+    run = derm / "float"
+    metrics = read(run / "metrics.json")
+    assert set(metrics) == {"float"}
+    metrics_are_whole(metrics["float"])
+    document = read(run / "run.json")
+    assert document["schema"] == "sdq.run/1"
+    assert document["status"] == "done"
+    assert document["seed"] == 0
+    assert {"sdq", "torch", "python"} <= set(document["versions"])
+    assert len(document["data"]["fingerprint"]) == 64
+    assert document["data"]["image_shape"] == [3, 28, 28]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [(x["phase"], x["epoch"]) for x in log] == [("train", 1), ("train", 2)]
+
+
+def test_quantize(derm):
+    run = derm / "quantized"
+    assert {p.name for p in run.iterdir()} == {
+        ".lock", "checkpoints", "float.safetensors", "layers.json", "log.jsonl", "metrics.json",
+        "model.safetensors", "policy.json", "run.json",
+    }  # fmt: skip
+    metrics = read(run / "metrics.json")
+    assert set(metrics) == {"float", "quantized"} | COSTS
+    metrics_are_whole(metrics["float"])
+    metrics_are_whole(metrics["quantized"])
+    assert metrics["avg_weight_bits"] <= 2.0
+    policy = read(run / "policy.json")
+    assert policy["schema"] == "sdq.policy/1"
+    bits = sum(x["num_weights"] * x["weight_bits"] for x in policy["layers"])
+    assert metrics["weight_bytes"] == bits / 8
+    weights = sum(x["num_weights"] for x in policy["layers"])
+    assert metrics["avg_weight_bits_all"] == pytest.approx(bits / weights)
+    # a linear layer has one MAC a weight
+    assert metrics["bops"] == sum(
+        x["num_weights"] * x["weight_bits"] * x["act_bits"] for x in policy["layers"]
+    )
+    assert read(derm / "float" / "metrics.json")["float"] == metrics["float"]
+    for name in ("model", "float"):
+        with safe_open(run / f"{name}.safetensors", framework="pt") as file:
+            assert list(file.keys())
+
+
+def test_nothing_in_a_run_is_a_pickle(derm):
+    for path in derm.rglob("*"):
+        if path.is_file() and path.name != ".lock":
+            assert path.suffix in (".json", ".jsonl", ".safetensors"), path
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        ("--bits 3.3", ("avg_weight_bits", 3.3)),
+        ("--weight-kb 306", ("weight_bytes", 306_000)),
+        ("--bops-g 0.0194", ("bops", 19_400_000)),
+        ("--bits 3.3 --search-method uniform", ("avg_weight_bits", 3.0)),
+        ("--bits 1e9", ("avg_weight_bits", 8.0)),
+        ("--bits 2 --choices 2", ("avg_weight_bits", 2.0)),
+        ("--bits 2 --first-last-bits 0", ("avg_weight_bits", 2.0)),
+        ("--bits 2 --weight-scale per_tensor --scale power_of_two --act-bits 32",
+         ("avg_weight_bits", 2.0)),
+    ],
+)  # fmt: skip
+def test_quantize_keeps_the_budget(sdq, files, tmp_path, options, limit):
+    run = tmp_path / "run"
+    done = sdq(
+        f"quantize --from {files / 'float'} --data {files / 'ok.npz'} {options} "
+        f"--search-epochs 1 --epochs 1 --json --out {run}"
+    )
+    assert done.code == 0, done.err
+    assert set(done.json) == {"out", "metrics"}
+    assert done.json["out"] == str(run)
+    assert done.json["metrics"] == read(run / "metrics.json")
+    name, value = limit
+    assert done.json["metrics"][name] <= value
+    if "uniform" in options:
+        assert done.json["metrics"][name] == value
+    assert "quantized" in done.out  # the table
+
+
+def test_search_then_quantize_with_its_policy(sdq, files, tmp_path):
+    common = f"--from {files / 'float'} --data {files / 'ok.npz'}"
+    done = sdq(f"search {common} --bits 3 --search-epochs 2 --json --out {tmp_path / 's'}")
+    assert done.code == 0, done.err
+    assert set(done.json) == {"out", "avg_weight_bits", "avg_weight_bits_all", "weight_bits"}
+    assert done.json["avg_weight_bits"] <= 3
+    policy = tmp_path / "s" / "policy.json"
+    found = {x["name"]: x["weight_bits"] for x in read(policy)["layers"]}
+    assert done.json["weight_bits"] == found
+    assert not (tmp_path / "s" / "model.safetensors").exists()
+    done = sdq(f"quantize {common} --policy {policy} --epochs 1 --quiet --out {tmp_path / 'q'}")
+    assert (done.code, done.out, done.err) == (0, "", "")
+    assert (tmp_path / "q" / "policy.json").read_text() == policy.read_text()
+    log = (tmp_path / "q" / "log.jsonl").read_text().splitlines()
+    assert {json.loads(line)["phase"] for line in log} == {"finetune"}
+
+
+def test_quantize_takes_weights_instead_of_a_run(sdq, files, tmp_path):
+    weights = files / "float" / "model.safetensors"
+    done = sdq(
+        f"quantize --model mlp --weights {weights} --data {files / 'ok.npz'} --bits 2 "
+        f"--search-epochs 1 --epochs 1 --quiet --out {tmp_path / 'run'}"
+    )
+    assert done.code == 0, done.err
+    # the same network, data and seed as the run made with --from
+    assert load_file(tmp_path / "run" / "model.safetensors").keys()
+    one, two = (read(p / "metrics.json") for p in (tmp_path / "run", files / "quantized"))
+    assert one == two
+
+
+def test_evaluate_gives_what_the_run_measured(sdq, derm):
+    done = sdq(f"evaluate {derm / 'quantized'} --json")
+    assert done.code == 0, done.err
+    metrics = read(derm / "quantized" / "metrics.json")
+    assert set(done.json) == {"float", "quantized", "agreement"}
+    for key in ("quantized", "float"):
+        for name, value in done.json[key].items():
+            # batches of another size: float32 sums may differ in the last digits
+            assert value == pytest.approx(metrics[key][name], abs=1e-4)
+    assert done.json["agreement"] == pytest.approx(metrics["agreement"], abs=1e-3)
+    float_alone = sdq(f"evaluate {derm / 'float'} --json --quiet")
+    assert float_alone.json == {"float": done.json["float"]}
+    assert float_alone.out.count("\n") == 1
+
+
+def test_evaluate_takes_weights(sdq, derm):
+    weights = derm / "float" / "model.safetensors"
+    done = sdq(f"evaluate --model mlp --weights {weights} --data synthetic_derm --json")
+    assert done.code == 0, done.err
+    # the normalisation is the training set's here as there
+    assert done.json == sdq(f"evaluate {derm / 'float'} --json").json
+
+
+def test_evaluate_takes_other_data(sdq, files):
+    done = sdq(
+        f"evaluate {files / 'quantized'} --data {files / 'size20.npz'} --image-size 28 --json"
+    )
+    assert done.code == 0, done.err
+    metrics_are_whole(done.json["quantized"])
+
+
+@needs_onnx
+@pytest.mark.parametrize("format", ["onnx", "qonnx"])
+@pytest.mark.parametrize("options", ["", "--verify", "--verify --with-preprocessing"])
+def test_export(sdq, derm, tmp_path, format, options):
+    done = sdq(
+        f"export {derm / 'quantized'} --format {format} {options} --samples 40 --json "
+        f"--out {tmp_path}"
+    )
+    assert done.code == 0, done.err
+    written = done.json["export"]
+    assert written["format"] == format
+    assert written["path"] == str(tmp_path / written["file"])
+    assert (tmp_path / written["file"]).stat().st_size == written["file_bytes"]
+    policy = read(derm / "quantized" / "policy.json")["layers"]
+    assert written["weight_bits"] == {x["name"]: x["weight_bits"] for x in policy}
+    assert set(read(tmp_path / "export.json")["exports"]) == {format}
+    assert ("verification" in done.json) == bool(options)
+    if options:
+        assert done.json["verification"]["verified"] is True
+        assert "0 of" in done.out
+
+
+@needs_onnx
+def test_export_twice(sdq, files, tmp_path):
+    out = tmp_path / "out"
+    export = f"export {files / 'quantized'} --out {out}"
+    assert sdq(export).code == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    done = sdq(export)
+    assert done.code == 2
+    assert "must not exist yet" in done.err
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert sdq(f"{export} --overwrite").code == 0
+    assert sdq(f"{export} --format qonnx").code == 0
+    assert {p.name for p in out.iterdir()} == {"export.json", "model.onnx", "model_qonnx.onnx"}
+
+
+@needs_onnx
+def test_a_wrong_data_root_leaves_no_export(sdq, files, tmp_path):
+    done = sdq(f"export {files / 'quantized'} --verify --data nowhere.npz --out", tmp_path / "out")
+    assert done.code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_cost(sdq, derm):
+    run, metrics = derm / "quantized", read(derm / "quantized" / "metrics.json")
+    done = sdq(f"cost {run} --json")
+    assert done.code == 0, done.err
+    assert set(done.json) == {"layers", "total"}
+    for key in ("avg_weight_bits", "avg_weight_bits_all", "weight_bytes", "bops"):
+        assert done.json["total"][key] == metrics[key]
+    assert sum(x["macs"] for x in done.json["layers"]) == done.json["total"]["macs"]
+    with_target = sdq(f"cost {run / 'policy.json'} --target bit_fusion --json").json
+    assert with_target["total"] == done.json["total"] | {
+        "target": "bit_fusion",
+        "cycles": sum(x["cycles"] for x in with_target["layers"]),
+        "latency_s": with_target["total"]["latency_s"],
+        "bottleneck": with_target["total"]["bottleneck"],
+    }
+    assert with_target["total"]["latency_s"] > 0
+    assert with_target["total"]["bottleneck"] in {x["name"] for x in with_target["layers"]}
+
+
+def test_a_folder_of_images(sdq, tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 3)):
+        for name in ("benign", "malignant"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 255, (12, 12, 3), np.uint8)).save(
+                    folder / f"{split}{name}{i}.png"
+                )
+    run, data = tmp_path / "run", tmp_path / "images"
+    done = sdq(f"train --model mlp --data {data} --epochs 1 --json --out {run}")
+    assert done.code == 0, done.err
+    metrics_are_whole(done.json["metrics"]["float"], classes=2)
+    assert read(run / "run.json")["data"]["class_names"] == ["benign", "malignant"]
+    done = sdq(
+        f"quantize --from {run} --data {data} --bits 2 --search-epochs 1 --epochs 1 --quiet --out",
+        tmp_path / "q",
+    )
+    assert done.code == 0, done.err
+
+
+def test_a_users_model_goes_all_the_way(sdq, files, tmp_path):
+    model, data = f"{files / 'models.py'}:fixed", files / "ok.npz"
+    f, q = tmp_path / "f", tmp_path / "q"
+    for command in (
+        f"train --model {model} --data {data} --epochs 1 --out {f}",
+        f"quantize --from {f} --data {data} --bits 8 --first-last-bits 0 --search-epochs 1 "
+        f"--epochs 1 --out {q}",
+        f"evaluate {q}",
+        f"cost {q}",
+    ):
+        assert sdq(f"{command} --quiet").code == 0
+    if ONNX:
+        assert sdq(f"export {q} --verify --samples 10").code == 0
+
+
+def test_the_same_seed_gives_the_same_weights(sdq, files, tmp_path):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        train = f"train --model mlp --data {files / 'ok.npz'} --epochs 1 --quiet --seed {seed}"
+        assert sdq(f"{train} --out", tmp_path / name).code == 0
+    a, b, c = ((tmp_path / x / "model.safetensors").read_bytes() for x in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_real_images(sdq, real_root, tmp_path):
+    """The pretrained network on images that it was not trained on: shapes, not accuracy."""
+    weights = real_root / "resnet20_cifar10.safetensors"
+    data = f"--data dermamnist --data-root {real_root}"
+    done = sdq(f"train --model mlp {data} --epochs 1 --json --out", tmp_path / "f")
+    assert done.code == 0, done.err
+    metrics_are_whole(done.json["metrics"]["float"])
+    assert done.json["metrics"]["float"]["accuracy"] > 0.6  # two thirds are one class
+    done = sdq(f"evaluate --model resnet20 --weights {weights} {data}")
+    assert done.code == 2
+    assert "check the number of classes and channels" in done.err
+
+
+def test_another_packages_export_is_noticed(tmp_path):
+    """``python -m`` puts the current folder first on the path."""
+    (tmp_path / "export.py").write_text("raise SystemExit(3)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "sdq", "list", "models"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"{tmp_path / 'export.py'} hides it; rename that file" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,161 @@
+"""What every network plugin owes: shapes, quantization under any policy, training, its state."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hw
+from sdq import plugins
+from sdq.config import QuantConfig
+from sdq.policy import BitwidthPolicy
+from sdq.quant_model import QuantModel, apply_policy_, calibrate_, quantize
+
+MODELS = plugins.names("sdq.models")
+TARGETS = plugins.names("hw.targets")
+SIDE, CLASSES = 16, 5
+
+
+def build(name: str, channels: int = 3, seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module: nn.Module = plugins.call_with_known(
+            plugins.load("sdq.models", name).build,
+            num_classes=CLASSES, in_channels=channels, image_size=SIDE,
+        )  # fmt: skip
+    return module
+
+
+def images(channels: int = 3, count: int = 12) -> Tensor:
+    return torch.randn(count, channels, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+
+
+LABELS = torch.arange(12) % CLASSES
+
+
+def quantized(name: str, seed: int = 0) -> QuantModel:
+    """Return the network under a random policy of all bitwidths."""
+    qmodel = quantize(build(name, seed=seed), QuantConfig(), sample=images()[:1])
+    draw = random.Random(0)
+    apply_policy_(
+        qmodel,
+        qmodel.policy.with_weight_bits(
+            {b.name: draw.choice((1, 2, 3, 4, 6, 8)) for b in qmodel.policy if b.searched}
+        ),
+    )
+    return qmodel
+
+
+def test_there_are_models_and_targets() -> None:
+    assert {"mlp", "resnet20", "vgg_like"} <= set(MODELS)
+    assert "bit_fusion" in TARGETS
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_it_maps_images_to_logits(name: str, channels: int) -> None:
+    net = build(name, channels).eval()
+    logits = net(images(channels))
+    assert logits.shape == (12, CLASSES)
+    assert logits.dtype == torch.float32
+    assert torch.isfinite(logits).all()
+    # an image's logits do not depend on its neighbours (float32, in another order)
+    torch.testing.assert_close(net(images(channels)[:1]), logits[:1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_its_weights_follow_from_the_generator(name: str) -> None:
+    first, again, other = build(name), build(name), build(name, seed=1)
+    a, b, c = (net.state_dict() for net in (first, again, other))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_quantized_under_a_mixed_policy(name: str) -> None:
+    qmodel = quantized(name)
+    calibrate_(qmodel, [(images(), LABELS)])
+    assert qmodel.calibrated
+    assert len(qmodel.policy) == len(qmodel.layers) > 2
+    assert sum(b.searched for b in qmodel.policy) == len(qmodel.policy) - 2
+    module_weights = {
+        n: m.weight.numel()
+        for n, m in build(name).named_modules()
+        if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)
+    }
+    assert {s.name: s.num_weights for s in qmodel.layers} == module_weights
+    logits = qmodel.eval()(images())
+    assert logits.shape == (12, CLASSES)
+    assert torch.isfinite(logits).all()
+    for b in qmodel.policy:
+        quantizer = qmodel.weight_quantizer(b.name)
+        codes = quantizer.codes(qmodel.weight(b.name))
+        assert len(codes.unique()) <= 2**b.weight_bits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_eight_bits_answer_like_float(name: str) -> None:
+    net = build(name).eval()
+    qmodel = quantize(net, QuantConfig(act_bits=8), sample=images()[:1]).eval()
+    calibrate_(qmodel, [(images(), LABELS)])
+    logits, ours = net(images()), qmodel(images())
+    # every layer adds noise of about 1/256 of its range; some twenty layers, fresh weights
+    assert (ours - logits).square().mean() < 0.02 * logits.var()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_steps_lower_the_loss(name: str) -> None:
+    qmodel = quantized(name)
+    calibrate_(qmodel, [(images(), LABELS)])
+    qmodel.train()
+    optimizer = torch.optim.AdamW(qmodel.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(8):
+        loss = F.cross_entropy(qmodel(images()), LABELS)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in qmodel.parameters())
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[1] != losses[0]
+    assert min(losses[-2:]) < losses[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_its_state_round_trips(name: str) -> None:
+    net, other = build(name), build(name, seed=1)
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other.eval()(images()), net.eval()(images()))
+    qmodel, fresh = quantized(name), quantized(name, seed=1)
+    calibrate_(qmodel, [(images(), LABELS)])
+    fresh.load_state_dict(qmodel.state_dict(), strict=True)
+    assert torch.equal(fresh.eval()(images()), qmodel.eval()(images()))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_target_s_cost_is_positive_and_does_not_rise_as_bits_fall(name: str, target: str) -> None:
+    device = hw.target(target)
+    qmodel = quantized(name)
+    draw = random.Random(1)
+    names = [b.name for b in qmodel.policy if b.searched]
+
+    def cost(policy: BitwidthPolicy) -> float:
+        found = device.cost(qmodel.layers, policy)
+        assert len(found.layer_cycles) == len(qmodel.layers)
+        assert all(isinstance(c, int) and c > 0 for c in found.layer_cycles)
+        assert found.layer_cycles[found.bottleneck] == max(found.layer_cycles)
+        assert found.latency_s > 0
+        return found.latency_s
+
+    for _ in range(20):
+        bits = {n: draw.choice((2, 3, 4, 6, 8)) for n in names}
+        policy = qmodel.policy.with_weight_bits(bits)
+        fewer = qmodel.policy.with_weight_bits({n: draw.randint(1, b) for n, b in bits.items()})
+        assert cost(fewer) <= cost(policy)
+    everywhere = [qmodel.policy.with_weight_bits(dict.fromkeys(names, b)) for b in range(1, 9)]
+    costs = [cost(policy) for policy in everywhere]
+    assert costs == sorted(costs)
+    assert costs[0] < costs[-1]

@@ -1,0 +1,88 @@
+"""Cost models of devices: the formula of each family by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+import hw
+from hw.models.systolic import FusibleArray
+from hw.targets.bit_fusion import TARGET
+from sdq.config import QuantConfig
+from sdq.errors import RequestError
+from sdq.layers import LayerSpec
+from sdq.models import resnet20
+from sdq.policy import BitwidthPolicy, LayerBits
+from sdq.quant_model import quantize
+
+
+def conv(k: int, c: int, side: int, window: int = 3, groups: int = 1, calls: int = 1) -> LayerSpec:
+    weight = (k, c // groups, window, window)
+    macs = k * c // groups * window**2 * side**2 * calls
+    return LayerSpec("conv", "conv2d", weight, (c, side, side), (k, side, side), macs, False)
+
+
+# 16 rows take input channels, 32 columns output channels; a unit holds (8 / w) (8 / a) multipliers
+BY_HAND = [
+    (conv(16, 16, 32), 8, 8, 1 * 1024 * 9 * 1),
+    (conv(16, 16, 32), 4, 4, 1 * 1024 * 9 * 1),  # 64 channels at once, 16 to do
+    (conv(64, 64, 8), 8, 8, 2 * 64 * 9 * 4),
+    (conv(64, 64, 8), 4, 8, 2 * 64 * 9 * 2),
+    (conv(64, 64, 8), 4, 4, 2 * 64 * 9 * 1),
+    (conv(64, 64, 8), 3, 4, 2 * 64 * 9 * 1),  # 3 bits take the room of 4
+    (conv(64, 64, 8), 1, 8, 2 * 64 * 9 * 1),  # 1 bit that of 2
+    (conv(64, 512, 8), 1, 2, 2 * 64 * 9 * 2),  # ceil(512 / (16 * 16))
+    (conv(64, 512, 8), 2, 2, 2 * 64 * 9 * 2),
+    (conv(33, 17, 5), 8, 8, 2 * 25 * 9 * 2),  # both just over
+    (conv(33, 17, 5), 6, 5, 2 * 25 * 9 * 2),  # 5 to 8 bits are as wide as 8
+    (conv(16, 16, 4), 32, 32, 1 * 16 * 9 * 16),  # (8 / 32)^2 of a multiplier
+    (conv(64, 64, 8, groups=64), 8, 8, 64 * 64 * 9 * 1),  # depthwise: one column at a time
+    (conv(64, 64, 8, groups=2), 8, 8, 2 * 64 * 9 * 2),
+    (conv(16, 16, 32, calls=2), 8, 8, 2 * 1024 * 9),  # a layer called twice
+    (LayerSpec("fc", "linear", (10, 64), (64,), (10,), 640, True), 8, 8, 4),
+    (LayerSpec("fc", "linear", (100, 64), (64,), (100,), 6400, True), 4, 8, 4 * 2),
+    (LayerSpec("fc", "linear", (10, 64), (7, 64), (7, 10), 4480, True), 8, 8, 7 * 4),
+    (LayerSpec("c", "conv1d", (8, 4, 5), (4, 20), (8, 16), 8 * 4 * 5 * 16, True), 8, 8, 16 * 5),
+]
+
+
+@pytest.mark.parametrize(("spec", "weight_bits", "act_bits", "cycles"), BY_HAND)
+def test_bit_fusion_cycles(spec: LayerSpec, weight_bits: int, act_bits: int, cycles: int) -> None:
+    assert TARGET.cycles(spec, weight_bits, act_bits) == cycles
+
+
+def test_bit_fusion_has_its_datasheet() -> None:
+    assert FusibleArray(rows=16, columns=32, clock_hz=500e6) == TARGET
+    assert hw.target("bit_fusion") is hw.target("bit-fusion") is TARGET
+
+
+def test_a_network_is_the_sum_of_its_layers() -> None:
+    specs = (conv(64, 64, 8), conv(16, 16, 32))
+    policy = BitwidthPolicy((LayerBits("x", 4, 4, True, 36864), LayerBits("y", 8, 8, True, 2304)))
+    cost = TARGET.cost(specs, policy)
+    assert cost.layer_cycles == (1152, 9216)
+    assert cost.bottleneck == 1
+    assert cost.latency_s == pytest.approx(10368 / 500e6, rel=1e-15)
+
+
+def test_resnet20_on_bit_fusion_by_hand() -> None:
+    qmodel = quantize(resnet20.build(10), QuantConfig(act_bits=4), sample=torch.zeros(1, 3, 32, 32))
+    names = [b.name for b in qmodel.policy if b.searched]
+    policy = qmodel.policy.with_weight_bits(dict.fromkeys(names, 4))
+    cycles = TARGET.cost(qmodel.layers, policy).layer_cycles
+    stage1, stage2, stage3 = 1024 * 9, 256 * 9, 2 * 64 * 9
+    assert cycles == (
+        stage1,  # 3 channels at 8 / 8
+        *[stage1] * 6, *[stage2] * 6, *[stage3] * 6,
+        4,  # 64 channels at 8 / 8
+    )  # fmt: skip
+
+
+def test_an_unknown_target_is_refused_with_the_nearest() -> None:
+    with pytest.raises(RequestError, match="did you mean 'bit_fusion'"):
+        hw.target("bitfusion")
+
+
+def test_groups_are_counted_from_a_traced_network() -> None:
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    qmodel = quantize(net, QuantConfig(), sample=torch.zeros(1, 8, 4, 4))
+    assert TARGET.cost(qmodel.layers, qmodel.policy).layer_cycles == (8 * 16 * 9, 16)

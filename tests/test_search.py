@@ -1,0 +1,355 @@
+"""Phase 1: budgets are kept, seeds repeat, a resumed search ends where the undisturbed one does."""
+
+import copy
+import itertools
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hw
+from sdq.checkpoint import Checkpoint, load_tensors
+from sdq.config import QuantConfig, SearchConfig
+from sdq.cost import Budget
+from sdq.errors import RequestError, RunError
+from sdq.learned_scale import WeightQuantizer
+from sdq.policy import BitwidthPolicy
+from sdq.projection import SLACK
+from sdq.quant_model import QuantModel, calibrate_, quantize
+from sdq.search import LOG_PRICE_RANGE, BitwidthSearch, Price, search, uniform_policy, utility
+from sdq.stochastic import StochasticWeightQuantizer
+from sdq.train import StepReport
+
+Batch = tuple[Tensor, Tensor]
+QUICK = SearchConfig(epochs=2, lr=3e-3)
+
+
+@pytest.fixture
+def qtoy(toy: Callable[..., nn.Module], sample: Tensor) -> Callable[..., QuantModel]:
+    def make(**config: Any) -> QuantModel:
+        return quantize(toy(dropout=0.2), QuantConfig(**config), sample=sample)
+
+    return make
+
+
+def chosen(policy: BitwidthPolicy) -> list[int]:
+    return [b.weight_bits for b in policy if b.searched]
+
+
+def best_average(qmodel: QuantModel, limit: float) -> float:
+    """The average closest to the limit from below that any policy has."""
+    counts = [b.num_weights for b in qmodel.policy if b.searched]
+    averages = (
+        sum(c * b for c, b in zip(counts, bits, strict=True)) / sum(counts)
+        for bits in itertools.product(qmodel.config.bit_choices, repeat=len(counts))
+    )
+    return max(a for a in averages if a <= limit)
+
+
+# ---------------------------------------------------------------------------------------- budgets
+
+
+@pytest.mark.parametrize("start", ["budget", "highest"])
+@pytest.mark.parametrize(("bits", "seed"), [(1.0, 0), (1.5, 1), (2.0, 0), (2.0, 1), (3.3, 2)])
+def test_the_average_is_never_above_the_budget_and_close_below(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]], bits: float, seed: int,
+    start: str,
+) -> None:  # fmt: skip
+    qmodel = qtoy()
+    config = SearchConfig(epochs=1, seed=seed, start=start)
+    loader = batches(count=4)
+    policy = search(qmodel, loader, budget=Budget(avg_weight_bits=bits), config=config)
+    assert policy.avg_weight_bits <= bits
+    assert policy.avg_weight_bits >= min(best_average(qmodel, bits), bits * (1 - SLACK))
+    assert set(chosen(policy)) <= {1, 2, 3, 4, 6, 8}
+    pinned = [(b.name, b.weight_bits) for b in policy if not b.searched]
+    assert pinned == [("first", 8), ("last", 8)]
+
+
+def test_budgets_in_bytes_and_bit_operations_are_kept_together(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]]
+) -> None:
+    qmodel = qtoy()
+    three = uniform_policy(qmodel, Budget(avg_weight_bits=3.0))
+    budget = Budget(weight_bytes=three.weight_bytes, bops=0.9 * hw.total_bops(qmodel.layers, three))
+    policy = search(qmodel, batches(), budget=budget, config=QUICK)
+    assert policy.weight_bytes <= budget.weight_bytes
+    assert hw.total_bops(qmodel.layers, policy) <= budget.bops
+
+
+def test_an_unreachable_budget_is_refused_before_anything_is_trained(
+    qtoy: Callable[..., QuantModel],
+) -> None:
+    def explode() -> Any:
+        raise AssertionError("no batch should be asked for")
+
+    class Loader:
+        __iter__ = lambda self: explode()  # noqa: E731
+        __len__ = lambda self: explode()  # noqa: E731
+
+    message = "average weight bits must be at least 2 with bit choices 2,4 (reachable 2 to 4)"
+    with pytest.raises(RequestError, match=re.escape(message)):
+        search(qtoy(bit_choices=(2, 4)), Loader(), budget=Budget(avg_weight_bits=1.9))
+
+
+def test_the_model_is_left_as_it_is(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]]
+) -> None:
+    qmodel = qtoy().eval()
+    before, policy = copy.deepcopy(qmodel.state_dict()), qmodel.policy
+    modules = [type(m) for m in qmodel.modules()]
+    search(qmodel, batches(), budget=Budget(avg_weight_bits=2.0), config=QUICK)
+    assert not qmodel.training
+    assert not qmodel.calibrated
+    assert qmodel.policy == policy
+    assert [type(m) for m in qmodel.modules()] == modules
+    after = qmodel.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in after.items())
+
+
+def test_a_network_with_nothing_to_search_keeps_its_policy(
+    batches: Callable[..., list[Batch]], sample: Tensor
+) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    qmodel = quantize(net, sample=sample)
+    policy = search(qmodel, batches(), budget=Budget(avg_weight_bits=2.0), config=QUICK)
+    assert policy == qmodel.policy
+    assert search(qmodel, batches(), budget=Budget(weight_bytes=1e6), config=QUICK) == policy
+
+
+def test_a_single_choice_leaves_nothing_to_learn(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]]
+) -> None:
+    qmodel = qtoy(bit_choices=(3,))
+    policy = search(qmodel, batches(), budget=Budget(avg_weight_bits=3.0), config=QUICK)
+    assert chosen(policy) == [3] * 4
+
+
+def test_uniform_takes_the_most_bits_that_fit(qtoy: Callable[..., QuantModel]) -> None:
+    qmodel = qtoy()
+    for limit, bits in ((1.0, 1), (2.5, 2), (5.9, 4), (6.0, 6), (100.0, 8)):
+        policy = uniform_policy(qmodel, Budget(avg_weight_bits=limit))
+        assert chosen(policy) == [bits] * 4
+    both = Budget(avg_weight_bits=6.0, weight_bytes=qmodel.policy.weight_bytes / 2)
+    policy = uniform_policy(qmodel, both)
+    assert policy.weight_bytes <= both.weight_bytes
+    with pytest.raises(RequestError, match="average weight bits must be at least 1"):
+        uniform_policy(qmodel, Budget(avg_weight_bits=0.9))
+
+
+# ------------------------------------------------------------------------------- seeds and resume
+
+
+def traced(
+    qmodel: QuantModel, loader: list[Batch], file: Path, config: SearchConfig,
+    watch: Callable[[StepReport], None] | None = None,
+) -> tuple[BitwidthPolicy, dict[str, Tensor]]:  # fmt: skip
+    policy = search(
+        qmodel, loader, budget=Budget(avg_weight_bits=2.0), config=config,
+        checkpoint=Checkpoint(file), watch=watch,
+    )  # fmt: skip
+    return policy, load_tensors(file)[0]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_seed_repeats_bit_for_bit(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]], tmp_path: Path
+) -> None:
+    runs = []
+    for index, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(index)
+        config = QUICK.replaced(seed=seed)
+        runs.append(traced(qtoy(), batches(count=3), tmp_path / f"{index}.safetensors", config))
+    assert runs[0][0] == runs[1][0]
+    assert same(runs[0][1], runs[1][1])
+    assert not same(runs[0][1], runs[2][1])
+
+
+class Stopped(Exception):
+    """Stands for a killed process."""
+
+
+@pytest.mark.parametrize("start", ["budget", "highest"])
+@pytest.mark.parametrize(("epoch", "step"), [(1, None), (2, None), (1, 2)])
+def test_a_resumed_search_ends_bit_for_bit_where_the_undisturbed_one_does(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]], tmp_path: Path,
+    epoch: int, step: int | None, start: str,
+) -> None:  # fmt: skip
+    config = SearchConfig(epochs=3, lr=3e-3, start=start)
+    whole = traced(qtoy(), batches(count=3), tmp_path / "whole.safetensors", config)
+
+    def stop(report: StepReport) -> None:
+        at_end = report.end_of_epoch is not None and report.epoch + 1 == epoch
+        if (step is None and at_end) or (report.epoch == epoch and report.step == step):
+            raise Stopped
+
+    file = tmp_path / "broken.safetensors"
+    with pytest.raises(Stopped):
+        traced(qtoy(), batches(count=3), file, config, stop)
+    epochs: set[int] = set()
+    resumed = traced(qtoy(), batches(count=3), file, config, lambda r: epochs.add(r.epoch))
+    assert epochs == set(range(epoch, 3))
+    assert resumed[0] == whole[0]
+    assert same(resumed[1], whole[1])
+
+
+def test_a_loss_that_is_not_finite_is_of_the_search(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]]
+) -> None:
+    qmodel = qtoy()
+    calibrate_(qmodel, batches())
+    bad = [(x * float("nan"), y) for x, y in batches()]
+    with pytest.raises(RunError, match="search: loss must be finite, got nan in epoch 1, step 1"):
+        search(qmodel, bad, budget=Budget(avg_weight_bits=2.0), config=QUICK)
+
+
+# ------------------------------------------------------------------------------------ what it does
+
+
+def test_layers_that_the_task_needs_keep_their_bits(
+    sample: Tensor,
+) -> None:
+    """Two layers of equal size: one carries the answer, the other is added with weight 0."""
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(1, 8, 3, padding=1)
+            self.needed = nn.Conv2d(8, 8, 3, padding=1)
+            self.useless = nn.Conv2d(8, 8, 3, padding=1)
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).relu()
+            x = self.needed(x) + 0.0 * self.useless(x)
+            return self.last(x.relu().mean((2, 3)))
+
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 32, 1, 8, 8, generator=rng)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Gate()
+    with torch.no_grad():
+        labels = [net(x).argmax(1) for x in images]
+    loader = list(zip(images, labels, strict=True))
+    qmodel = quantize(net, QuantConfig(bit_choices=(1, 2, 4), act_bits=8), sample=sample)
+    config = SearchConfig(epochs=8, lr=1e-4, bitwidth_lr=0.2, start="highest")
+    policy = search(qmodel, loader, budget=Budget(avg_weight_bits=2.5), config=config)
+    assert (policy["needed"].weight_bits, policy["useless"].weight_bits) == (4, 1)
+
+
+def test_the_loss_is_the_task_s_plus_the_regularizer_priced_by_share_of_weights(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]]
+) -> None:
+    qmodel = qtoy(bit_choices=(1, 2, 3, 4))
+    constraints = Budget(avg_weight_bits=2.0).constraints(qmodel.layers, qmodel.policy)
+    images, labels = batches()[0]
+    calibrate_(qmodel, batches())
+    objective = BitwidthSearch(qmodel, constraints, QUICK, 10)
+    objective.price.log_price.fill_(math.log(0.5))
+    qmodel.eval()
+    task = float(nn.functional.cross_entropy(qmodel(images), labels).detach())
+    counts = [b.num_weights for b in qmodel.policy if b.searched]
+    regularizer = sum(
+        count / sum(counts) * float(x.beta().detach()) * 12 * float(x.residual)
+        for count, x in zip(counts, objective.layers, strict=True)
+    )
+    loss = float(objective.loss(qmodel, images, labels).detach())
+    assert loss == pytest.approx(task + 0.5 * regularizer, rel=1e-5)  # float32
+
+
+def test_start_next_to_the_budget(
+    qtoy: Callable[..., QuantModel],
+) -> None:
+    for limit, bits in ((1.0, 2), (2.5, 3), (4.0, 6), (8.0, 8), (9.0, 8)):
+        qmodel = qtoy()
+        constraints = Budget(avg_weight_bits=limit).constraints(qmodel.layers, qmodel.policy)
+        layers = BitwidthSearch(qmodel, constraints, SearchConfig(), 10).layers
+        assert [x.choices[int(x.level)] for x in layers] == [bits] * 4
+    layers = BitwidthSearch(qtoy(), constraints, SearchConfig(start="highest"), 10).layers
+    assert [x.choices[int(x.level)] for x in layers] == [8] * 4
+
+
+def test_thetas_learn_at_their_own_constant_rate_without_decay(
+    qtoy: Callable[..., QuantModel],
+) -> None:
+    qmodel = qtoy()
+    constraints = Budget(avg_weight_bits=2.0).constraints(qmodel.layers, qmodel.policy)
+    objective = BitwidthSearch(qmodel, constraints, SearchConfig(bitwidth_lr=0.07), 10)
+    groups = objective.parameter_groups()
+    thetas = {id(x.theta) for x in objective.layers}
+    assert {id(p) for p in groups[2]["params"]} == thetas
+    assert (groups[2]["lr"], groups[2]["weight_decay"], groups[2]["constant"]) == (0.07, 0.0, True)
+    assert not thetas & {id(p) for g in groups[:2] for p in g["params"]}
+    every = [id(p) for g in groups for p in g["params"]]
+    assert len(every) == len(set(every)) == len(list(objective.module.parameters()))
+
+
+def test_utility_is_the_sum_of_the_log_odds_below() -> None:
+    w = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    layer = StochasticWeightQuantizer([WeightQuantizer(w, b, True) for b in (1, 2, 4, 8)])
+    layer.theta.data.copy_(torch.tensor([1.5, 0.25, -2.0]))
+    assert utility(layer) == [0.0, 1.5, 1.75, -0.25]
+
+
+def test_the_price_rises_above_the_plan_and_falls_below_it() -> None:
+    price = Price(settle=0.5, steps=100)
+    assert price() == pytest.approx(1e-2, rel=1e-6)
+    price.steer_(2.0, 0.01)  # the first usage defines the plan: 2 down to 1 over half the steps
+    assert float(price.first_usage) == 2.0
+    start = float(price.log_price)
+    price.steer_(1.5, 0.25)  # planned 1.5: on the plan
+    assert float(price.log_price) == pytest.approx(start, abs=1e-6)
+    price.steer_(1.9, 0.25)
+    step = 3 * (LOG_PRICE_RANGE[1] - LOG_PRICE_RANGE[0]) / 100
+    assert float(price.log_price) == pytest.approx(start + step, rel=1e-5)  # more than 10 % off
+    price.steer_(0.95, 0.9)  # planned 1: 5 % below, half speed
+    assert float(price.log_price) == pytest.approx(start + step / 2, rel=1e-4)
+    for _ in range(200):
+        price.steer_(9.0, 0.9)
+    assert price() == pytest.approx(1e2, rel=1e-5)
+    for _ in range(200):
+        price.steer_(0.1, 0.9)
+    assert price() == pytest.approx(1e-4, rel=1e-5)
+
+
+def test_reports_tell_price_use_and_bits(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]]
+) -> None:
+    ends: list[dict[str, Any]] = []
+    search(
+        qtoy(), batches(), budget=Budget(avg_weight_bits=2.0), config=QUICK,
+        watch=lambda r: ends.append(r.end_of_epoch) if r.end_of_epoch else None,
+    )  # fmt: skip
+    assert len(ends) == 2
+    for record in ends:
+        assert set(record) >= {"train_loss", "lambda_q", "budget_use", "bits_and_beta"}
+        assert list(record["bits_and_beta"]) == ["small", "wide", "deep", "hidden"]
+        for bits, beta in record["bits_and_beta"].values():
+            assert bits in (1, 2, 3, 4, 6, 8)
+            assert 0 < beta < 1
+
+
+@pytest.mark.slow
+def test_the_expected_cost_arrives_at_the_budget(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]]
+) -> None:
+    for bits, seed in itertools.product((1.5, 2.0, 3.0), range(3)):
+        ends: list[dict[str, Any]] = []
+        search(
+            qtoy(), batches(), budget=Budget(avg_weight_bits=bits),
+            config=SearchConfig(epochs=20, seed=seed),
+            watch=lambda r, e=ends: e.append(r.end_of_epoch) if r.end_of_epoch else None,
+        )  # fmt: skip
+        # 120 steps are few: nine runs measured ended at .79 to 1.04. What the user gets is exact
+        # nevertheless (the projection), so that this holds the steering to the right region only
+        assert ends[-1]["budget_use"] == pytest.approx(1.0, abs=0.25), (bits, seed)
