@@ -41,6 +41,11 @@ def evaluate(
     alone = model is not None or weights is not None
     if run is not None and alone:
         raise RequestError("sdq evaluate: must have a run folder or a --model, got both; drop one")
+    if data is None and (image_size, mean, std) != (None, None, None):
+        raise RequestError(
+            "--image-size, --mean, --std: must go with --data; a run's own data are prepared as "
+            "they were"
+        )
     if run is None:
         if model is None or weights is None or data is None:
             raise RequestError(

@@ -70,7 +70,9 @@ def show_table(title: str, rows: Sequence[Mapping[str, object]], *, quiet: bool 
         table.add_column(key, justify="left" if isinstance(value, str) else "right")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
-    Console().print(table)
+    console = Console()
+    # a pipe or a file has no width; cutting names off would make it useless
+    (console if console.is_terminal else Console(width=160)).print(table)
 
 
 def _cell(value: object) -> str:
