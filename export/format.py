@@ -195,7 +195,8 @@ def write(
     target = folder / plugin.FILE
     if target.exists() and not overwrite:
         raise RequestError(
-            f"export: {str(target)!r} must not exist yet; choose another folder, or overwrite"
+            f"export: {str(target)!r} must not exist yet; choose another folder, "
+            "or pass --overwrite (overwrite=True)"
         )
     record = read_record(folder)
     with _folder(folder):

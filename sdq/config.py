@@ -115,6 +115,8 @@ class SearchConfig(Config):
         decay_threshold: the higher bitwidth is dropped when beta falls below it.
         rise_threshold: the next higher bitwidth is tried when beta rises above it; None, as in
             the paper, never.
+        distill: use the teacher's soft labels, where a teacher is given; the paper has the task's
+            own loss.
         settle: share of the steps at the end in which the price of bits only holds the budget.
         seed: of batch order, augmentation, dropout and the Gumbel draws.
     """
@@ -127,5 +129,6 @@ class SearchConfig(Config):
     entry_beta: Annotated[float, Field(gt=0.5, lt=1)] = 0.8
     decay_threshold: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     rise_threshold: Annotated[float, Field(gt=0.5, lt=1)] | None = 0.97
+    distill: bool = True
     settle: Annotated[float, Field(ge=0, lt=0.9)] = 0.5
     seed: int = 0

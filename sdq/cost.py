@@ -99,7 +99,7 @@ def check_reachable(constraints: Sequence[LinearConstraint], choices: Sequence[i
         most = constraint.cost([max(choices)] * count)
         if least > constraint.limit:
             raise RequestError(
-                f"budget: {constraint.name} must be at least {least:.6g} with bit choices "
-                f"{','.join(map(str, choices))} (reachable {least:.6g} to {most:.6g}), got "
-                f"{constraint.limit:.6g}; raise the budget or offer fewer bits"
+                f"budget: {constraint.name} must be at least {least:.10g} with bit choices "
+                f"{','.join(map(str, choices))} (reachable {least:.10g} to {most:.10g}), got "
+                f"{constraint.limit:.10g}; raise the budget or offer fewer bits"
             )

@@ -167,7 +167,15 @@ def open_data(reference: str, options: DataOptions) -> Splits:
 
     if plugins.is_file_reference(reference):
         function, _ = plugins.load_function(reference)
-        splits = plugins.call_with_known(function, options=options, seed=options.seed)
+        try:
+            splits = plugins.call_with_known(function, options=options, seed=options.seed)
+        except RequestError:
+            raise
+        except Exception as error:
+            raise RequestError(
+                f"{reference}: must return sdq.data.Splits, but: {type(error).__name__}: {error}; "
+                "mend the function (it may take `options` and `seed`)"
+            ) from error
         if not isinstance(splits, Splits):
             raise RequestError(
                 f"{reference}: must return sdq.data.Splits, got {type(splits).__name__}"

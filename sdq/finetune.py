@@ -1,11 +1,9 @@
 """Phase 2: train the weights under a fixed policy."""
 
-import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from sdq import losses
@@ -14,6 +12,9 @@ from sdq.config import TrainConfig
 from sdq.learned_scale import WeightQuantizer
 from sdq.quant_model import QuantModel, calibrate_
 from sdq.train import Forward, Loader, Watcher, fit, weight_groups
+
+if TYPE_CHECKING:  # it imports half of torch: only who trains waits for it
+    from lightning_fabric import Fabric
 
 
 class FineTuning:
@@ -27,9 +28,7 @@ class FineTuning:
     ) -> None:
         self.module: nn.Module = qmodel
         self.qmodel, self.config = qmodel, config
-        self.teacher = copy.deepcopy(teacher).eval() if teacher is not None else None
-        if self.teacher is not None:
-            self.teacher.requires_grad_(False)
+        self.teacher = losses.Teacher(teacher) if teacher is not None and config.distill else None
         self.names = [bits.name for bits in qmodel.policy if bits.searched]
         self.bin_weight = 0.0
 
@@ -40,10 +39,8 @@ class FineTuning:
     def loss(self, forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of a batch."""
         logits = forward(images)
-        if self.teacher is not None and self.config.distill:
-            with torch.no_grad():
-                targets = self.teacher.to(images.device)(images)
-            loss = losses.distillation(logits, targets)
+        if self.teacher is not None:
+            loss = self.teacher.loss(logits, images)
         else:
             loss = F.cross_entropy(logits, labels)
         if self.bin_weight:
@@ -80,7 +77,7 @@ def finetune_(
     *,
     teacher: nn.Module | None = None,
     config: TrainConfig | None = None,
-    fabric: Fabric | None = None,
+    fabric: "Fabric | None" = None,
     checkpoint: Checkpoint | None = None,
     watch: Watcher | None = None,
 ) -> None:

@@ -7,12 +7,17 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional import classification as tm
 
+from sdq.errors import RunError
 from sdq.train import Loader
 
 
 @torch.no_grad()
 def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
-    """Return logits ``(N, classes)`` and labels ``(N,)`` of a whole set, on the CPU."""
+    """Return logits ``(N, classes)`` and labels ``(N,)`` of a whole set, on the CPU.
+
+    Raises:
+        RunError: an output is NaN or infinite.
+    """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -21,7 +26,12 @@ def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
         logits.append(model(x.to(device)).float().cpu())
         labels.append(y)
     model.train(training)
-    return torch.cat(logits), torch.cat(labels)
+    found = torch.cat(logits)
+    if not torch.isfinite(found).all():
+        raise RunError(
+            "evaluation: outputs must be finite, got NaN or infinity; the weights are unusable"
+        )
+    return found, torch.cat(labels)
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:

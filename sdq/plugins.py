@@ -29,12 +29,12 @@ def names(package: str) -> list[str]:
 
 
 def load(package: str, name: str) -> ModuleType:
-    """Import one plugin; ``-`` and ``_`` mean the same in its name.
+    """Import one plugin; case does not matter, and ``-`` is ``_``.
 
     Raises:
         RequestError: no such plugin; the message offers the nearest name.
     """
-    module_name = name.replace("-", "_")
+    module_name = name.lower().replace("-", "_")
     known = names(package)
     if module_name not in known:
         kind = package.rsplit(".", 1)[-1].removesuffix("s")
@@ -67,7 +67,7 @@ def load_function(reference: str) -> tuple[Callable[..., Any], str]:
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RequestError(
             f"{path}: cannot be executed, {type(error).__name__}: {error}; mend the file"
         ) from error

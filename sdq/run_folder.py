@@ -62,13 +62,9 @@ class RunFolder:
                 asked something else; or another process holds it.
         """
         run = cls(path)
+        check_new(path, resume=resume)
         if resume:
             run._check_same_request(dict(request))
-        elif path.exists() and (not path.is_dir() or any(not _is_ours(p) for p in path.iterdir())):
-            raise RequestError(
-                f"--out: folder must be new or empty, got {str(path)!r}; "
-                "choose another, or pass --resume to continue an interrupted run in it"
-            )
         path.mkdir(parents=True, exist_ok=True)
         run._take_lock()
         with contextlib.ExitStack() as on_failure:
@@ -118,10 +114,6 @@ class RunFolder:
             ) from None
 
     def _check_same_request(self, request: dict[str, Any]) -> None:
-        if not (self.path / "run.json").is_file():
-            raise RequestError(
-                f"--resume: no run to continue in {str(self.path)!r}; start without --resume"
-            )
         before = _flat(RunFolder.open(self.path).read_json("run.json").get("request", {}))
         now = _flat(json.loads(json.dumps(request)))
         for key in [*now, *before]:
@@ -180,10 +172,17 @@ class RunFolder:
         self.write_json("layers.json", {"layers": [asdict(layer) for layer in layers]})
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Add one record to ``log.jsonl``; written anew, as appending could leave half a line."""
+        """Add one epoch's record to ``log.jsonl``, in place of an earlier one of that epoch.
+
+        The file is written anew: appending could leave half a line, and an epoch whose checkpoint
+        was not saved any more is run again.
+        """
         path = self.path / "log.jsonl"
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
-        self.write_text("log.jsonl", before + json.dumps(dict(record), allow_nan=False) + "\n")
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        of = (record.get("phase"), record.get("epoch"))
+        kept = [x for x in map(json.loads, lines) if (x.get("phase"), x.get("epoch")) != of]
+        texts = [json.dumps(x, allow_nan=False) for x in (*kept, dict(record))]
+        self.write_text("log.jsonl", "\n".join(texts) + "\n")
 
     def checkpoint(self, phase: str, identity: Mapping[str, Any]) -> Checkpoint:
         """Return the checkpoint of a phase."""
@@ -193,6 +192,23 @@ class RunFolder:
     def done(self) -> bool:
         """Whether the run ended well."""
         return self.read_json("run.json").get("status") == "done"
+
+
+def check_new(path: Path, *, resume: bool) -> None:
+    """Raise RequestError if ``path`` is taken, or if there is nothing to resume in it.
+
+    Cheap, so that nobody waits for data to load only to be refused.
+    """
+    if resume:
+        if not (path / "run.json").is_file():
+            raise RequestError(
+                f"--resume: no run to continue in {str(path)!r}; start without --resume"
+            )
+    elif path.exists() and (not path.is_dir() or any(not _is_ours(p) for p in path.iterdir())):
+        raise RequestError(
+            f"--out: folder must be new or empty, got {str(path)!r}; "
+            "choose another, or pass --resume to continue an interrupted run in it"
+        )
 
 
 def _is_ours(path: Path) -> bool:

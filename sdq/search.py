@@ -2,17 +2,17 @@
 
 import copy
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from sdq.batches import generator
 from sdq.checkpoint import Checkpoint
 from sdq.config import SearchConfig, TrainConfig
 from sdq.cost import Budget, LinearConstraint, check_reachable
+from sdq.losses import Teacher
 from sdq.policy import BitwidthPolicy
 from sdq.projection import project
 from sdq.quant_model import QuantModel, calibrate_, new_weight_quantizer
@@ -22,6 +22,9 @@ from sdq.stochastic import (
     quantization_error_regularizer,
 )
 from sdq.train import Forward, Loader, Watcher, fit, number_of_steps, weight_groups
+
+if TYPE_CHECKING:  # it imports half of torch: only who trains waits for it
+    from lightning_fabric import Fabric
 
 LOG_PRICE_RANGE = (math.log(1e-4), math.log(1e2))
 """Where the price may go. Beyond it the regularizer or the task has all the say anyway."""
@@ -70,6 +73,7 @@ class BitwidthSearch:
         constraints: of the budget.
         config: of the search.
         steps: optimizer steps of the whole search.
+        teacher: a float network whose soft labels are learned; None learns the hard labels.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class BitwidthSearch:
         constraints: list[LinearConstraint],
         config: SearchConfig,
         steps: int,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.qmodel, self.constraints, self.config = qmodel, constraints, config
         self.names = [bits.name for bits in qmodel.policy if bits.searched]
@@ -95,6 +100,7 @@ class BitwidthSearch:
             qmodel.set_weight_quantizer_(name, layer)
         self.price = Price(config.settle, steps)
         self.task_losses: list[float] = []
+        self.teacher = Teacher(teacher) if teacher is not None and config.distill else None
         self.module: nn.Module = _Searched(qmodel, self.price)
         self.weight_config = TrainConfig(lr=config.lr)
         one_pair = logit(config.entry_beta) - logit(config.decay_threshold)
@@ -112,8 +118,12 @@ class BitwidthSearch:
         return [*groups, {**theta_group, "constant": True, "betas": (0.9, 0.95)}]
 
     def loss(self, forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
-        """Return cross-entropy plus lambda_Q times the quantization-error regularizer."""
-        task = F.cross_entropy(forward(images), labels)
+        """Return the task loss plus lambda_Q times the quantization-error regularizer."""
+        logits = forward(images)
+        if self.teacher is not None:
+            task = self.teacher.loss(logits, images)
+        else:
+            task = F.cross_entropy(logits, labels)
         self.task_losses.append(float(task.detach()))
         if not self.layers:
             return task
@@ -207,8 +217,9 @@ def search(
     loader: Loader,
     *,
     budget: Budget,
+    teacher: nn.Module | None = None,
     config: SearchConfig | None = None,
-    fabric: Fabric | None = None,
+    fabric: "Fabric | None" = None,
     checkpoint: Checkpoint | None = None,
     watch: Watcher | None = None,
 ) -> BitwidthPolicy:
@@ -218,6 +229,8 @@ def search(
         qmodel: a quantized model; a copy of it is trained.
         loader: of ``(images, labels)``, with a length.
         budget: what the policy may cost; it is never exceeded.
+        teacher: a float network whose soft labels are learned; None learns the hard labels, whose
+            noise hides more of what a bit is worth.
         config: of the search.
         fabric: device and precision.
         checkpoint: where to save after each epoch, and to resume from.
@@ -235,7 +248,9 @@ def search(
     qmodel = copy.deepcopy(qmodel)
     if not qmodel.calibrated:
         calibrate_(qmodel, loader)
-    objective = BitwidthSearch(qmodel, constraints, config, config.epochs * number_of_steps(loader))
+    objective = BitwidthSearch(
+        qmodel, constraints, config, config.epochs * number_of_steps(loader), teacher
+    )
     loop = objective.weight_config.replaced(epochs=config.epochs, seed=config.seed)
     fit(objective, loader, loop, phase="search", fabric=fabric, checkpoint=checkpoint, watch=watch)
     return objective.policy()

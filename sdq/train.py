@@ -8,17 +8,19 @@ the resumed run ends bit for bit where the undisturbed one does.
 import math
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from sdq.batches import generator
 from sdq.checkpoint import Checkpoint
 from sdq.config import TrainConfig
 from sdq.errors import RequestError, RunError
+
+if TYPE_CHECKING:  # it imports half of torch: only who trains waits for it
+    from lightning_fabric import Fabric
 
 Loader = Iterable[tuple[Tensor, Tensor]]
 Forward = Callable[[Tensor], Tensor]
@@ -73,7 +75,7 @@ def fit(
     config: TrainConfig,
     *,
     phase: str,
-    fabric: Fabric | None = None,
+    fabric: "Fabric | None" = None,
     checkpoint: Checkpoint | None = None,
     watch: Watcher | None = None,
 ) -> None:
@@ -92,6 +94,8 @@ def fit(
         RunError: the loss became NaN or infinite; the last good checkpoint stays.
     """
     if fabric is None:
+        from lightning_fabric import Fabric
+
         device = next(objective.module.parameters()).device
         fabric = Fabric(accelerator=device.type, devices=1)
     groups = [g for g in objective.parameter_groups() if g["params"]]
@@ -133,11 +137,11 @@ def fit(
         if not count:
             raise RequestError(f"{phase}: the training set must have images, got none")
         _check_finite(objective.module, phase, epoch, checkpoint)
-        if checkpoint:
-            checkpoint.save(objective.module, raw, epoch + 1)
-        if watch:
+        if watch:  # before the checkpoint: what it says of this epoch would be lost otherwise
             record = {"train_loss": total / count, **objective.describe()}
             watch(StepReport(phase, epoch, config.epochs, steps, steps, total / count, record))
+        if checkpoint:
+            checkpoint.save(objective.module, raw, epoch + 1)
 
 
 def number_of_steps(loader: Loader) -> int:
@@ -235,7 +239,7 @@ def train_(
     loader: Loader,
     config: TrainConfig | None = None,
     *,
-    fabric: Fabric | None = None,
+    fabric: "Fabric | None" = None,
     checkpoint: Checkpoint | None = None,
     watch: Watcher | None = None,
 ) -> None:

@@ -22,7 +22,7 @@ from sdq.quant_model import quantize
 from sdq.run_folder import RunFolder
 
 MODEL, DATA, BITS = "vgg_like", "synthetic_derm", 2.0
-EPOCHS = {"float": 10, "search": 3, "finetune": 3}
+EPOCHS = {"float": 7, "search": 3, "finetune": 2}
 
 
 def demo(

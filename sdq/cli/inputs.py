@@ -4,10 +4,9 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from sdq import plugins
@@ -20,6 +19,9 @@ from sdq.errors import RequestError
 from sdq.policy import BitwidthPolicy
 from sdq.quant_model import QuantModel, apply_policy_, quantize
 from sdq.run_folder import RunFolder, fingerprint
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)
@@ -308,12 +310,14 @@ def describe_model(reference: str) -> dict[str, Any]:
     return {"reference": reference, "sha256": digest}
 
 
-def open_device(device: str) -> Fabric:
+def open_device(device: str) -> "Fabric":
     """Return Fabric for ``cpu``, ``cuda`` or ``auto``."""
     if device not in ("auto", "cpu", "cuda"):
         raise RequestError(f"--device: must be auto, cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise RequestError("--device: cuda must be available, but torch sees none; use cpu")
+    from lightning_fabric import Fabric  # here: it imports half of torch
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return Fabric(accelerator=device, devices=1)

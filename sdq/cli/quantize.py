@@ -3,10 +3,9 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from lightning_fabric import Fabric
 from torch import nn
 
 import hw
@@ -22,8 +21,11 @@ from sdq.metrics import agreement, classification_metrics, predict
 from sdq.policy import BitwidthPolicy
 from sdq.quant_model import QuantModel, apply_policy_, calibrate_
 from sdq.quant_model import quantize as quantize_model
-from sdq.run_folder import RunFolder
+from sdq.run_folder import RunFolder, check_new
 from sdq.search import search, uniform_policy
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def open_source(
 
 
 def find_policy(
-    qmodel: QuantModel, source: Source, plan: Plan, run: RunFolder, fabric: Fabric, watch: Watch
+    qmodel: QuantModel, source: Source, plan: Plan, run: RunFolder, fabric: "Fabric", watch: Watch
 ) -> BitwidthPolicy:
     """Return the policy: given, already found, or found now."""
     if (run.path / "policy.json").exists():
@@ -184,7 +186,7 @@ def run_quantize(
     source: Source,
     plan: Plan,
     qmodel: QuantModel,
-    fabric: Fabric,
+    fabric: "Fabric",
     watch: Watch,
     seed: int,
 ) -> dict[str, Any]:
@@ -297,6 +299,7 @@ def quantize(
         data, str(data_root) if data_root else None, image_size, mean, std, split, batch_size,
         seed, augment,
     )  # fmt: skip
+    check_new(out, resume=resume)
     source = open_source(model, weights, from_, request)
     asked = asked_for("quantize", model, weights, from_, source.inputs.request, plan)
     qmodel = prepare(

@@ -4,7 +4,7 @@ from sdq.cli import inputs as inp
 from sdq.cli import options
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.quantize import asked_for, find_policy, make_plan, open_source, prepare, start
-from sdq.run_folder import RunFolder
+from sdq.run_folder import RunFolder, check_new
 
 
 def search(
@@ -50,6 +50,7 @@ def search(
         data, str(data_root) if data_root else None, image_size, mean, std, split, batch_size,
         seed, augment,
     )  # fmt: skip
+    check_new(out, resume=resume)
     source = open_source(model, weights, from_, request)
     qmodel = prepare(source, plan)
     asked = asked_for("search", model, weights, from_, source.inputs.request, plan)

@@ -11,7 +11,7 @@ from sdq.cli import options
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.config import TrainConfig
 from sdq.metrics import evaluate
-from sdq.run_folder import RunFolder
+from sdq.run_folder import RunFolder, check_new
 from sdq.train import train_
 
 Optimizer = Literal["adamw", "sgd"]
@@ -51,6 +51,7 @@ def train(
     config = TrainConfig(
         epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, seed=seed
     )
+    check_new(out, resume=resume)
     fabric = inp.open_device(device)
     described = inp.describe_model(model)
     inputs = inp.open_inputs(request)

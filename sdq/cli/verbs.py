@@ -1,6 +1,8 @@
 """The list of verbs: one file each."""
 
 import importlib
+import importlib.metadata
+from typing import Annotated
 
 import typer
 
@@ -30,8 +32,19 @@ def register(app: typer.Typer, arguments: list[str]) -> None:
             module = importlib.import_module(f"sdq.cli.{file}")
             app.command(verb)(getattr(module, file))
     # with a single command typer would drop the verb from the usage line
-    app.callback()(_keep_verbs)
+    app.callback()(_common)
 
 
-def _keep_verbs() -> None:
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(importlib.metadata.version("sdq"))
+        raise typer.Exit
+
+
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
     pass
