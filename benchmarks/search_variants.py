@@ -18,10 +18,16 @@ from sdq.data import DataOptions
 from sdq.datasets import synthetic_derm
 from sdq.models import vgg_like
 
+HARD = {"distill": False}
 VARIANTS = {
     "SDQ (default)": {},
-    "no rise": {"rise_threshold": None},
-    "start at the highest, no rise (paper)": {"start": "highest", "rise_threshold": None},
+    "hard labels": HARD,
+    "hard labels, no rise": {**HARD, "rise_threshold": None},
+    "hard labels, no rise, start at the highest (paper)": {
+        **HARD,
+        "rise_threshold": None,
+        "start": "highest",
+    },
     "uniform": None,
 }
 FIGURES = ("accuracy", "balanced_accuracy", "auc")
@@ -94,7 +100,7 @@ def one_seed(seed: int, bits: float) -> list[tuple[str, dict[str, object]]]:
             policy = sdq.uniform_policy(qmodel, budget)
         else:
             policy = sdq.search(
-                qmodel, loader, budget=budget,
+                qmodel, loader, budget=budget, teacher=network,
                 config=sdq.SearchConfig(epochs=3, seed=seed, **settings),
                 watch=lambda r, use=use: use.append((r.end_of_epoch or {}).get("budget_use", 0)),
             )  # fmt: skip
