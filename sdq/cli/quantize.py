@@ -151,7 +151,8 @@ def find_policy(
             identity = {"request": document["request"], "data": document["data"]["fingerprint"]}
             policy = search(
                 qmodel, source.inputs.train, budget=plan.budget, teacher=source.network,
-                config=plan.search, fabric=fabric, checkpoint=run.checkpoint("search", identity), watch=watch,
+                config=plan.search, fabric=fabric, watch=watch,
+                checkpoint=run.checkpoint("search", identity),
             )  # fmt: skip
     apply_policy_(copy.deepcopy(qmodel), policy)  # raises if it does not fit the network
     run.write_text("policy.json", policy.to_json())

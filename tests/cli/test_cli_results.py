@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -164,6 +165,24 @@ def test_search_then_quantize_with_its_policy(sdq, files, tmp_path):
     assert (tmp_path / "q" / "policy.json").read_text() == policy.read_text()
     log = (tmp_path / "q" / "log.jsonl").read_text().splitlines()
     assert {json.loads(line)["phase"] for line in log} == {"finetune"}
+
+
+def test_both_phases_learn_from_the_float_network(sdq, files, tmp_path, monkeypatch):
+    from sdq.cli import quantize
+
+    taught = {}
+    for phase in ("search", "finetune_"):
+
+        def spy(*arguments, phase=phase, original=getattr(quantize, phase), **options):
+            taught[phase] = options["teacher"]
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(quantize, phase, spy)
+    common = f"--from {files / 'float'} --data {files / 'ok.npz'} --bits 3"
+    done = sdq(f"quantize {common} --search-epochs 1 --epochs 1 --quiet --out {tmp_path / 'q'}")
+    assert done.code == 0, done.err
+    assert isinstance(taught["search"], torch.nn.Module)
+    assert taught["search"] is taught["finetune_"]
 
 
 def test_quantize_takes_weights_instead_of_a_run(sdq, files, tmp_path):
