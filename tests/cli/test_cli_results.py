@@ -171,9 +171,10 @@ def test_both_phases_learn_from_the_float_network(sdq, files, tmp_path, monkeypa
     from sdq.cli import quantize
 
     taught = {}
-    for phase in ("search", "finetune_"):
+    originals = {phase: getattr(quantize, phase) for phase in ("search", "finetune_")}
+    for phase, original in originals.items():
 
-        def spy(*arguments, phase=phase, original=getattr(quantize, phase), **options):
+        def spy(*arguments, phase=phase, original=original, **options):
             taught[phase] = options["teacher"]
             return original(*arguments, **options)
 
