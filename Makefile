@@ -20,6 +20,9 @@ demo: $(VENV)/.engine
 	rm -rf runs/demo
 	$(BIN)/sdq demo --out runs/demo
 
+# The networks in the tests are so small that a second thread only waits for the first.
+test slow: export OMP_NUM_THREADS = 1
+
 test: $(VENV)/.dev
 	$(BIN)/pytest
 

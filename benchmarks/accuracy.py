@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--float-epochs", default="20")
     parser.add_argument("--bits", default="2.0")
     parser.add_argument("--act-bits", default="4")
+    parser.add_argument("--epochs", default="12")
     parser.add_argument("--methods", default="sdq,uniform")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", type=Path, required=True)
@@ -66,6 +67,7 @@ def main() -> None:
             quantize = [
                 "quantize", "--from", str(base), *seeded, "--bits", options.bits,
                 "--act-bits", options.act_bits, "--search-method", method,
+                "--epochs", options.epochs,
             ]  # fmt: skip
             seconds = run(quantize, out)
             metrics = json.loads((out / "metrics.json").read_text())
@@ -95,7 +97,7 @@ def write_table(options: argparse.Namespace, results: dict[str, list[dict[str, A
         f"sdq train --model {options.model} --data {options.data} "
         f"--epochs {options.float_epochs} --seed S --out f",
         f"sdq quantize --from f --data {options.data} --bits {options.bits} "
-        f"--act-bits {options.act_bits} --seed S --search-method M --out q",
+        f"--act-bits {options.act_bits} --epochs {options.epochs} --seed S --search-method M --out q",
         "```",
         "",
         "| network | " + " | ".join(FIGURES) + " | bits | weight bytes | seconds |",

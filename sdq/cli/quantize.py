@@ -264,7 +264,7 @@ def quantize(
     scale: options.Scale = "float",
     search_method: options.SearchMethod = "sdq",
     search_epochs: options.SearchEpochs = 4,
-    epochs: Annotated[int, typer.Option(min=0, help="Passes of fine-tuning (phase 2).")] = 8,
+    epochs: Annotated[int, typer.Option(min=0, help="Passes of fine-tuning (phase 2).")] = 12,
     lr: Annotated[
         float, typer.Option(callback=options.finite, help="Peak learning rate of fine-tuning.")
     ] = 1e-3,
