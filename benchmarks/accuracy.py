@@ -97,7 +97,8 @@ def write_table(options: argparse.Namespace, results: dict[str, list[dict[str, A
         f"sdq train --model {options.model} --data {options.data} "
         f"--epochs {options.float_epochs} --seed S --out f",
         f"sdq quantize --from f --data {options.data} --bits {options.bits} "
-        f"--act-bits {options.act_bits} --epochs {options.epochs} --seed S --search-method M --out q",
+        f"--act-bits {options.act_bits} --epochs {options.epochs} --seed S "
+        "--search-method M --out q",
         "```",
         "",
         "| network | " + " | ".join(FIGURES) + " | bits | weight bytes | seconds |",
