@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from torch import Tensor, nn
+
+settings.register_profile("no-deadline", deadline=None)  # a slow machine is no failure
+settings.load_profile("no-deadline")
 
 Batch = tuple[Tensor, Tensor]
 
