@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 from export.format import SCHEMA
 from sdq.batches import Normalization
 from sdq.errors import RequestError, RunError
+from sdq.policy import BitwidthPolicy
 from sdq.quantizers import code_range
 
 MULTIPLIES = ("Conv", "Gemm", "MatMul")
@@ -92,6 +93,30 @@ def multiplications(model: onnx.ModelProto, names: Iterable[str]) -> dict[str, o
         if node.op_type in MULTIPLIES and layer in known:
             found.setdefault(layer, node)
     return found
+
+
+def layers(model: onnx.ModelProto) -> list[str]:
+    """Return the layers' names, in execution order, from the policy in the file's metadata."""
+    text = metadata(model).get("policy", "")
+    return [bits.name for bits in BitwidthPolicy.from_json(text, "policy in the file")]
+
+
+def weight_maker(
+    makers: Mapping[str, onnx.NodeProto], node: onnx.NodeProto, kinds: Iterable[str]
+) -> tuple[onnx.NodeProto | None, bool]:
+    """Return the node that makes a layer's quantized weight, and whether it is transposed after.
+
+    Args:
+        makers: of :func:`producers`.
+        node: of :func:`multiplications`.
+        kinds: operators that quantize (or dequantize) a weight; another maker counts as none.
+    """
+    maker = makers.get(node.input[1])
+    transposed = maker is not None and maker.op_type == "Transpose"
+    if maker is not None and transposed:
+        maker = makers.get(maker.input[0])
+    quantized = maker is not None and maker.op_type in kinds
+    return (maker if quantized else None), transposed
 
 
 def attribute(node: onnx.NodeProto, name: str, default: int) -> int:

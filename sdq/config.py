@@ -111,7 +111,7 @@ class SearchConfig(Config):
         temperature: of the Gumbel-softmax.
         start: where layers begin: at the ``highest`` candidate, as the paper has it, or next to
             the ``budget``, which leaves more steps for telling layers apart.
-        entry_beta: probability of the newly met bitwidth's neighbour when a pair becomes active.
+        entry_beta: probability, when a pair becomes active, of the bitwidth the layer comes from.
         decay_threshold: the higher bitwidth is dropped when beta falls below it.
         rise_threshold: the next higher bitwidth is tried when beta rises above it; None, as in
             the paper, never.

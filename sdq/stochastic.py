@@ -72,8 +72,8 @@ class StochasticWeightQuantizer(nn.Module):
     Args:
         candidates: a quantizer for each candidate bitwidth, ascending; each has its own scale.
         start: index of the higher bitwidth of the first active pair.
-        entry_beta: probability, when a pair becomes active, of the bitwidth come from's
-            neighbour: of the higher one after a decay, of the lower one after a rise.
+        entry_beta: probability, when a pair becomes active, of the bitwidth the layer comes from:
+            the higher one after a decay, the lower one after a rise.
         temperature: of the relaxation.
 
     Attributes:

@@ -31,7 +31,7 @@ from export.format import QuantizerInFile, Runner, Trace
 from export.tracing import trace
 from sdq.batches import Normalization
 from sdq.errors import RunError
-from sdq.policy import FLOAT_BITS, BitwidthPolicy
+from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 
 FILE = "model.onnx"
@@ -85,8 +85,8 @@ def bits(path: Path) -> dict[str, int]:
     model = graph.load(path)
     floats = {
         name: FLOAT_BITS
-        for name, node in graph.multiplications(model, _layers(model)).items()
-        if _dequantizer(graph.producers(model), node)[0] is None
+        for name, node in graph.multiplications(model, graph.layers(model)).items()
+        if graph.weight_maker(graph.producers(model), node, ["DequantizeLinear"])[0] is None
     }
     return {name: q.bits for name, q in quantizers(path).items()} | floats
 
@@ -101,8 +101,8 @@ def quantizers(path: Path) -> dict[str, QuantizerInFile]:
     model = graph.load(path)
     values, makers = graph.constants(model), graph.producers(model)
     found = {}
-    for layer, node in graph.multiplications(model, _layers(model)).items():
-        dequantizer, transposed = _dequantizer(makers, node)
+    for layer, node in graph.multiplications(model, graph.layers(model)).items():
+        dequantizer, transposed = graph.weight_maker(makers, node, ["DequantizeLinear"])
         if dequantizer is not None:
             found[layer] = _weight(layer, node, dequantizer, transposed, values, makers)
     for quantize in _act_quantizers(model):
@@ -165,23 +165,6 @@ def open_exact(path: Path) -> Runner:
         return Trace(found[interpreter.output], {k: found[v].short() for k, v in tensors.items()})
 
     return once
-
-
-def _layers(model: onnx.ModelProto) -> list[str]:
-    text = graph.metadata(model).get("policy", "")
-    return [bits.name for bits in BitwidthPolicy.from_json(text, "policy in the file")]
-
-
-def _dequantizer(
-    makers: dict[str, onnx.NodeProto], node: onnx.NodeProto
-) -> tuple[onnx.NodeProto | None, bool]:
-    """Return the node that dequantizes a layer's weight, and whether it is transposed after."""
-    maker = makers.get(node.input[1])
-    transposed = maker is not None and maker.op_type == "Transpose"
-    if maker is not None and transposed:
-        maker = makers.get(maker.input[0])
-    quantized = maker is not None and maker.op_type == "DequantizeLinear"
-    return (maker if quantized else None), transposed
 
 
 def _weight(

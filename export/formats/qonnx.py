@@ -24,7 +24,7 @@ from export.format import QuantizerInFile, Runner, Trace
 from export.tracing import trace
 from sdq.batches import Normalization
 from sdq.errors import RunError
-from sdq.policy import FLOAT_BITS, BitwidthPolicy
+from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 
 with warnings.catch_warnings():
@@ -75,8 +75,8 @@ def bits(path: Path) -> dict[str, int]:
     makers = graph.producers(model)
     floats = {
         name: FLOAT_BITS
-        for name, node in graph.multiplications(model, _layers(model)).items()
-        if _weight_quantizer(makers, node)[0] is None
+        for name, node in graph.multiplications(model, graph.layers(model)).items()
+        if graph.weight_maker(makers, node, _QUANTIZERS)[0] is None
     }
     return {name: q.bits for name, q in quantizers(path).items()} | floats
 
@@ -91,8 +91,8 @@ def quantizers(path: Path) -> dict[str, QuantizerInFile]:
     model = graph.load(path)
     values, makers = graph.constants(model), graph.producers(model)
     found = {}
-    for layer, node in graph.multiplications(model, _layers(model)).items():
-        quantizer, transposed = _weight_quantizer(makers, node)
+    for layer, node in graph.multiplications(model, graph.layers(model)).items():
+        quantizer, transposed = graph.weight_maker(makers, node, _QUANTIZERS)
         if quantizer is not None:
             codes = _codes(quantizer, values)
             as_torch = graph.output_channels_first(node, codes, transposed)
@@ -185,23 +185,6 @@ def _with_batch(file: onnx.ModelProto, size: int) -> ModelWrapper:
     for step in (InferShapes(), FoldConstants(list(_QUANTIZERS)), InferShapes()):
         wrapper = wrapper.transform(step)
     return wrapper
-
-
-def _layers(model: onnx.ModelProto) -> list[str]:
-    text = graph.metadata(model).get("policy", "")
-    return [bits.name for bits in BitwidthPolicy.from_json(text, "policy in the file")]
-
-
-def _weight_quantizer(
-    makers: dict[str, onnx.NodeProto], node: onnx.NodeProto
-) -> tuple[onnx.NodeProto | None, bool]:
-    """Return the node that quantizes a layer's weight, and whether it is transposed after."""
-    maker = makers.get(node.input[1])
-    transposed = maker is not None and maker.op_type == "Transpose"
-    if maker is not None and transposed:
-        maker = makers.get(maker.input[0])
-    quantized = maker is not None and maker.op_type in _QUANTIZERS
-    return (maker if quantized else None), transposed
 
 
 def _bits(name: str, quantizer: onnx.NodeProto, values: dict[str, np.ndarray]) -> int:
