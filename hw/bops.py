@@ -38,7 +38,8 @@ def layer_costs(layers: Sequence[LayerSpec], policy: BitwidthPolicy) -> list[Lay
     return [
         LayerCost(
             spec.name, bits.weight_bits, bits.act_bits, spec.macs, spec.num_params,
-            spec.num_weights * bits.weight_bits / 8, spec.macs * bits.weight_bits * bits.act_bits,
+            bits.total_weight_bits / 8,
+            spec.macs * bits.total_weight_bits * bits.act_bits // spec.num_weights,
         )
         for spec, bits in zip(layers, policy, strict=True)
     ]  # fmt: skip

@@ -23,7 +23,19 @@ class TargetCost:
 
 
 class Target(Protocol):
-    """What a file in ``hw/targets`` defines as ``TARGET``."""
+    """What a file in ``hw/targets`` defines as ``TARGET``.
+
+    Attributes:
+        weight_bits: bitwidths of weights that the device computes with.
+        act_bits: likewise of activations.
+    """
+
+    weight_bits: tuple[int, ...]
+    act_bits: tuple[int, ...]
+
+    def latency_s(self, spec: LayerSpec, weight_bits: int, act_bits: int) -> float:
+        """Return the time one layer takes for one sample; a network takes the sum."""
+        ...
 
     def cost(self, layers: Sequence[LayerSpec], policy: BitwidthPolicy) -> TargetCost:
         """Return what the network costs under the policy."""

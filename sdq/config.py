@@ -32,6 +32,7 @@ def _sentence(where: str, error: ValidationError) -> str:
 
 
 Bits = Annotated[int, Field(ge=1, le=8)]
+ActBits = Annotated[int, Field(ge=2, le=16)]
 
 
 class QuantConfig(Config):
@@ -39,33 +40,75 @@ class QuantConfig(Config):
 
     Args:
         bit_choices: candidate weight bitwidths of the searched layers, ascending, from 1..8.
-        act_bits: bits of the activations that enter the searched layers: 2 to 8, or 32 for none.
+        act_bits: bits of the activations that enter the searched layers: 2 to 8, 16, or 32 for
+            none.
+        act_choices: candidate bitwidths of those activations, if they are to be learned too (the
+            paper fixes them); None fixes them at ``act_bits``.
         input_bits: bits of the network's input, likewise; 32 leaves the input in float.
         first_last_bits: bits of the weights of the first and the last layer, and of the last
             one's input: 1 to 8 (activations at least 2), or 32 for float. These layers are not
             searched then; None searches them like the others.
+        pins: ``(pattern, bits)``: layers whose path matches the pattern (as in a shell, ``*`` and
+            ``?``) keep these weight bits, 32 for float, and are not searched.
+        layer_choices: ``(pattern, bit choices)``: candidates of the layers that match, instead of
+            ``bit_choices``. The last pattern that matches a layer counts, here and in ``pins``.
         weight_scale: one scale a tensor, or one an output channel.
         restrict_scale: ``float``, or ``power_of_two`` for hardware that shifts.
     """
 
     bit_choices: tuple[Bits, ...] = (1, 2, 3, 4, 6, 8)
     act_bits: Annotated[int, Field(ge=2, le=32)] = 4
+    act_choices: tuple[ActBits, ...] | None = None
     input_bits: Annotated[int, Field(ge=2, le=32)] = 8
     first_last_bits: Annotated[int, Field(ge=1, le=32)] | None = 8
+    pins: tuple[tuple[str, Annotated[int, Field(ge=1, le=32)]], ...] = ()
+    layer_choices: tuple[tuple[str, tuple[Bits, ...]], ...] = ()
     weight_scale: Literal["per_tensor", "per_channel"] = "per_channel"
     restrict_scale: Literal["float", "power_of_two"] = "float"
 
-    @field_validator("bit_choices")
+    @field_validator("bit_choices", "act_choices")
     @classmethod
-    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or list(value) != sorted(set(value)):
+    def _ascending(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and (not value or list(value) != sorted(set(value))):
             raise ValueError("must be ascending bitwidths, each once, like 1,2,3,4,6,8")
+        return value
+
+    @field_validator("act_choices")
+    @classmethod
+    def _known_widths(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        for bits in value or ():
+            if 8 < bits < 16:
+                raise ValueError("must be bitwidths from 2 to 8, or 16")
+        return value
+
+    @field_validator("layer_choices")
+    @classmethod
+    def _each_ascending(
+        cls, value: tuple[tuple[str, tuple[int, ...]], ...]
+    ) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        for _, choices in value:
+            cls._ascending(choices)
+        return value
+
+    @field_validator("pins")
+    @classmethod
+    def _pins_in_range(cls, value: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+        for pattern, bits in value:
+            if 8 < bits < 32:
+                raise ValueError(f"must be 1 to 8 bits, or 32 for float, for {pattern!r}")
         return value
 
     @field_validator("act_bits", "input_bits", "first_last_bits")
     @classmethod
     def _eight_or_float(cls, value: int | None) -> int | None:
-        if value is not None and 8 < value < 32:
+        if value is not None and 8 < value < 32 and value != 16:
+            raise ValueError("must be at most 8, or 32 for float")
+        return value
+
+    @field_validator("first_last_bits")
+    @classmethod
+    def _no_sixteen(cls, value: int | None) -> int | None:
+        if value == 16:
             raise ValueError("must be at most 8, or 32 for float")
         return value
 
@@ -101,34 +144,51 @@ class SearchConfig(Config):
     """Phase 1: how the bitwidths are learned.
 
     The paper's values of most of these are not known (it published no code); each is our choice
-    unless a source is named.
+    unless a source is named. Methods other than ``sdq`` and ``interpolate`` use the seed alone.
 
     Args:
+        granularity: what gets a bitwidth of its own: the ``network``, a ``block``, a ``layer``
+            (as in the paper's results), or an output ``channel`` (its kernel-wise variant, which
+            it found unstable and hardware cannot use).
         epochs: passes over the training set.
         lr: learning rate of the weights, falling along a cosine.
+        train_weights: learn the weights along with the bitwidths, as the paper does; else they
+            stay as they are, as after-training quantization needs.
         bitwidth_lr: learning rate of the bitwidth parameters theta, beta = sigmoid(theta). None:
             such that a pair can be decided in a twelfth of the steps.
-        temperature: of the Gumbel-softmax.
+        temperature: of the Gumbel-softmax at the start.
+        end_temperature: at the end, reached along an exponential; None stays at ``temperature``.
         start: where layers begin: at the ``highest`` candidate, as the paper has it, or next to
             the ``budget``, which leaves more steps for telling layers apart.
         entry_beta: probability, when a pair becomes active, of the bitwidth the layer comes from.
         decay_threshold: the higher bitwidth is dropped when beta falls below it.
         rise_threshold: the next higher bitwidth is tried when beta rises above it; None, as in
             the paper, never.
+        regularizer: what pushes bits down: the quantization ``error`` in steps of the quantizer,
+            as we read the paper, or the expected ``cost`` itself.
+        lambda_q: weight of the regularizer; None lets the search steer it towards the budget.
+        error_weight: lambda_e, what each layer's error counts beside the expected cost
+            (``regularizer="cost"`` only).
         distill: use the teacher's soft labels, where a teacher is given; the paper has the task's
             own loss.
         settle: share of the steps at the end in which the price of bits only holds the budget.
         seed: of batch order, augmentation, dropout and the Gumbel draws.
     """
 
+    granularity: Literal["network", "block", "layer", "channel"] = "layer"
     epochs: Annotated[int, Field(ge=1)] = 4
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    train_weights: bool = True
     bitwidth_lr: Annotated[float, Field(gt=0)] | None = None
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    end_temperature: Annotated[float, Field(gt=0)] | None = None
     start: Literal["highest", "budget"] = "budget"
     entry_beta: Annotated[float, Field(gt=0.5, lt=1)] = 0.8
     decay_threshold: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     rise_threshold: Annotated[float, Field(gt=0.5, lt=1)] | None = 0.97
+    regularizer: Literal["error", "cost"] = "error"
+    lambda_q: Annotated[float, Field(ge=0)] | None = None
+    error_weight: Annotated[float, Field(ge=0)] = 1e-3
     distill: bool = True
     settle: Annotated[float, Field(ge=0, lt=0.9)] = 0.5
     seed: int = 0

@@ -1,41 +1,139 @@
-"""Budgets: what a policy may cost, as linear constraints on the searched layers' bits.
+"""Budgets: what a policy may cost, as constraints on what a search decides.
 
-Average bits, weight bytes and BitOPs (at fixed activation bits) are all linear in the weight
-bits, so one projection (:mod:`sdq.projection`) serves them.
+Every cost here is a sum over layers, and within a layer any function of its weight and activation
+bits: average bits, weight bytes, bit operations, or what a device model says. Its values at the
+candidate bitwidths are all a search needs, so that one projection (:mod:`sdq.projection`) and one
+expected cost (:mod:`sdq.expected_cost`) serve them all.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sdq.errors import RequestError
 from sdq.layers import LayerSpec
 from sdq.policy import BitwidthPolicy
+from sdq.search_space import SearchSpace
+
+CostFn = Callable[[LayerSpec, int, int], float]
+"""What one layer costs with these weight and activation bits; a network costs the sum."""
 
 
 @dataclass(frozen=True)
-class LinearConstraint:
-    """``(fixed + sum(per_bit * bits)) / divisor <= limit`` over the searched layers.
+class Pair:
+    """The cost of layers whose weights and input are both decided.
 
-    The counts are integers, so that a cost is exact and "never above" can be taken literally.
+    Args:
+        first: index of the unit of the weights.
+        second: index of the unit of the input.
+        table: cost for each candidate of the first (rows) and of the second (columns).
+    """
+
+    first: int
+    second: int
+    table: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """``(fixed + sum of the units' costs) / divisor <= limit``.
+
+    Counts are integers, so that a cost is exact and "never above" can be taken literally.
 
     Args:
         name: what is limited, with its unit, for messages.
-        per_bit: count for each weight bit, one entry a searched layer.
-        fixed: count of the pinned layers.
-        divisor: turns counts into the limit's unit.
         limit: the budget.
+        divisor: turns the sums into the limit's unit.
+        fixed: cost of everything that no unit decides.
+        single: for each unit, the cost of each of its candidates (0 where ``pairs`` have it).
+        pairs: costs that depend on two units.
+        choices: candidate bitwidths of each unit, for messages.
     """
 
     name: str
-    per_bit: tuple[int, ...]
-    fixed: int
-    divisor: int
     limit: float
+    divisor: int
+    fixed: float
+    single: tuple[tuple[float, ...], ...]
+    pairs: tuple[Pair, ...] = ()
+    choices: tuple[tuple[int, ...], ...] = ()
 
-    def cost(self, bits: Sequence[float]) -> float:
-        """Return the cost, in the limit's unit, of one bitwidth for each searched layer."""
-        count = self.fixed + sum(c * b for c, b in zip(self.per_bit, bits, strict=True))
+    def cost(self, picks: Sequence[int]) -> float:
+        """Return the cost, in the limit's unit, where unit ``u`` has candidate ``picks[u]``."""
+        terms = [row[pick] for row, pick in zip(self.single, picks, strict=True)]
+        terms += [pair.table[picks[pair.first]][picks[pair.second]] for pair in self.pairs]
+        # whole numbers sum exactly as they are; fsum rounds once
+        whole = all(isinstance(term, int) for term in (*terms, self.fixed))
+        count = sum(terms) + self.fixed if whole else math.fsum((*terms, self.fixed))
         return count / self.divisor
+
+    @classmethod
+    def of(
+        cls,
+        space: SearchSpace,
+        name: str,
+        layer_cost: CostFn,
+        limit: float,
+        *,
+        divisor: int = 1,
+        searched_only: bool = False,
+    ) -> "Constraint":
+        """Tabulate a cost for a search space.
+
+        Args:
+            space: units and fixed layers.
+            name: for messages.
+            layer_cost: of one layer, for each of its candidate bitwidths.
+            limit: the budget.
+            divisor: turns sums into the limit's unit.
+            searched_only: do not count layers whose weight is not searched.
+
+        Raises:
+            RequestError: a cost is negative, infinite or NaN.
+        """
+        single: list[list[float]] = [[0] * len(unit.choices) for unit in space.units]
+        pairs = []
+        fixed: float = 0
+        for i, (spec, bits) in enumerate(zip(space.layers, space.policy, strict=True)):
+            weights = [u for u, x in enumerate(space.units) if i in x.layers and not x.is_act]
+            acts = [u for u, x in enumerate(space.units) if i in x.layers and x.is_act]
+            if searched_only and not bits.searched:
+                continue
+            widths = space.units[weights[0]].choices if weights else (bits.weight_bits,)
+            act_widths = space.units[acts[0]].choices if acts else (bits.act_bits,)
+            table = [
+                [_checked(name, spec, w, a, layer_cost(spec, w, a)) for a in act_widths]
+                for w in widths
+            ]
+            parts = max(len(weights), 1)  # channels share their layer's cost
+            shares = [[_share(value, parts) for value in row] for row in table]
+            if weights and acts:
+                rows = tuple(tuple(row) for row in shares)
+                pairs += [Pair(unit, acts[0], rows) for unit in weights]
+            elif weights:
+                for unit in weights:
+                    single[unit] = [a + b[0] for a, b in zip(single[unit], shares, strict=True)]
+            elif acts:
+                single[acts[0]] = [a + b for a, b in zip(single[acts[0]], shares[0], strict=True)]
+            else:
+                fixed += shares[0][0]
+        return cls(
+            name, limit, divisor, fixed, tuple(tuple(row) for row in single), tuple(pairs),
+            tuple(unit.choices for unit in space.units),
+        )  # fmt: skip
+
+
+def _share(value: float, parts: int) -> float:
+    return value // parts if isinstance(value, int) and value % parts == 0 else value / parts
+
+
+def _checked(name: str, spec: LayerSpec, weight_bits: int, act_bits: int, value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise RequestError(
+            f"budget: {name} of layer {spec.name} must be a non-negative number, got {value!r} "
+            f"at {weight_bits}-bit weights and {act_bits}-bit activations; mend the cost function"
+        )
+    return value
 
 
 @dataclass(frozen=True)
@@ -47,59 +145,83 @@ class Budget:
         weight_bytes: bytes of all quantizable layers' weights, the pinned ones included.
         bops: bit operations of one sample, ``sum(MACs * weight bits * activation bits)``, all
             quantizable layers.
+        avg_act_bits: mean bits of an input element over the searched layers, for learned
+            activation bitwidths.
+        costs: any other cost as ``(function, limit)``: the function gives what one layer costs
+            with these bits, ``f(spec, weight_bits, act_bits)``; all quantizable layers are summed.
 
-    >>> Budget(avg_weight_bits=2.0)
-    Budget(avg_weight_bits=2.0, weight_bytes=None, bops=None)
+    >>> Budget(avg_weight_bits=2.0).avg_weight_bits
+    2.0
     """
 
     avg_weight_bits: float | None = None
     weight_bytes: float | None = None
     bops: float | None = None
+    avg_act_bits: float | None = None
+    costs: tuple[tuple[CostFn, float], ...] = ()
 
     def __post_init__(self) -> None:
-        given = [v for v in (self.avg_weight_bits, self.weight_bytes, self.bops) if v is not None]
+        named = (self.avg_weight_bits, self.weight_bytes, self.bops, self.avg_act_bits)
+        given = [v for v in named if v is not None] + [limit for _, limit in self.costs]
         if not given:
             raise RequestError(
-                "budget: must limit avg_weight_bits, weight_bytes or bops, got nothing"
+                "budget: must limit avg_weight_bits, weight_bytes, bops, avg_act_bits or costs, "
+                "got nothing"
             )
         for value in given:
             if not 0 < value < float("inf"):
                 raise RequestError(f"budget: must be a positive number, got {value!r}")
 
-    def constraints(
-        self, layers: Sequence[LayerSpec], policy: BitwidthPolicy
-    ) -> list[LinearConstraint]:
-        """Return the constraints on the policy's searched layers."""
-        pairs = list(zip(layers, policy, strict=True))
-        searched = [(spec, bits) for spec, bits in pairs if bits.searched]
-        pinned = [(spec, bits) for spec, bits in pairs if not bits.searched]
+    def constraints(self, space: SearchSpace) -> list[Constraint]:
+        """Return the constraints on a search space; averages over nothing do not bind."""
+        searched = [s for s, b in zip(space.layers, space.policy, strict=True) if b.searched]
         found = []
-        counts = tuple(spec.num_weights for spec, _ in searched)
-        if self.avg_weight_bits is not None and counts:
+        if self.avg_weight_bits is not None and searched:
             found.append(
-                LinearConstraint(
-                    "average weight bits", counts, 0, sum(counts), self.avg_weight_bits
+                Constraint.of(
+                    space, "average weight bits", weight_bits_of, self.avg_weight_bits,
+                    divisor=sum(spec.num_weights for spec in searched), searched_only=True,
                 )
-            )
+            )  # fmt: skip
         if self.weight_bytes is not None:
-            fixed = sum(spec.num_weights * bits.weight_bits for spec, bits in pinned)
-            found.append(LinearConstraint("weight bytes", counts, fixed, 8, self.weight_bytes))
+            found.append(
+                Constraint.of(
+                    space, "weight bytes", weight_bits_of, self.weight_bytes, divisor=8
+                )
+            )  # fmt: skip
         if self.bops is not None:
-            fixed = sum(s.macs * b.weight_bits * b.act_bits for s, b in pinned)
-            per_bit = tuple(s.macs * b.act_bits for s, b in searched)
-            found.append(LinearConstraint("bit operations", per_bit, fixed, 1, self.bops))
+            found.append(Constraint.of(space, "bit operations", bit_operations, self.bops))
+        if self.avg_act_bits is not None and searched:
+            found.append(
+                Constraint.of(
+                    space, "average activation bits", _act_bits_of, self.avg_act_bits,
+                    divisor=sum(math.prod(spec.in_shape) for spec in searched), searched_only=True,
+                )
+            )  # fmt: skip
+        for cost, limit in self.costs:
+            name = getattr(cost, "__name__", type(cost).__name__)
+            found.append(Constraint.of(space, name, cost, limit))
         return found
 
 
-def check_reachable(constraints: Sequence[LinearConstraint], choices: Sequence[int]) -> None:
-    """Raise RequestError, with the reachable range, if no policy fits the constraints."""
-    for constraint in constraints:
-        count = len(constraint.per_bit)
-        least = constraint.cost([min(choices)] * count)
-        most = constraint.cost([max(choices)] * count)
-        if least > constraint.limit:
-            raise RequestError(
-                f"budget: {constraint.name} must be at least {least:.10g} with bit choices "
-                f"{','.join(map(str, choices))} (reachable {least:.10g} to {most:.10g}), got "
-                f"{constraint.limit:.10g}; raise the budget or offer fewer bits"
-            )
+def weight_bits_of(spec: LayerSpec, weight_bits: int, act_bits: int) -> int:
+    """Return the bits of a layer's weights."""
+    return spec.num_weights * weight_bits
+
+
+def bit_operations(spec: LayerSpec, weight_bits: int, act_bits: int) -> int:
+    """Return the bit operations of a layer for one sample."""
+    return spec.macs * weight_bits * act_bits
+
+
+def _act_bits_of(spec: LayerSpec, weight_bits: int, act_bits: int) -> int:
+    return math.prod(spec.in_shape) * act_bits
+
+
+def cost_of(layers: Sequence[LayerSpec], policy: BitwidthPolicy, layer_cost: CostFn) -> float:
+    """Return what a network costs under a policy; a layer with channel bits costs their mean."""
+    total = 0.0
+    for spec, bits in zip(layers, policy, strict=True):
+        widths = bits.channel_bits or (bits.weight_bits,)
+        total += sum(layer_cost(spec, w, bits.act_bits) for w in widths) / len(widths)
+    return total

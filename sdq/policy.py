@@ -5,7 +5,7 @@ learned it.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ class LayerBits:
 
     Args:
         name: the layer's path in the network.
-        weight_bits: 1 to 8, or 32 for float.
-        act_bits: of the layer's input; 2 to 8, or 32 for float.
+        weight_bits: 1 to 8, or 32 for float; the most of any channel where channels differ.
+        act_bits: of the layer's input; 2 to 8, 16, or 32 for float.
         searched: whether a search may change ``weight_bits`` (the first and last are pinned).
         num_weights: number of weights, biases not counted.
+        channel_bits: weight bits of each output channel, where channels differ; else None.
     """
 
     name: str
@@ -34,21 +35,44 @@ class LayerBits:
     act_bits: int
     searched: bool
     num_weights: int
+    channel_bits: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_bits(self.name, "weight_bits", self.weight_bits, lowest=1)
-        _check_bits(self.name, "act_bits", self.act_bits, lowest=2)
+        _check_bits(self.name, "weight_bits", self.weight_bits, (*range(1, 9), FLOAT_BITS))
+        _check_bits(self.name, "act_bits", self.act_bits, (*range(2, 9), 16, FLOAT_BITS))
         if type(self.num_weights) is not int or self.num_weights < 1:
             raise RequestError(
                 f"policy: layer {self.name}: num_weights must be a positive integer, "
                 f"got {self.num_weights!r}"
             )
+        if self.channel_bits is not None:
+            for bits in self.channel_bits:
+                _check_bits(self.name, "channel_bits", bits, range(1, 9))
+            if not self.channel_bits or max(self.channel_bits) != self.weight_bits:
+                raise RequestError(
+                    f"policy: layer {self.name}: weight_bits must be the most of channel_bits, "
+                    f"got {self.weight_bits}"
+                )
+            if self.num_weights % len(self.channel_bits):
+                raise RequestError(
+                    f"policy: layer {self.name}: channel_bits must divide num_weights evenly, "
+                    f"got {len(self.channel_bits)} channels for {self.num_weights} weights"
+                )
+
+    @property
+    def total_weight_bits(self) -> int:
+        """Bits of all the layer's weights together."""
+        if self.channel_bits is None:
+            return self.num_weights * self.weight_bits
+        return self.num_weights // len(self.channel_bits) * sum(self.channel_bits)
 
 
-def _check_bits(name: str, what: str, bits: object, lowest: int) -> None:
-    if type(bits) is not int or not (lowest <= bits <= 8 or bits == FLOAT_BITS):
+def _check_bits(name: str, what: str, bits: object, allowed: Collection[int]) -> None:
+    if type(bits) is not int or bits not in allowed:
+        wide = " or 16," if 16 in allowed else ","
         raise RequestError(
-            f"policy: layer {name}: {what} must be {lowest} to 8, or 32 for float, got {bits!r}"
+            f"policy: layer {name}: {what} must be {min(allowed)} to 8{wide} or 32 for float, "
+            f"got {bits!r}"
         )
 
 
@@ -100,7 +124,7 @@ class BitwidthPolicy:
     @property
     def weight_bytes(self) -> float:
         """Bytes of all weights at their own bits (information, without padding or scales)."""
-        return sum(layer.num_weights * layer.weight_bits for layer in self.layers) / 8
+        return sum(layer.total_weight_bits for layer in self.layers) / 8
 
     def with_weight_bits(self, bits: Mapping[str, int]) -> "BitwidthPolicy":
         """Return a policy in which the named layers have these weight bits."""
@@ -108,12 +132,15 @@ class BitwidthPolicy:
         if unknown:
             raise RequestError(f"policy: no layer named {sorted(unknown)[0]!r}")
         return BitwidthPolicy(
-            tuple(replace(x, weight_bits=bits.get(x.name, x.weight_bits)) for x in self.layers)
+            tuple(
+                replace(x, weight_bits=bits[x.name], channel_bits=None) if x.name in bits else x
+                for x in self.layers
+            )
         )
 
     def to_json(self) -> str:
         """Return the policy as JSON text, one layer a line."""
-        layers = ",\n".join("    " + json.dumps(asdict(layer)) for layer in self.layers)
+        layers = ",\n".join("    " + json.dumps(_document(layer)) for layer in self.layers)
         averages = (
             f'  "avg_weight_bits": {self.avg_weight_bits!r},\n'
             f'  "avg_weight_bits_all": {self.avg_weight_bits_all!r},\n'
@@ -161,20 +188,31 @@ class BitwidthPolicy:
 
 
 _FIELDS = {"name": str, "weight_bits": int, "act_bits": int, "searched": bool, "num_weights": int}
+_OPTIONAL = {"channel_bits": list}
+
+
+def _document(layer: LayerBits) -> dict[str, Any]:
+    found = asdict(layer)
+    if layer.channel_bits is None:  # most policies: readers of the plain form need not know it
+        del found["channel_bits"]
+    return found
 
 
 def _layer(document: Any, where: str) -> LayerBits:
-    if not isinstance(document, dict) or set(document) != set(_FIELDS):
+    if not isinstance(document, dict) or set(document) - set(_OPTIONAL) != set(_FIELDS):
         got = sorted(document) if isinstance(document, dict) else document
         raise RequestError(f"{where}: must have the fields {', '.join(_FIELDS)}, got {got!r:.200}")
-    for field, kind in _FIELDS.items():
-        if type(document[field]) is not kind:
+    for field, kind in {**_FIELDS, **_OPTIONAL}.items():
+        if field in document and type(document[field]) is not kind:
             raise RequestError(
                 f"{where}: {field} must be {kind.__name__}, got {document[field]!r:.100}"
             )
-    return LayerBits(**document)
+    channels = document.get("channel_bits")
+    return LayerBits(
+        **{**document, "channel_bits": tuple(channels) if channels is not None else None}
+    )
 
 
 def _mean_bits(layers: "tuple[LayerBits, ...] | list[LayerBits]") -> float:
     total = sum(layer.num_weights for layer in layers)
-    return sum(layer.num_weights * layer.weight_bits for layer in layers) / total if total else 0.0
+    return sum(layer.total_weight_bits for layer in layers) / total if total else 0.0

@@ -9,20 +9,23 @@ the exporters.
 This is the only file of the engine that imports Brevitas.
 """
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from sdq import graph
+from sdq.channel_bits import ChannelWeightQuantizer
 from sdq.config import QuantConfig
 from sdq.errors import RequestError
 from sdq.layers import LayerSpec
-from sdq.learned_scale import ActQuantizer, WeightQuantizer
+from sdq.learned_scale import ActQuantizer, Quantized, WeightQuantizer
 from sdq.policy import FLOAT_BITS, BitwidthPolicy, LayerBits
 
 with warnings.catch_warnings():
@@ -119,14 +122,60 @@ class QuantModel(nn.Module):
 
     def act_quantizers(self) -> dict[str, ActQuantizer]:
         """Return the activation quantizers by path, in execution order."""
-        found = {}
-        for node in self.net.graph.nodes:
-            if node.op == "call_module":
-                module = self.net.get_submodule(node.target)
-                if isinstance(module, qnn.QuantIdentity):
-                    proxy = module.act_quant.fused_activation_quant_proxy
-                    found[str(node.target)] = proxy.tensor_quant
-        return found
+        return {str(node.target): self._act_proxy(node).tensor_quant for node in self._act_nodes()}
+
+    def set_act_quantizer_(self, path: str, quantizer: nn.Module) -> None:
+        """Let another module quantize an activation."""
+        for node in self._act_nodes():
+            if node.target == path:
+                self._act_proxy(node).tensor_quant = quantizer
+
+    def _act_nodes(self) -> list[fx.Node]:
+        return [
+            node
+            for node in self.net.graph.nodes
+            if node.op == "call_module"
+            and isinstance(self.net.get_submodule(node.target), qnn.QuantIdentity)
+        ]
+
+    def _act_proxy(self, node: fx.Node) -> Any:
+        module: Any = self.net.get_submodule(str(node.target))
+        return module.act_quant.fused_activation_quant_proxy
+
+    def readers(self) -> dict[str, tuple[str, ...]]:
+        """Return, for each activation quantizer, the layers that read what it gives."""
+        names = {bits.name for bits in self.policy}
+        return {
+            str(node.target): tuple(
+                dict.fromkeys(str(u.target) for u in node.users if u.target in names)
+            )
+            for node in self._act_nodes()
+        }
+
+    def choices(self, layer: int) -> tuple[int, ...]:
+        """Return the candidate weight bitwidths of a layer, by index."""
+        name = self.policy.layers[layer].name
+        return _last_match(self.config.layer_choices, name) or self.config.bit_choices
+
+    def searched_acts(self) -> dict[str, tuple[str, ...]]:
+        """Return the activation quantizers whose bitwidth is to be learned, with their readers.
+
+        The network's input, and what a pinned layer reads, keep their bits.
+        """
+        if self.config.act_choices is None:
+            return {}
+        searched = {bits.name for bits in self.policy if bits.searched}
+        inputs = {
+            str(user.target)
+            for node in self.net.graph.nodes
+            if node.op == "placeholder"
+            for user in node.users
+        }
+        return {
+            path: readers
+            for path, readers in self.readers().items()
+            if path not in inputs and readers and searched.issuperset(readers)
+        }
 
     @property
     def calibrated(self) -> bool:
@@ -180,36 +229,149 @@ def apply_policy_(qmodel: QuantModel, policy: BitwidthPolicy) -> None:
             f"policy: must name the network's {len(names)} layers in order, got {len(policy)} "
             f"with {other!r}; use the network it was learned for"
         )
-    for new, old in zip(policy, qmodel.policy, strict=True):
-        if (new.act_bits, new.searched, new.num_weights) != (
-            old.act_bits, old.searched, old.num_weights,
-        ):  # fmt: skip
-            raise RequestError(
-                f"policy: layer {new.name}: act_bits, searched and num_weights must be "
-                f"{(old.act_bits, old.searched, old.num_weights)}, "
-                f"got {(new.act_bits, new.searched, new.num_weights)}; quantize with the "
-                "configuration the policy was learned with"
+    for layer, (new, old) in enumerate(zip(policy, qmodel.policy, strict=True)):
+        _check_layer(qmodel, layer, new, old)
+    _set_acts_(qmodel, policy)
+    for new in policy:
+        if not new.searched:
+            continue
+        current, weight = qmodel.weight_quantizer(new.name), qmodel.weight(new.name)
+        if new.channel_bits is not None:
+            if getattr(current, "channel_bits", None) != new.channel_bits:
+                qmodel.set_weight_quantizer_(
+                    new.name,
+                    ChannelWeightQuantizer(
+                        weight, new.channel_bits,
+                        lambda w, b: new_weight_quantizer(w, b, qmodel.config),
+                    ),
+                )  # fmt: skip
+        elif not (isinstance(current, WeightQuantizer) and current.bits == new.weight_bits):
+            qmodel.set_weight_quantizer_(
+                new.name, new_weight_quantizer(weight, new.weight_bits, qmodel.config)
             )
-        if new.searched and new.weight_bits not in qmodel.config.bit_choices:
-            raise RequestError(
-                f"policy: layer {new.name}: weight_bits must be one of "
-                f"{qmodel.config.bit_choices}, got {new.weight_bits}"
-            )
-        if not new.searched and new.weight_bits != old.weight_bits:
+    qmodel.policy = policy
+
+
+def _check_layer(qmodel: QuantModel, layer: int, new: LayerBits, old: LayerBits) -> None:
+    """Raise RequestError if a layer cannot have these bits."""
+    if (new.searched, new.num_weights) != (old.searched, old.num_weights):
+        raise RequestError(
+            f"policy: layer {new.name}: searched and num_weights must be "
+            f"{(old.searched, old.num_weights)}, got {(new.searched, new.num_weights)}; "
+            "quantize with the configuration the policy was learned with"
+        )
+    choices, config = qmodel.choices(layer), qmodel.config
+    if not new.searched:
+        if new.weight_bits != old.weight_bits:
             raise RequestError(
                 f"policy: layer {new.name}: is pinned at {old.weight_bits} bits, "
                 f"got {new.weight_bits}"
             )
-    for new in policy:
-        if not new.searched:
-            continue
-        current = qmodel.weight_quantizer(new.name)
-        if not (isinstance(current, WeightQuantizer) and current.bits == new.weight_bits):
-            qmodel.set_weight_quantizer_(
-                new.name,
-                new_weight_quantizer(qmodel.weight(new.name), new.weight_bits, qmodel.config),
+    elif wrong := set(new.channel_bits or (new.weight_bits,)) - set(choices):
+        raise RequestError(
+            f"policy: layer {new.name}: weight_bits must be one of {choices}, got {min(wrong)}"
+        )
+    if new.channel_bits is not None:
+        channels = qmodel.layers[layer].weight_shape[0]
+        if len(new.channel_bits) != channels or config.weight_scale != "per_channel":
+            raise RequestError(
+                f"policy: layer {new.name}: channel_bits must be one for each of {channels} "
+                f"channels, with per_channel scales, got {len(new.channel_bits)} with "
+                f"{config.weight_scale} scales"
             )
-    qmodel.policy = policy
+
+
+def _set_acts_(qmodel: QuantModel, policy: BitwidthPolicy) -> None:
+    """Give activations a policy's bits; one whose bits change needs calibration again."""
+    free, before = qmodel.searched_acts(), qmodel.policy
+    learned = {name for readers in free.values() for name in readers}
+    for new in policy:
+        old = before[new.name].act_bits
+        if new.act_bits != old and (
+            new.name not in learned or new.act_bits not in (qmodel.config.act_choices or ())
+        ):
+            raise RequestError(
+                f"policy: layer {new.name}: act_bits must be {old}, got {new.act_bits}; quantize "
+                "with the configuration the policy was learned with"
+            )
+    quantizers = qmodel.act_quantizers()
+    for path, readers in free.items():
+        bits = {policy[name].act_bits for name in readers}
+        if len(bits) > 1:
+            raise RequestError(
+                f"policy: layers {', '.join(readers)}: act_bits must be the same, for they read "
+                f"the same tensor, got {sorted(bits)}"
+            )
+        old_quantizer = quantizers[path]
+        (wanted,) = bits
+        if old_quantizer.bits != wanted:
+            qmodel.set_act_quantizer_(path, _like(old_quantizer, wanted, qmodel.config))
+
+
+def _like(quantizer: ActQuantizer, bits: int, config: QuantConfig) -> ActQuantizer:
+    """Return an uncalibrated quantizer of other bits for the same tensor."""
+    found = ActQuantizer(bits, quantizer.signed, config.restrict_scale)
+    return found.to(quantizer.base.device)
+
+
+class _PassThrough(nn.Module):
+    """Stands in for a quantizer and changes nothing."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("one", torch.ones((), device=like.device), persistent=False)
+
+    def forward(self, x: Tensor) -> Quantized:
+        one = self.one
+        assert isinstance(one, Tensor)
+        return x, one, one * 0, one * FLOAT_BITS
+
+
+@contextlib.contextmanager
+def in_float(qmodel: QuantModel) -> Iterator[None]:
+    """Let the network compute with its float weights and activations for a while."""
+    layers = [bits.name for bits in qmodel.policy if bits.weight_bits != FLOAT_BITS]
+    weights = {name: qmodel.weight_quantizer(name) for name in layers}
+    acts = qmodel.act_quantizers()
+    for name in weights:
+        qmodel.set_weight_quantizer_(name, _PassThrough(qmodel.weight(name)))
+    for path, act in acts.items():
+        qmodel.set_act_quantizer_(path, _PassThrough(act.base))
+    try:
+        yield
+    finally:
+        for name, quantizer in weights.items():
+            qmodel.set_weight_quantizer_(name, quantizer)
+        for path, act in acts.items():
+            qmodel.set_act_quantizer_(path, act)
+
+
+def calibrate_acts(
+    qmodel: QuantModel,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    choices: Mapping[str, tuple[int, ...]],
+) -> dict[str, list[ActQuantizer]]:
+    """Return a calibrated quantizer for each candidate bitwidth of some activations.
+
+    Args:
+        qmodel: left as it is.
+        batches: as of :func:`calibrate_`.
+        choices: candidate bitwidths by the quantizer's path.
+    """
+    originals = qmodel.act_quantizers()
+    found = {
+        path: [_like(originals[path], bits, qmodel.config) for bits in widths]
+        for path, widths in choices.items()
+    }
+    try:
+        for k in range(max(map(len, choices.values()))):
+            for path, candidates in found.items():
+                qmodel.set_act_quantizer_(path, candidates[min(k, len(candidates) - 1)])
+            calibrate_(qmodel, batches)
+    finally:
+        for path, quantizer in originals.items():
+            qmodel.set_act_quantizer_(path, quantizer)
+    return found
 
 
 @torch.no_grad()
@@ -248,16 +410,39 @@ def _check_weights(model: nn.Module) -> None:
             )
 
 
+def _last_match(rules: Iterable[tuple[str, Any]], name: str) -> Any:
+    """Return what the last rule says whose pattern matches, or None."""
+    return next((value for pattern, value in reversed(list(rules)) if fnmatchcase(name, pattern)),
+                None)  # fmt: skip
+
+
+def _check_patterns(layers: tuple[LayerSpec, ...], config: QuantConfig) -> None:
+    """Raise RequestError for a pattern that no layer matches: a typing error, most likely."""
+    names = [spec.name for spec in layers]
+    for pattern, _ in (*config.pins, *config.layer_choices):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise RequestError(
+                f"model: pattern {pattern!r} must match a layer, but matches none of "
+                f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+            )
+
+
 def _first_policy(layers: tuple[LayerSpec, ...], config: QuantConfig) -> BitwidthPolicy:
-    fixed, highest = config.first_last_bits, config.bit_choices[-1]
+    _check_patterns(layers, config)
+    fixed = config.first_last_bits
     bits = []
     for spec in layers:
         first, last = spec is layers[0], spec is layers[-1]
-        weight, act, searched = highest, config.act_bits, True
+        choices = _last_match(config.layer_choices, spec.name) or config.bit_choices
+        weight, act, searched = choices[-1], config.act_bits, True
         if fixed is not None and (first or last):
             weight, act, searched = fixed, max(fixed, 2), False  # one bit cannot hold activations
         if first:
             act = config.input_bits if fixed != FLOAT_BITS else FLOAT_BITS
+        if (pin := _last_match(config.pins, spec.name)) is not None:
+            # a layer left in float takes its input as it comes; any other needs it quantized
+            weight, searched = pin, False
+            act = FLOAT_BITS if pin == FLOAT_BITS else act
         bits.append(LayerBits(spec.name, weight, act, searched, spec.num_weights))
     return BitwidthPolicy(tuple(bits))
 

@@ -1,6 +1,7 @@
 r"""Differentiable bitwidth parameters: stochastic quantization between adjacent bitwidths.
 
-A layer that is at candidate :math:`b_i` draws, in every training step, for its whole weight
+A unit (a layer, say) that is at candidate :math:`b_i` draws, in every training step, for its whole
+weight
 
 .. math:: w^q = Q_{b_i}(w) \;\text{with probability}\; \beta_i,
           \quad Q_{b_{i-1}}(w) \;\text{with}\; 1 - \beta_i,
@@ -17,11 +18,12 @@ does not give them.
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from sdq.learned_scale import Quantized, WeightQuantizer
+from sdq.learned_scale import ActQuantizer, Quantized, WeightQuantizer
 
 
 class _HardSample(torch.autograd.Function):
@@ -34,6 +36,11 @@ class _HardSample(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         return grad
+
+
+Mixing = Literal["draw", "interpolate"]
+"""How the two bitwidths of a pair meet in a forward pass: one is drawn (SDQ), or they are mixed in
+the proportion of their probabilities (FracBits and others, what SDQ argues against)."""
 
 
 def gumbel_bernoulli(log_odds: Tensor, temperature: float, uniform: Tensor) -> Tensor:
@@ -64,130 +71,242 @@ def logit(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-class StochasticWeightQuantizer(nn.Module):
-    """Quantizes a layer's weight at one of two adjacent candidate bitwidths, drawn each step.
-
-    In evaluation mode nothing is drawn: the more probable of the two is used.
+class BitwidthParameters(nn.Module):
+    """The differentiable bitwidth parameters of all units of a network.
 
     Args:
-        candidates: a quantizer for each candidate bitwidth, ascending; each has its own scale.
-        start: index of the higher bitwidth of the first active pair.
-        entry_beta: probability, when a pair becomes active, of the bitwidth the layer comes from:
+        choices: candidate bitwidths of each unit, ascending.
+        start: index of the higher bitwidth of each unit's first active pair; None for the highest.
+        entry_beta: probability, when a pair becomes active, of the bitwidth the unit comes from:
             the higher one after a decay, the lower one after a rise.
-        temperature: of the relaxation.
+        mixing: draw one bitwidth, or interpolate between the two.
 
     Attributes:
-        theta: ``(n - 1,)`` log-odds; entry ``i - 1`` belongs to the pair of candidates
+        theta: ``(U, n - 1)`` log-odds; entry ``i - 1`` of a row belongs to the pair of candidates
             ``i`` and ``i - 1``.
-        level: index of the active pair's higher candidate; 0 if there is only one candidate.
+        level: ``(U,)`` index of the active pair's higher candidate; 0 where there is only one.
+        temperature: of the relaxation.
         generator: of the draws; set it to make them repeatable.
     """
 
     level: Tensor
+    bits: Tensor
+    top: Tensor
 
     def __init__(
         self,
-        candidates: Sequence[WeightQuantizer],
+        choices: Sequence[Sequence[int]],
         *,
-        start: int | None = None,
+        start: Sequence[int] | None = None,
         entry_beta: float = 0.8,
-        temperature: float = 1.0,
+        mixing: Mixing = "draw",
     ) -> None:
         super().__init__()
-        top = len(candidates) - 1
-        start = top if start is None else max(min(start, top), min(top, 1))
-        self.choices = tuple(candidate.bits for candidate in candidates)
-        self.entry = logit(entry_beta)
-        self.temperature = temperature
+        self.choices = tuple(tuple(row) for row in choices)
+        self.entry, self.mixing = logit(entry_beta), mixing
+        self.temperature = 1.0
         self.generator: torch.Generator | None = None
-        self.candidates = nn.ModuleList(candidates)
-        like = candidates[0].base
+        width = max((len(row) for row in choices), default=1)
+        padded = [[*row, *[row[-1]] * (width - len(row))] for row in choices]
+        top = torch.tensor([len(row) - 1 for row in choices], dtype=torch.long)
+        begin = top if start is None else torch.tensor(start, dtype=torch.long)
+        begin = torch.minimum(begin.clamp_min(1), top)
         # until tried, steps up to the start are taken to be worth it and steps beyond it not, the
         # more so the further away: every bit more removes a quarter of the error the last one did
-        theta = [self.entry * (start - step - (step >= start)) for step in range(top)]
-        self.theta = nn.Parameter(like.new_tensor(theta))
-        self.register_buffer("level", torch.tensor(start, device=like.device))
-        self.residual = like.new_zeros(())
-        """Mean squared rounding residual of the higher bitwidth, in code units, last forward."""
+        step = torch.arange(width - 1)
+        away = begin[:, None] - step - (step >= begin[:, None]).long()
+        self.theta = nn.Parameter(self.entry * away.float())
+        self.register_buffer("level", begin)
+        # both follow from the choices and are not part of the state
+        bits = torch.tensor(padded, dtype=torch.float32)
+        self.register_buffer("bits", bits.reshape(len(choices), -1), persistent=False)
+        self.register_buffer("top", top, persistent=False)
+        self._share: Tensor | None = None
+        self.levels: list[int] = begin.tolist()
+        """``level`` as numbers, as of the last draw or move: no wait for the device."""
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+    def _active(self) -> Tensor:
+        """Return the log-odds of the active pairs, ``(U,)``."""
+        if self.theta.shape[1] == 0:
+            return self.theta.sum(1)
+        return self.theta.gather(1, (self.level - 1).clamp_min(0)[:, None])[:, 0]
 
     def beta(self) -> Tensor:
-        """Return the active pair's probability of the higher bitwidth."""
-        level = int(self.level)
-        return torch.sigmoid(self.theta[level - 1]) if level else torch.ones_like(self.residual)
+        """Return each active pair's probability of the higher bitwidth, ``(U,)``."""
+        beta = torch.sigmoid(self._active())
+        return torch.where(self.level > 0, beta, torch.ones_like(beta))
 
-    def expected_bits(self) -> float:
-        """Return the mean bitwidth of a draw."""
-        level, beta = int(self.level), float(self.beta().detach())
-        return beta * self.choices[level] + (1 - beta) * self.choices[max(level - 1, 0)]
+    def probabilities(self) -> Tensor:
+        """Return each candidate's probability in a draw, ``(U, n)``."""
+        beta = self.beta()
+        lower = (self.level - 1).clamp_min(0)[:, None]
+        found = torch.zeros_like(self.bits).scatter_add(1, self.level[:, None], beta[:, None])
+        return found.scatter_add(1, lower, 1 - beta[:, None])
 
-    def log_odds(self) -> list[float]:
-        """Return theta as a list, one entry for each pair of adjacent candidates."""
-        return [float(t) for t in self.theta.detach()]
+    def expected_bits(self) -> Tensor:
+        """Return the mean bitwidth of each unit's draw, ``(U,)``."""
+        return (self.probabilities() * self.bits).sum(1)
 
+    def utilities(self) -> list[list[float]]:
+        """Return the log-odds of each unit's candidates against its lowest one.
+
+        A candidate is reached through the steps below it, so its log-odds are their sum. Steps
+        above the active pair were dropped, with beta at the threshold or under it.
+        """
+        sums = torch.cat([self.theta.new_zeros(len(self), 1), self.theta.cumsum(1)], dim=1)
+        rows = sums.detach().tolist()
+        return [row[: len(c)] for row, c in zip(rows, self.choices, strict=True)]
+
+    def draw_(self) -> None:
+        """Draw for the next forward passes; in evaluation mode, take the more probable bitwidth."""
+        self.levels = self.level.tolist()
+        if not self.training:
+            self._share = (self.beta() >= 0.5).to(self.theta.dtype).detach()
+        elif self.mixing == "interpolate":
+            self._share = self.beta()
+        else:
+            # drawn on the CPU, so that a seed means the same on every device
+            uniform = torch.rand(len(self), generator=self.generator).clamp_(1e-6, 1 - 1e-6)
+            draw = gumbel_bernoulli(self._active(), self.temperature, uniform.to(self.theta.device))
+            self._share = torch.where(self.level > 0, draw, torch.ones_like(draw))
+
+    def share(self) -> Tensor:
+        """Return the share of the higher bitwidth in this forward pass, ``(U,)``."""
+        if self._share is None:
+            self.draw_()
+        assert self._share is not None
+        return self._share
+
+    @torch.no_grad()
     def move_(self, decay_below: float, rise_above: float | None) -> None:
-        """Leave a pair that is decided: downwards (the paper's decay) or upwards (ours).
+        """Leave pairs that are decided: downwards (the paper's decay) or upwards (ours).
 
         Args:
             decay_below: the higher bitwidth is dropped when beta falls below this.
             rise_above: the next higher bitwidth is tried when beta rises above this; None never.
         """
-        level = int(self.level)
-        if level == 0:
+        if self.theta.shape[1] == 0:
             return
+        index = (self.level - 1).clamp_min(0)[:, None]
         # a pair must be able to turn back in good time
-        self.theta.data[level - 1].clamp_(-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
-        beta = float(self.beta().detach())
-        if beta < decay_below and level > 1:
-            self.level -= 1
-            self.theta.data[level - 2] = self.entry
-        elif rise_above is not None and beta > rise_above and level < len(self.choices) - 1:
-            self.level += 1
-            self.theta.data[level] = -self.entry
-
-    def forward(self, weight: Tensor) -> Quantized:
-        """Quantize ``weight`` ``(K, ...)`` at a drawn bitwidth."""
-        level = int(self.level)
-        upper: Quantized = self.candidates[level](weight)
-        high, high_scale = upper[:2]
-        self.residual = ((high - weight) / high_scale).detach().square().mean()
-        if level == 0:
-            return upper
-        lower: Quantized = self.candidates[level - 1](weight)
-        if self.training:
-            uniform = torch.rand((), generator=self.generator).clamp_(1e-6, 1 - 1e-6)
-            draw = gumbel_bernoulli(
-                self.theta[level - 1], self.temperature, uniform.to(weight.device)
-            )
-        else:
-            draw = (self.theta[level - 1] >= 0).to(weight.dtype)
-        chosen = draw * high + (1 - draw) * lower[0]
-        return chosen, *(upper if draw > 0.5 else lower)[1:]
+        active = self._active().clamp(-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
+        movable = self.level > 0
+        self.theta.scatter_(
+            1, index, torch.where(movable, active, self.theta.gather(1, index)[:, 0])[:, None]
+        )
+        beta = torch.sigmoid(active)
+        down = movable & (beta < decay_below) & (self.level > 1)
+        up = torch.zeros_like(down)
+        if rise_above is not None:
+            up = movable & (beta > rise_above) & (self.level < self.top) & ~down
+        self.level += up.long() - down.long()
+        entered = (self.level - 1).clamp_min(0)[:, None]
+        entry = torch.where(up, -self.entry, self.entry)
+        kept = self.theta.gather(1, entered)[:, 0]
+        self.theta.scatter_(1, entered, torch.where(up | down, entry, kept)[:, None])
+        self._share = None
 
 
-def quantization_error_regularizer(
-    layers: "list[StochasticWeightQuantizer]", shares: list[float]
-) -> Tensor:
-    r"""Return the regularizer that makes bits decay unless the task resists.
-
-    .. math:: L_{QER} = \sum_l c_l\, \beta_l\, 12\, \overline{r_l^2},
-              \qquad r_l = (Q_b(w_l) - w_l) / s_{l,b}
-
-    This reads the paper's :math:`\sum_l \lambda_b \beta_l \|Q_b(w) - w\|^2` with
-    :math:`\lambda_b \propto (2^b - 1)^2`, and the error measured against the layer's range
-    (:math:`s (2^b - 1)`), because a weight's absolute size means nothing under batch
-    normalisation. Summed over a layer's weights this grows with their number; so
-    :math:`c_l` is the layer's share of what is budgeted: of the weights for a budget on average
-    bits, of the MACs for one on BitOPs. Rounding noise has :math:`\overline{r^2} = 1/12`, hence
-    the 12: the sum is near 1 when every beta is 1.
+class StochasticWeightQuantizer(nn.Module):
+    """Quantizes a layer's weight at one of two adjacent candidate bitwidths, drawn each step.
 
     Args:
-        layers: the stochastic quantizers, after a forward pass.
-        shares: ``c_l``, summing to 1.
-
-    Source: the exact formula is not in any source we could read; see docs/method.md.
+        candidates: a quantizer for each candidate bitwidth, ascending; each has its own scale.
+        parameters: of the whole network.
+        units: this layer's rows in them: one, or one for each output channel.
     """
-    total = layers[0].residual * 0
-    for layer, share in zip(layers, shares, strict=True):
-        if int(layer.level):
-            total = total + share * layer.beta() * 12 * layer.residual
-    return total
+
+    def __init__(
+        self,
+        candidates: Sequence[WeightQuantizer],
+        parameters: BitwidthParameters,
+        units: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.candidates = nn.ModuleList(candidates)
+        # in a list: the parameters are the network's, and stand once in its state
+        self._shared = [parameters]
+        self.units = list(units)
+        self._last: tuple[Tensor, ...] = ()
+
+    @property
+    def weights_per_unit(self) -> int:
+        """Number of weights that one unit decides here."""
+        return self._last[0].numel() // len(self.units)
+
+    def forward(self, weight: Tensor) -> Quantized:
+        """Quantize ``weight`` ``(K, ...)`` at the bitwidths drawn."""
+        parameters = self._shared[0]
+        share = parameters.share()
+        if len(self.units) == 1:
+            level = parameters.levels[self.units[0]]
+            upper: Quantized = self.candidates[level](weight)
+            lower: Quantized = self.candidates[level - 1](weight) if level else upper
+            self._last = (weight.detach(), *(x.detach() for x in (*upper[:2], *lower[:2])))
+            if not level:
+                return upper
+            part = share[self.units[0]]
+            return part * upper[0] + (1 - part) * lower[0], *upper[1:]
+        levels = torch.tensor([parameters.levels[u] for u in self.units], device=weight.device)
+        every = [candidate(weight) for candidate in self.candidates]
+        values = torch.stack([q[0] for q in every])
+        shape = (-1,) + (1,) * (weight.dim() - 1)
+        scales = torch.stack([q[1].expand(len(levels), *shape[1:]) for q in every])
+        channel = torch.arange(len(levels), device=weight.device)
+        below = (levels - 1).clamp_min(0)
+        high, low = values[levels, channel], values[below, channel]
+        scale = scales[levels, channel]
+        self._last = tuple(x.detach() for x in (weight, high, scale, low, scales[below, channel]))
+        part = share[self.units].reshape(shape)
+        return part * high + (1 - part) * low, scale, *every[-1][2:]
+
+    def residual(self) -> Tensor:
+        """Return the mean squared rounding residual of the higher bitwidth in the last forward.
+
+        Returns:
+            ``(units,)``, in code units: rounding noise has 1/12.
+        """
+        weight, high, scale = self._last[:3]
+        return self._mean((high - weight) / scale)
+
+    def relative_error(self) -> Tensor:
+        """Return the squared error of the higher bitwidth over that of the lower, ``(units,)``."""
+        weight, high, _, low, _ = self._last
+        return self._mean(high - weight) / self._mean(low - weight).clamp_min(1e-12)
+
+    def _mean(self, error: Tensor) -> Tensor:
+        return error.square().reshape(len(self.units), -1).mean(1)
+
+
+class StochasticActQuantizer(nn.Module):
+    """Quantizes an activation at one of two adjacent candidate bitwidths, drawn each step.
+
+    The paper fixes activation bitwidths; learning them as it learns the weights' is ours.
+
+    Args:
+        candidates: a quantizer for each candidate bitwidth, ascending, calibrated.
+        parameters: of the whole network.
+        unit: this activation's row in them.
+    """
+
+    def __init__(
+        self, candidates: Sequence[ActQuantizer], parameters: BitwidthParameters, unit: int
+    ) -> None:
+        super().__init__()
+        self.candidates = nn.ModuleList(candidates)
+        self._shared = [parameters]
+        self.unit = unit
+
+    def forward(self, x: Tensor) -> Quantized:
+        """Quantize ``x`` of any shape at the bitwidth drawn."""
+        parameters = self._shared[0]
+        level = parameters.levels[self.unit]
+        share = parameters.share()[self.unit]
+        upper: Quantized = self.candidates[level](x)
+        if not level:
+            return upper
+        lower: Quantized = self.candidates[level - 1](x)
+        return share * upper[0] + (1 - share) * lower[0], *upper[1:]

@@ -47,7 +47,7 @@ WRONG: list[tuple[type[Config], dict[str, Any], str]] = [
     (QuantConfig, {"act_bits": 1}, "act_bits: "),
     (QuantConfig, {"act_bits": 9}, "act_bits: must be at most 8, or 32 for float, got 9"),
     (QuantConfig, {"act_bits": 33}, "act_bits: "),
-    (QuantConfig, {"input_bits": 16}, "input_bits: must be at most 8, or 32 for float"),
+    (QuantConfig, {"input_bits": 12}, "input_bits: must be at most 8, or 32 for float"),
     (QuantConfig, {"first_last_bits": 0}, "first_last_bits: "),
     (QuantConfig, {"first_last_bits": 12}, "first_last_bits: must be at most 8, or 32"),
     (QuantConfig, {"weight_scale": "per_row"}, "weight_scale: "),

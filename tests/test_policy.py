@@ -163,12 +163,37 @@ def test_wrong_type(field: str, value: object, kind: str) -> None:
         BitwidthPolicy.from_json(changed(field, value))
 
 
-@pytest.mark.parametrize("bits", [0, -1, 9, 16, 31, 33, 10**30])
+@pytest.mark.parametrize("bits", [0, -1, 9, 15, 31, 33, 10**30])
 def test_bits_out_of_range(bits: int) -> None:
     with refuses("layer block.0.conv: weight_bits must be 1 to 8, or 32 for float"):
         BitwidthPolicy.from_json(changed("weight_bits", bits))
-    with refuses("layer block.0.conv: act_bits must be 2 to 8, or 32 for float"):
+    with refuses("layer block.0.conv: act_bits must be 2 to 8 or 16, or 32 for float"):
         BitwidthPolicy.from_json(changed("act_bits", bits))
+
+
+def test_channel_bits_are_counted_and_survive_json() -> None:
+    layer = LayerBits("a", 4, 8, True, 40, (1, 2, 4, 1))
+    assert layer.total_weight_bits == 10 * (1 + 2 + 4 + 1)
+    policy = BitwidthPolicy((layer, LayerBits("b", 2, 8, True, 40)))
+    assert policy.avg_weight_bits == (80 + 80) / 80
+    assert policy.weight_bytes == 20
+    assert BitwidthPolicy.from_json(policy.to_json()) == policy
+    assert policy.with_weight_bits({"a": 3})["a"].channel_bits is None
+
+
+@pytest.mark.parametrize(
+    ("weight_bits", "channels", "message"),
+    [
+        (4, (1, 2), "weight_bits must be the most of channel_bits, got 4"),
+        (4, (4, 9), "channel_bits must be 1 to 8"),
+        (4, (4, 1, 1), "channel_bits must divide num_weights evenly, got 3 channels for 40"),
+    ],
+)
+def test_channel_bits_that_cannot_be(
+    weight_bits: int, channels: tuple[int, ...], message: str
+) -> None:
+    with refuses(message):
+        LayerBits("a", weight_bits, 8, True, 40, channels)
 
 
 def test_activations_have_at_least_two_bits() -> None:

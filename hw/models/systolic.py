@@ -25,11 +25,15 @@ class FusibleArray:
         rows: units along the input channels (N).
         columns: units along the output channels (M).
         clock_hz: clock frequency.
+        weight_bits: bitwidths of weights that it takes; others are computed as the next wider.
+        act_bits: likewise of activations.
     """
 
     rows: int
     columns: int
     clock_hz: float
+    weight_bits: tuple[int, ...] = tuple(range(1, 9))
+    act_bits: tuple[int, ...] = (*range(2, 9), 16)
 
     def cycles(self, spec: LayerSpec, weight_bits: int, act_bits: int) -> int:
         """Return the cycles of one layer for one sample.
@@ -46,6 +50,10 @@ class FusibleArray:
         per_group = ceil(out_channels / groups / self.columns)
         passes = groups * per_group * ceil(in_channels / (self.rows * factor))
         return passes * positions * window
+
+    def latency_s(self, spec: LayerSpec, weight_bits: int, act_bits: int) -> float:
+        """Return the time one layer takes for one sample."""
+        return self.cycles(spec, weight_bits, act_bits) / self.clock_hz
 
     def cost(self, layers: Sequence[LayerSpec], policy: BitwidthPolicy) -> TargetCost:
         """Return the cycles of every layer and the latency of one sample."""

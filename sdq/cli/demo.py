@@ -63,7 +63,7 @@ def demo(
         raise RunError("demo: an exported file does not compute what PyTorch computes; see above")
 
 
-def _quantized(out: Path, method: options.Method, seed: int, quiet: bool) -> dict[str, Any]:
+def _quantized(out: Path, method: str, seed: int, quiet: bool) -> dict[str, Any]:
     plan = Plan(
         # every layer is searched, so that all of the weights are equally many bytes in both
         QuantConfig(first_last_bits=None),

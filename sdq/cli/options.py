@@ -80,10 +80,42 @@ FirstLastBits = Annotated[
 ]
 ScaleGranularity = Literal["per_tensor", "per_channel"]
 ScaleKind = Literal["float", "power_of_two"]
-Method = Literal["sdq", "uniform"]
+GranularityName = Literal["network", "block", "layer", "channel"]
 WeightScale = Annotated[ScaleGranularity, typer.Option(help="One scale a tensor or a channel.")]
 Scale = Annotated[ScaleKind, typer.Option(help="What a scale may be.")]
-SearchMethod = Annotated[Method, typer.Option(help="How the bitwidths are chosen.")]
+SearchMethod = Annotated[
+    str,
+    typer.Option(
+        help="How the bitwidths are chosen: sdq, uniform, random, interpolate, hessian, greedy."
+    ),
+]
+Granularity = Annotated[GranularityName, typer.Option(help="What gets a bitwidth of its own.")]
+LearnActBits = Annotated[
+    bool,
+    typer.Option(
+        "--learn-act-bits",
+        help="Learn activation bitwidths as well; --act-bits is then their mean's budget.",
+    ),
+]
+ActChoices = Annotated[
+    str, typer.Option(help="Candidate activation bitwidths, with --learn-act-bits.")
+]
+Pin = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="'PATTERN=BITS': layers that keep these weight bits (32: float). Repeatable."
+    ),
+]
+LayerChoices = Annotated[
+    list[str] | None,
+    typer.Option(help="'PATTERN=1,2,4': candidates of the layers that match. Repeatable."),
+]
+Target = Annotated[
+    str | None, typer.Option(help="A device (see `sdq list targets`), for --latency-ms.")
+]
+LatencyMs = Annotated[
+    float | None, typer.Option(help="Budget: milliseconds of one sample on --target.")
+]
 SearchEpochs = Annotated[int, typer.Option(min=1, help="Passes of phase 1.")]
 
 
@@ -106,3 +138,14 @@ def integers(text: str, option: str) -> tuple[int, ...]:
         raise RequestError(
             f"{option}: must be integers separated by commas, got {text!r}"
         ) from None
+
+
+def rules(texts: list[str] | None, option: str) -> list[tuple[str, str]]:
+    """Read ``pattern=value`` texts; RequestError naming the option if one has no ``=``."""
+    found = []
+    for text in texts or []:
+        pattern, equals, value = text.rpartition("=")
+        if not (pattern and equals and value):
+            raise RequestError(f"{option}: must be 'PATTERN=VALUE', got {text!r}")
+        found.append((pattern, value))
+    return found

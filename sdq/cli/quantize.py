@@ -9,20 +9,23 @@ import typer
 from torch import nn
 
 import hw
+from sdq import plugins
 from sdq.cli import inputs as inp
 from sdq.cli import options
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.train import summary
 from sdq.config import QuantConfig, SearchConfig, TrainConfig
-from sdq.cost import Budget
+from sdq.cost import Budget, CostFn
 from sdq.errors import RequestError
 from sdq.finetune import finetune_
 from sdq.metrics import agreement, classification_metrics, predict
-from sdq.policy import BitwidthPolicy
+from sdq.policy import FLOAT_BITS, BitwidthPolicy
+from sdq.projection import check_reachable
 from sdq.quant_model import QuantModel, apply_policy_, calibrate_
 from sdq.quant_model import quantize as quantize_model
 from sdq.run_folder import RunFolder, check_new
-from sdq.search import search, uniform_policy
+from sdq.search import search
+from sdq.search_space import SearchSpace
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -38,12 +41,17 @@ class Plan:
     search: SearchConfig
     train: TrainConfig | None
     given_policy: str | None = None
+    target: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what is asked, for ``run.json``."""
+        budget = None
+        if self.budget is not None:
+            costs = {f"{self.target}:{cost.__name__}": limit for cost, limit in self.budget.costs}
+            budget = {**vars(self.budget), "costs": costs}
         return {
             "quant": self.quant.model_dump(),
-            "budget": vars(self.budget) if self.budget else None,
+            "budget": budget,
             "search_method": self.method,
             "search": self.search.model_dump(),
             "train": self.train.model_dump() if self.train else None,
@@ -51,50 +59,136 @@ class Plan:
         }
 
 
-def make_plan(
+@dataclass(frozen=True)
+class Limits:
+    """The budgets that can be asked for on the command line."""
+
+    bits: float | None = None
+    weight_kb: float | None = None
+    bops_g: float | None = None
+    latency_ms: float | None = None
+    target: str | None = None
+    avg_act_bits: float | None = None
+
+    def budget(self) -> Budget:
+        """Return them as one budget.
+
+        Raises:
+            RequestError: there is none, or a latency without a device.
+        """
+        weights = (self.bits, self.weight_kb, self.bops_g, self.latency_ms)
+        if all(v is None for v in weights):
+            raise RequestError(
+                "budget: must be given; pass --bits 2.0, --weight-kb, --bops-g, or --target with "
+                "--latency-ms"
+            )
+        costs: tuple[tuple[CostFn, float], ...] = ()
+        if self.latency_ms is not None:
+            if self.target is None:
+                raise RequestError("--latency-ms: must stand with --target; see `sdq list targets`")
+            costs = ((hw.target(self.target).latency_s, self.latency_ms / 1e3),)
+        return Budget(
+            avg_weight_bits=self.bits,
+            weight_bytes=self.weight_kb * 1000 if self.weight_kb is not None else None,
+            bops=self.bops_g * 1e9 if self.bops_g is not None else None,
+            avg_act_bits=self.avg_act_bits,
+            costs=costs,
+        )
+
+
+def make_quant_config(
     *,
-    bits: float | None,
-    weight_kb: float | None,
-    bops_g: float | None,
     choices: str,
     act_bits: int,
+    act_choices: str,
+    learn_act_bits: bool,
     first_last_bits: int,
+    pin: list[str] | None,
+    layer_choices: list[str] | None,
     weight_scale: options.ScaleGranularity,
     scale: options.ScaleKind,
-    search_method: options.Method,
-    search_epochs: int,
-    seed: int,
-    train: TrainConfig | None,
-    policy: Path | None = None,
-) -> Plan:
-    """Check options and gather them in a plan.
+    granularity: options.GranularityName,
+    target: str | None,
+) -> QuantConfig:
+    """Check the options of quantization and gather them.
 
     Raises:
-        RequestError: no budget (or a budget and a policy), or a value out of range.
+        RequestError: a value out of range, or bits that the target has not.
     """
-    quant = QuantConfig(
-        bit_choices=options.integers(choices, "--choices"),
+    if granularity == "channel" and weight_scale != "per_channel":
+        raise RequestError(
+            "--granularity: channel must stand with --weight-scale per_channel: channels of "
+            f"different bitwidths have scales of their own, got {weight_scale}"
+        )
+    pins = []
+    for pattern, value in options.rules(pin, "--pin"):
+        bits = options.integers(value, "--pin")
+        if len(bits) != 1:
+            raise RequestError(f"--pin: must be 'PATTERN=BITS', got {pattern}={value}")
+        pins.append((pattern, bits[0]))
+    special = [
+        (pattern, options.integers(value, "--layer-choices"))
+        for pattern, value in options.rules(layer_choices, "--layer-choices")
+    ]
+    widths = options.integers(choices, "--choices")
+    acts = options.integers(act_choices, "--act-choices")
+    if target is not None:
+        device = hw.target(target)
+        widths = legal(widths, device.weight_bits, "--choices", target)
+        if learn_act_bits:
+            acts = legal(acts, device.act_bits, "--act-choices", target)
+        else:
+            legal((act_bits,), (*device.act_bits, FLOAT_BITS), "--act-bits", target)
+        special = [
+            (name, legal(bits, device.weight_bits, "--layer-choices", target))
+            for name, bits in special
+        ]
+    return QuantConfig(
+        bit_choices=widths,
         act_bits=act_bits,
+        act_choices=acts if learn_act_bits else None,
         first_last_bits=first_last_bits or None,
+        pins=tuple(pins),
+        layer_choices=tuple(special),
         weight_scale=weight_scale,
         restrict_scale=scale,
     )
-    limits = (bits, weight_kb, bops_g)
-    if policy is not None and any(v is not None for v in limits):
-        raise RequestError("--policy: must stand without a budget, got both; drop one")
-    budget = None
-    if policy is None:
-        if all(v is None for v in limits):
-            raise RequestError("budget: must be given; pass --bits 2.0, --weight-kb or --bops-g")
-        budget = Budget(
-            avg_weight_bits=bits,
-            weight_bytes=weight_kb * 1000 if weight_kb is not None else None,
-            bops=bops_g * 1e9 if bops_g is not None else None,
+
+
+def legal(
+    asked: tuple[int, ...], known: tuple[int, ...], option: str, target: str
+) -> tuple[int, ...]:
+    """Return those bitwidths that a target computes with; RequestError if there is none."""
+    found = tuple(bits for bits in asked if bits in known)
+    if not found:
+        raise RequestError(
+            f"{option}: must have bits that {target} computes with ({', '.join(map(str, known))}), "
+            f"got {', '.join(map(str, asked))}"
         )
-    return Plan(
-        quant, budget, search_method, SearchConfig(epochs=search_epochs, seed=seed), train,
-        str(policy) if policy else None,
-    )  # fmt: skip
+    return found
+
+
+def make_plan(
+    quant: QuantConfig,
+    limits: Limits,
+    *,
+    search_method: str,
+    search: SearchConfig,
+    train: TrainConfig | None,
+    policy: Path | None = None,
+) -> Plan:
+    """Check the options of a run and gather them.
+
+    Raises:
+        RequestError: no budget (or a budget and a policy), or an unknown method.
+    """
+    plugins.load("sdq.search_methods", search_method)
+    if policy is None:
+        return Plan(quant, limits.budget(), search_method, search, train, None, limits.target)
+    given = (limits.bits, limits.weight_kb, limits.bops_g, limits.latency_ms)
+    if any(v is not None for v in given):
+        raise RequestError("--policy: must stand without a budget, got both; drop one")
+    return Plan(quant, None, search_method, search, train, str(policy), limits.target)
 
 
 @dataclass(frozen=True)
@@ -144,16 +238,13 @@ def find_policy(
         policy = BitwidthPolicy.load(Path(plan.given_policy))
     else:
         assert plan.budget is not None
-        if plan.method == "uniform":
-            policy = uniform_policy(qmodel, plan.budget)
-        else:
-            document = run.read_json("run.json")
-            identity = {"request": document["request"], "data": document["data"]["fingerprint"]}
-            policy = search(
-                qmodel, source.inputs.train, budget=plan.budget, teacher=source.network,
-                config=plan.search, fabric=fabric, watch=watch,
-                checkpoint=run.checkpoint("search", identity),
-            )  # fmt: skip
+        document = run.read_json("run.json")
+        identity = {"request": document["request"], "data": document["data"]["fingerprint"]}
+        policy = search(
+            qmodel, source.inputs.train, budget=plan.budget, teacher=source.network,
+            config=plan.search, method=plan.method, fabric=fabric, watch=watch,
+            checkpoint=run.checkpoint("search", identity),
+        )  # fmt: skip
     apply_policy_(copy.deepcopy(qmodel), policy)  # raises if it does not fit the network
     run.write_text("policy.json", policy.to_json())
     return policy
@@ -165,7 +256,8 @@ def prepare(source: Source, plan: Plan) -> QuantModel:
     inp.check_logits(network, inputs.sample, len(inputs.splits.class_names))
     qmodel = quantize_model(network, plan.quant, sample=inputs.sample)
     if plan.budget is not None:
-        uniform_policy(qmodel, plan.budget)  # raises with the reachable range
+        space = SearchSpace.of(qmodel, plan.search.granularity)
+        check_reachable(plan.budget.constraints(space))
     if plan.given_policy is not None:
         apply_policy_(copy.deepcopy(qmodel), BitwidthPolicy.load(Path(plan.given_policy)))
     calibrate_(qmodel, inputs.plain(inputs.splits.train))
@@ -198,6 +290,8 @@ def run_quantize(
     start(run, source, plan, qmodel, seed)
     policy = find_policy(qmodel, source, plan, run, fabric, watch)
     apply_policy_(qmodel, policy)
+    if not qmodel.calibrated:  # activations whose bits were learned have new quantizers
+        calibrate_(qmodel, source.inputs.plain(source.inputs.splits.train))
     document = run.read_json("run.json")
     identity = {
         "request": document["request"],
@@ -257,9 +351,16 @@ def quantize(
     policy: Annotated[
         Path | None, typer.Option(help="A policy.json to use instead of a search.")
     ] = None,
+    target: options.Target = None,
+    latency_ms: options.LatencyMs = None,
     choices: options.Choices = "1,2,3,4,6,8",
+    granularity: options.Granularity = "layer",
     act_bits: options.ActBits = 4,
+    learn_act_bits: options.LearnActBits = False,
+    act_choices: options.ActChoices = "2,3,4,6,8",
     first_last_bits: options.FirstLastBits = 8,
+    pin: options.Pin = None,
+    layer_choices: options.LayerChoices = None,
     weight_scale: options.WeightScale = "per_channel",
     scale: options.Scale = "float",
     search_method: options.SearchMethod = "sdq",
@@ -289,12 +390,19 @@ def quantize(
     Example: `sdq quantize --from f --data dermamnist --data-root DIR --bits 2.0 --out q`
     """
     tuning = TrainConfig(epochs=epochs, lr=lr, bin_weight=bin_weight, seed=seed)
-    plan = make_plan(
-        bits=bits, weight_kb=weight_kb, bops_g=bops_g, choices=choices, act_bits=act_bits,
-        first_last_bits=first_last_bits, weight_scale=weight_scale, scale=scale,
-        search_method=search_method, search_epochs=search_epochs, seed=seed, train=tuning,
-        policy=policy,
+    quant = make_quant_config(
+        choices=choices, act_bits=act_bits, act_choices=act_choices,
+        learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
+        layer_choices=layer_choices, weight_scale=weight_scale, scale=scale,
+        granularity=granularity, target=target,
     )  # fmt: skip
+    limits = Limits(
+        bits, weight_kb, bops_g, latency_ms, target, float(act_bits) if learn_act_bits else None
+    )
+    searching = SearchConfig(granularity=granularity, epochs=search_epochs, seed=seed)
+    plan = make_plan(
+        quant, limits, search_method=search_method, search=searching, train=tuning, policy=policy
+    )
     fabric = inp.open_device(device)
     request = inp.DataRequest(
         data, str(data_root) if data_root else None, image_size, mean, std, split, batch_size,

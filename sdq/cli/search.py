@@ -3,7 +3,17 @@
 from sdq.cli import inputs as inp
 from sdq.cli import options
 from sdq.cli.progress import Watch, show_json, show_table
-from sdq.cli.quantize import asked_for, find_policy, make_plan, open_source, prepare, start
+from sdq.cli.quantize import (
+    Limits,
+    asked_for,
+    find_policy,
+    make_plan,
+    make_quant_config,
+    open_source,
+    prepare,
+    start,
+)
+from sdq.config import SearchConfig
 from sdq.run_folder import RunFolder, check_new
 
 
@@ -16,9 +26,16 @@ def search(
     bits: options.Bits = None,
     weight_kb: options.WeightKb = None,
     bops_g: options.BopsG = None,
+    target: options.Target = None,
+    latency_ms: options.LatencyMs = None,
     choices: options.Choices = "1,2,3,4,6,8",
+    granularity: options.Granularity = "layer",
     act_bits: options.ActBits = 4,
+    learn_act_bits: options.LearnActBits = False,
+    act_choices: options.ActChoices = "2,3,4,6,8",
     first_last_bits: options.FirstLastBits = 8,
+    pin: options.Pin = None,
+    layer_choices: options.LayerChoices = None,
     weight_scale: options.WeightScale = "per_channel",
     scale: options.Scale = "float",
     search_method: options.SearchMethod = "sdq",
@@ -40,11 +57,17 @@ def search(
 
     Example: `sdq search --from f --data dermamnist --data-root DIR --bits 2.0 --out s`
     """
-    plan = make_plan(
-        bits=bits, weight_kb=weight_kb, bops_g=bops_g, choices=choices, act_bits=act_bits,
-        first_last_bits=first_last_bits, weight_scale=weight_scale, scale=scale,
-        search_method=search_method, search_epochs=search_epochs, seed=seed, train=None,
+    quant = make_quant_config(
+        choices=choices, act_bits=act_bits, act_choices=act_choices,
+        learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
+        layer_choices=layer_choices, weight_scale=weight_scale, scale=scale,
+        granularity=granularity, target=target,
     )  # fmt: skip
+    limits = Limits(
+        bits, weight_kb, bops_g, latency_ms, target, float(act_bits) if learn_act_bits else None
+    )
+    searching = SearchConfig(granularity=granularity, epochs=search_epochs, seed=seed)
+    plan = make_plan(quant, limits, search_method=search_method, search=searching, train=None)
     fabric = inp.open_device(device)
     request = inp.DataRequest(
         data, str(data_root) if data_root else None, image_size, mean, std, split, batch_size,

@@ -31,7 +31,10 @@ NAMES = [
     (f"{QUANTIZE} --bit 2", "Did you mean one of: '--bits'"),
     ("export {f}/quantized --format onxn", "did you mean 'onnx'? Known: onnx, qonnx"),
     ("cost {f}/quantized --target bitfusion", "did you mean 'bit_fusion'?"),
-    (f"{SEARCH} --bits 2 --search-method sqd", "not one of 'sdq', 'uniform'"),
+    (
+        f"{SEARCH} --bits 2 --search-method sqd",
+        "search_method: unknown name 'sqd'; did you mean 'sdq'?",
+    ),
     (f"{TRAIN} --optimizer adam", "not one of 'adamw', 'sgd'"),
     (f"{TRAIN} --device tpu", "--device: must be auto, cpu or cuda, got 'tpu'"),
     ("train --model mlp --data nowhere.npz", "nowhere.npz: no such file"),
@@ -61,7 +64,7 @@ NUMBERS = [
     (f"{TRAIN} --split 0.5,0.5", "--split: must be three shares of train, val, test"),
     (f"{TRAIN} --split 0,0.5,0.5", "--split: must be three shares"),
     (f"{TRAIN} --split inf,1,1", "--split: must be finite numbers, got 'inf,1,1'"),
-    *_both("", "budget: must be given; pass --bits 2.0, --weight-kb or --bops-g"),
+    *_both("", "budget: must be given; pass --bits 2.0, --weight-kb, --bops-g, or --target"),
     *_both("--bits 0", "must be a positive number, got 0.0"),
     *_both("--bits -1", "must be a positive number, got -1.0"),
     *_both("--bits nan", "must be a positive number, got nan"),
@@ -79,7 +82,7 @@ NUMBERS = [
     *_both("--bits 2 --choices 3,4", "(reachable 3 to 4), got 2"),
     *_both("--bits 2 --act-bits 1", "greater than or equal to 2, got 1"),
     *_both("--bits 2 --act-bits 9", "must be at most 8, or 32 for float, got 9"),
-    *_both("--bits 2 --act-bits 16", "must be at most 8, or 32 for float, got 16"),
+    *_both("--bits 2 --act-bits 12", "must be at most 8, or 32 for float, got 12"),
     *_both("--bits 2 --first-last-bits 9", "must be at most 8, or 32 for float, got 9"),
 ]
 
@@ -129,7 +132,7 @@ POLICIES = [
     ("pinned", "is pinned at 8 bits, got 4"),
     (
         "other_act",
-        "act_bits, searched and num_weights must be (4, True, 8192), got (8, True, 8192)",
+        "act_bits must be 4, got 8; quantize with the configuration",
     ),
     ("extra", "must have the fields name, weight_bits, act_bits, searched, num_weights"),
     ("cut", "must be JSON"),

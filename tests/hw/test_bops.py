@@ -12,6 +12,7 @@ from sdq.cost import Budget
 from sdq.models import resnet20
 from sdq.policy import FLOAT_BITS, BitwidthPolicy, LayerBits
 from sdq.quant_model import QuantModel, quantize
+from sdq.search_space import SearchSpace
 
 
 def resnet20_at(act_bits: int) -> QuantModel:
@@ -109,8 +110,9 @@ def test_layer_costs_by_hand() -> None:
 
 def test_cost_of_bops_budget_and_of_hw_agree() -> None:
     qmodel = resnet20_at(4)
-    (constraint,) = Budget(bops=1e9).constraints(qmodel.layers, qmodel.policy)
+    (constraint,) = Budget(bops=1e9).constraints(SearchSpace.of(qmodel))
     names = [b.name for b in qmodel.policy if b.searched]
     choices = [1, 2, 3, 4, 6, 8] * 3
     policy = qmodel.policy.with_weight_bits(dict(zip(names, choices, strict=True)))
-    assert constraint.cost(choices) == hw.total_bops(qmodel.layers, policy)
+    picks = [0, 1, 2, 3, 4, 5] * 3
+    assert constraint.cost(picks) == hw.total_bops(qmodel.layers, policy)

@@ -1,0 +1,1 @@
+"""Search methods: one file each, whose ``choose(problem)`` returns a candidate for every unit."""

@@ -1,0 +1,84 @@
+"""Greedy sensitivity search: give away the bits that hurt least, one step at a time.
+
+All units start at their highest candidate. In each step the unit goes one candidate down whose
+loss increase, for what it saves, is least, until the budget is met. The loss is the divergence
+from the float network's outputs on a few batches. Increases are measured again only when they
+come up for the least (the lazy form of the greedy algorithm): they rarely fall as others give way.
+"""
+
+import heapq
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdq.quant_model import apply_policy_, in_float
+from sdq.search_problem import SearchProblem
+
+BATCHES = 2
+"""Batches on which the divergence is measured."""
+
+
+def choose(problem: SearchProblem) -> list[int]:
+    """Return what is left when the budget is met."""
+    problem.refuse_acts("greedy")
+    problem.refuse_channels("greedy")
+    measure = _Divergence(problem)
+    units, constraints = problem.space.units, problem.constraints
+    picks = [len(unit.choices) - 1 for unit in units]
+    now = measure(picks)
+
+    def over(candidate: list[int]) -> float:
+        return sum(max(c.cost(candidate) / c.limit - 1, 0.0) for c in constraints)
+
+    def price(unit: int) -> float:
+        lower = picks.copy()
+        lower[unit] -= 1
+        saved = over(picks) - over(lower)
+        return (measure(lower) - now) / saved if saved > 0 else float("inf")
+
+    step = 0
+    queue = [(price(u), u, step) for u in range(len(units)) if picks[u]]
+    heapq.heapify(queue)
+    while over(picks) > 0 and queue:
+        _, unit, measured = heapq.heappop(queue)
+        if measured < step:
+            heapq.heappush(queue, (price(unit), unit, step))
+            continue
+        picks[unit] -= 1
+        step += 1
+        now = measure(picks)
+        if picks[unit]:
+            heapq.heappush(queue, (price(unit), unit, step))
+    # the last step may have saved more than was needed: spend what is left where it was reached
+    return problem.project(
+        [
+            [-abs(k - pick) for k in range(len(u.choices))]
+            for u, pick in zip(units, picks, strict=True)
+        ]
+    )
+
+
+class _Divergence:
+    """Mean KL divergence from the float network's outputs, by candidates."""
+
+    @torch.no_grad()
+    def __init__(self, problem: SearchProblem) -> None:
+        self.space, self.qmodel = problem.space, problem.qmodel.eval()
+        device = next(self.qmodel.parameters()).device
+        self.images = [images.to(device) for images, _ in problem.batches(BATCHES)]
+        with in_float(self.qmodel):
+            self.targets = [F.log_softmax(self.qmodel(x), dim=1) for x in self.images]
+        self.known: dict[tuple[int, ...], float] = {}
+
+    @torch.no_grad()
+    def __call__(self, picks: list[int]) -> float:
+        key = tuple(picks)
+        if key not in self.known:
+            apply_policy_(self.qmodel, self.space.policy_of(picks))
+            self.known[key] = sum(map(self._one, self.images, self.targets)) / len(self.images)
+        return self.known[key]
+
+    def _one(self, images: Tensor, targets: Tensor) -> float:
+        logits = F.log_softmax(self.qmodel(images), dim=1)
+        return float(F.kl_div(logits, targets, log_target=True, reduction="batchmean"))

@@ -1,0 +1,78 @@
+"""Sensitivity from the Hessian's trace, and an integer program.
+
+A layer's loss increase at b bits is taken as its mean Hessian trace times the squared error of its
+weights; the policy of least total increase within the budget follows exactly.
+
+Source: Dong et al., "HAWQ-V2", NeurIPS 2020, equations 4 and 8, https://arxiv.org/abs/1911.03852;
+the integer program: Yao et al., "HAWQ-V3", ICML 2021, https://arxiv.org/abs/2011.10680.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdq.batches import generator
+from sdq.quant_model import in_float
+from sdq.search_problem import SearchProblem
+
+PROBES, BATCHES = 4, 4
+"""Random vectors a batch, and batches: the trace of a layer settles to some percent."""
+
+
+def choose(problem: SearchProblem) -> list[int]:
+    """Return the candidates of least total sensitivity within the budget."""
+    problem.refuse_acts("hessian")
+    traces = hessian_traces(problem)
+    utilities = []
+    for unit in problem.space.units:
+        row = [0.0] * len(unit.choices)
+        for i in unit.layers:
+            trace, weight = traces[i], problem.weight(i)
+            for k, bits in enumerate(unit.choices):
+                error = (problem.quantized(i, bits) - weight).square()
+                if unit.channel is None:
+                    row[k] -= float(trace.mean() * error.sum())
+                else:
+                    row[k] -= float(trace[unit.channel].mean() * error[unit.channel].sum())
+        utilities.append(row)
+    return problem.project(utilities)
+
+
+def hessian_traces(problem: SearchProblem) -> dict[int, Tensor]:
+    """Return, for each searched layer, the Hessian's diagonal estimated by Hutchinson's method.
+
+    Returns:
+        By layer index, a tensor of the weight's shape whose mean is the mean trace.
+    """
+    qmodel, rng = problem.qmodel, generator(problem.config.seed, "hessian")
+    wanted = sorted({i for unit in problem.space.units for i in unit.layers})
+    names = [problem.space.layers[i].name for i in wanted]
+    device = next(qmodel.parameters()).device
+    with in_float(qmodel):
+        qmodel.eval()
+        weights = [qmodel.weight(name) for name in names]
+        found = [torch.zeros_like(weight) for weight in weights]
+        count = 0
+        for images, labels in problem.batches(BATCHES):
+            loss = F.cross_entropy(qmodel(images.to(device)), labels.to(device))
+            gradients = torch.autograd.grad(loss, weights, create_graph=True)
+            for _ in range(PROBES):
+                probes = [
+                    (torch.randint(0, 2, w.shape, generator=rng) * 2.0 - 1).to(w) for w in weights
+                ]
+                inner = torch.stack(
+                    [(g * p).sum() for g, p in zip(gradients, probes, strict=True)]
+                ).sum()
+                products = torch.autograd.grad(inner, weights, retain_graph=True)
+                for total, probe, product in zip(found, probes, products, strict=True):
+                    total += probe * product
+                count += 1
+    # a negative estimate is noise, or a direction that training did not finish: no sensitivity
+    return {i: (total / count).mean().clamp_min(0) * torch.ones_like(total)
+            if problem.config.granularity != "channel" else _by_channel(total / count)
+            for i, total in zip(wanted, found, strict=True)}  # fmt: skip
+
+
+def _by_channel(diagonal: Tensor) -> Tensor:
+    mean = diagonal.reshape(len(diagonal), -1).mean(1).clamp_min(0)
+    return mean.reshape((-1,) + (1,) * (diagonal.dim() - 1)).expand_as(diagonal)

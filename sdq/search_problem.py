@@ -1,0 +1,85 @@
+"""What every search method is given: the network, the data, the space and the budget."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sdq.checkpoint import Checkpoint
+from sdq.config import SearchConfig
+from sdq.cost import Constraint
+from sdq.errors import RequestError
+from sdq.projection import project
+from sdq.quant_model import QuantModel, new_weight_quantizer
+from sdq.search_space import SearchSpace
+from sdq.train import Loader, Watcher
+
+if TYPE_CHECKING:  # it imports half of torch: only who trains waits for it
+    from lightning_fabric import Fabric
+
+
+@dataclass(frozen=True)
+class SearchProblem:
+    """A search to be done.
+
+    Args:
+        qmodel: a calibrated copy that the method may change.
+        loader: of ``(images, labels)``.
+        space: what is to be decided.
+        constraints: of the budget, on the space's units.
+        config: of the search.
+        teacher: a float network whose soft labels are learned, or None.
+        fabric: device and precision.
+        checkpoint: where to save, and to resume from.
+        watch: called after every step.
+    """
+
+    qmodel: QuantModel
+    loader: Loader
+    space: SearchSpace
+    constraints: list[Constraint]
+    config: SearchConfig
+    teacher: nn.Module | None = None
+    fabric: "Fabric | None" = None
+    checkpoint: Checkpoint | None = None
+    watch: Watcher | None = None
+
+    def project(self, utilities: Sequence[Sequence[float]]) -> list[int]:
+        """Return the candidates of greatest total utility within the budget."""
+        return project(utilities, self.constraints)
+
+    def batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return the first batches of the loader."""
+        if hasattr(self.loader, "set_epoch"):
+            self.loader.set_epoch(0)
+        return islice(iter(self.loader), count)
+
+    def weight(self, layer: int) -> Tensor:
+        """Return the float weight ``(K, ...)`` of a layer, by index."""
+        return self.qmodel.weight(self.space.layers[layer].name).detach()
+
+    def quantized(self, layer: int, bits: int) -> Tensor:
+        """Return a layer's weight at this bitwidth."""
+        weight = self.weight(layer)
+        with torch.no_grad():
+            values: Tensor = new_weight_quantizer(weight, bits, self.qmodel.config)(weight)[0]
+        return values
+
+    def refuse_acts(self, method: str) -> None:
+        """Raise RequestError if activation bitwidths are to be chosen."""
+        if self.space.act_units:
+            raise RequestError(
+                f"search: --search-method {method} chooses weight bitwidths only; fix the "
+                "activations' with --act-bits, or use sdq or interpolate"
+            )
+
+    def refuse_channels(self, method: str) -> None:
+        """Raise RequestError if single channels are to be decided."""
+        if self.config.granularity == "channel":
+            raise RequestError(
+                f"search: --search-method {method} measures one unit after another, and single "
+                "channels are too many; use --granularity layer"
+            )

@@ -1,0 +1,232 @@
+"""Every search method: budgets, seeds, and that the model is left alone; and what each is."""
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdq import plugins
+from sdq.config import QuantConfig, SearchConfig
+from sdq.cost import Budget
+from sdq.errors import RequestError
+from sdq.policy import BitwidthPolicy
+from sdq.quant_model import QuantModel, apply_policy_, calibrate_, in_float, quantize
+from sdq.search import search
+from sdq.search_methods import greedy, hessian
+from sdq.search_problem import SearchProblem
+from sdq.search_space import SearchSpace, block_of
+
+Batch = tuple[Tensor, Tensor]
+METHODS = plugins.names("sdq.search_methods")
+QUICK = SearchConfig(epochs=2, lr=3e-3)
+
+
+@pytest.fixture
+def qmodel(
+    toy: Callable[..., nn.Module], sample: Tensor, batches: Callable[..., list[Batch]]
+) -> QuantModel:
+    found = quantize(toy(), QuantConfig(bit_choices=(1, 2, 4)), sample=sample)
+    calibrate_(found, batches())
+    return found
+
+
+def chosen(policy: BitwidthPolicy) -> list[int]:
+    return [b.weight_bits for b in policy if b.searched]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_budget_seed_and_model(
+    method: str, qmodel: QuantModel, batches: Callable[..., list[Batch]]
+) -> None:
+    before = copy.deepcopy(qmodel.state_dict())
+    policies = [
+        search(qmodel, batches(), budget=Budget(avg_weight_bits=2.0), config=QUICK, method=method)
+        for _ in range(2)
+    ]
+    assert policies[0] == policies[1]
+    assert policies[0].avg_weight_bits <= 2.0
+    assert policies[0].avg_weight_bits >= 1.96 or method == "uniform"
+    assert set(chosen(policies[0])) <= {1, 2, 4}
+    assert all(torch.equal(v, before[k]) for k, v in qmodel.state_dict().items())
+    apply_policy_(qmodel, policies[0])
+    assert qmodel(batches()[0][0]).isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("granularity", ["network", "block", "channel"])
+def test_granularities(
+    method: str, granularity: str, qmodel: QuantModel, batches: Callable[..., list[Batch]]
+) -> None:
+    config = QUICK.replaced(granularity=granularity)
+    budget = Budget(avg_weight_bits=2.0)
+    if (method, granularity) == ("greedy", "channel"):
+        with pytest.raises(RequestError, match="use --granularity layer"):
+            search(qmodel, batches(), budget=budget, config=config, method=method)
+        return
+    policy = search(qmodel, batches(), budget=budget, config=config, method=method)
+    assert policy.avg_weight_bits <= 2.0
+    if granularity == "network":
+        assert chosen(policy) == [2] * 4
+    if granularity == "channel":
+        assert all(b.channel_bits is not None for b in policy if b.searched)
+    apply_policy_(qmodel, policy)
+    assert qmodel(batches()[0][0]).isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_activations_are_learned_or_refused(
+    method: str, toy: Callable[..., nn.Module], sample: Tensor,
+    batches: Callable[..., list[Batch]],
+) -> None:  # fmt: skip
+    qmodel = quantize(toy(), QuantConfig(act_choices=(2, 4, 8)), sample=sample)
+    budget = Budget(avg_weight_bits=3.0, avg_act_bits=4.0)
+    if method in ("hessian", "greedy"):
+        with pytest.raises(RequestError, match="chooses weight bitwidths only"):
+            search(qmodel, batches(), budget=budget, config=QUICK, method=method)
+        return
+    policy = search(qmodel, batches(), budget=budget, config=QUICK, method=method)
+    searched = [(s, b) for s, b in zip(qmodel.layers, policy, strict=True) if b.searched]
+    elements = [torch.Size(s.in_shape).numel() for s, _ in searched]
+    mean = sum(n * b.act_bits for n, (_, b) in zip(elements, searched, strict=True))
+    assert mean / sum(elements) <= 4.0
+    assert policy.avg_weight_bits <= 3.0
+    apply_policy_(qmodel, policy)
+    calibrate_(qmodel, batches())
+    assert qmodel(batches()[0][0]).isfinite().all()
+
+
+def test_an_unknown_method_is_refused_with_the_nearest(qmodel: QuantModel) -> None:
+    with pytest.raises(RequestError, match=r"unknown name 'hesian'.*hessian"):
+        search(qmodel, [], budget=Budget(avg_weight_bits=2.0), method="hesian")
+
+
+def test_uniform_takes_one_bitwidth_and_random_another_each_seed(
+    qmodel: QuantModel, batches: Callable[..., list[Batch]]
+) -> None:
+    def run(method: str, bits: float, seed: int = 0) -> list[int]:
+        config = QUICK.replaced(seed=seed)
+        budget = Budget(avg_weight_bits=bits)
+        return chosen(search(qmodel, batches(), budget=budget, config=config, method=method))
+
+    assert run("uniform", 3.9) == [2] * 4
+    assert len({tuple(run("random", 3.0, seed)) for seed in range(8)}) > 2
+
+
+def problem_of(qmodel: QuantModel, loader: list[Batch], bits: float = 2.0) -> SearchProblem:
+    space = SearchSpace.of(qmodel)
+    budget = Budget(avg_weight_bits=bits)
+    return SearchProblem(copy.deepcopy(qmodel), loader, space, budget.constraints(space), QUICK)
+
+
+def test_hessian_traces_against_the_exact_hessian(
+    batches: Callable[..., list[Batch]], sample: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3, stride=2), nn.Softplus(), nn.Conv2d(2, 3, 2), nn.Softplus(),
+        nn.Flatten(), nn.Linear(12, 3),
+    )  # fmt: skip
+    qmodel = quantize(net, QuantConfig(bit_choices=(1, 2)), sample=sample)
+    calibrate_(qmodel, batches())
+    monkeypatch.setattr(hessian, "PROBES", 3000)
+    monkeypatch.setattr(hessian, "BATCHES", 1)
+    (images, labels), *_ = batches()
+    problem = problem_of(qmodel, [(images, labels)])
+    (trace,) = [x.mean() for x in hessian.hessian_traces(problem).values()]
+
+    def loss(weight: Tensor) -> Tensor:
+        x = net[1](net[0](images))
+        x = net[3](F.conv2d(x, weight, net[2].bias))
+        return F.cross_entropy(net[5](x.flatten(1)), labels)
+
+    weight = net[2].weight.detach()
+    exact = torch.autograd.functional.hessian(loss, weight).reshape(24, 24).trace() / 24
+    # 3000 probes of +-1: the deviation is of the off-diagonal entries, some percent of the trace
+    assert float(trace) == pytest.approx(float(exact), rel=0.1)
+
+
+def test_greedy_gives_way_where_the_outputs_change_least(
+    qmodel: QuantModel, batches: Callable[..., list[Batch]]
+) -> None:
+    problem = problem_of(qmodel, batches(), bits=3.0)
+    measure = greedy._Divergence(problem)
+    picks = greedy.choose(problem)
+    assert measure([2, 2, 2, 2]) < measure(picks)
+    every = [
+        list(p)
+        for p in itertools.product(range(3), repeat=4)
+        if problem.constraints[0].cost(p) <= 3.0
+    ]
+    ranked = sorted(measure(p) for p in every)
+    # greedy is not exact, and the projection spends what its last step left: among the best third
+    assert measure(picks) <= ranked[len(ranked) // 3]
+
+
+def test_the_divergence_of_the_float_network_is_zero(
+    qmodel: QuantModel, batches: Callable[..., list[Batch]]
+) -> None:
+    measure = greedy._Divergence(problem_of(qmodel, batches()))
+    with in_float(measure.qmodel), torch.no_grad():
+        assert measure._one(measure.images[0], measure.targets[0]) == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [("layer1.0.conv1", "layer1.0"), ("layer1.0.downsample.0", "layer1.0"), ("conv1", "conv1"),
+     ("features.3.conv.0.0", "features.3"), ("features.0", "features.0"),
+     ("denseblock1.denselayer2.conv1", "denseblock1.denselayer2")],
+)  # fmt: skip
+def test_blocks(name: str, block: str) -> None:
+    assert block_of(name) == block
+
+
+def test_units_of_a_block_move_together(
+    sample: Tensor, batches: Callable[..., list[Batch]]
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(1, 4, 3)
+            self.stage = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+                for _ in range(3)
+            )
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).relu()
+            for block in self.stage:
+                x = block(x).relu()
+            return self.head(x.mean((2, 3)))
+
+    qmodel = quantize(Net(), QuantConfig(bit_choices=(1, 2, 4)), sample=sample)
+    config = QUICK.replaced(granularity="block")
+    space = SearchSpace.of(qmodel, "block")
+    assert [unit.name for unit in space.units] == ["stage.0", "stage.1", "stage.2"]
+    policy = search(qmodel, batches(), budget=Budget(avg_weight_bits=2.5), config=config)
+    bits: dict[str, set[int]] = {}
+    for b in policy:
+        if b.searched:
+            bits.setdefault(block_of(b.name), set()).add(b.weight_bits)
+    assert all(len(found) == 1 for found in bits.values())
+
+
+def test_cost_functions_and_products_of_bits_as_budgets(
+    toy: Callable[..., nn.Module], sample: Tensor, batches: Callable[..., list[Batch]]
+) -> None:
+    def squares(spec: Any, weight_bits: int, act_bits: int) -> float:
+        return spec.macs * weight_bits**2 * act_bits / 1e3
+
+    qmodel = quantize(toy(), QuantConfig(act_choices=(2, 4, 8)), sample=sample)
+    highest = sum(squares(s, 8, 8) for s in qmodel.layers)
+    budget = Budget(costs=((squares, 0.3 * highest),))
+    policy = search(qmodel, batches(), budget=budget, config=QUICK)
+    cost = sum(
+        squares(s, b.weight_bits, b.act_bits) for s, b in zip(qmodel.layers, policy, strict=True)
+    )
+    assert 0.98 * 0.3 * highest <= cost <= 0.3 * highest
