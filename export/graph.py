@@ -15,7 +15,7 @@ from export.format import SCHEMA
 from sdq.batches import Normalization
 from sdq.errors import RequestError, RunError
 from sdq.policy import BitwidthPolicy
-from sdq.quantizers import code_range
+from sdq.quantizers import code_range, highest_odd_code
 
 MULTIPLIES = ("Conv", "Gemm", "MatMul")
 PREPROCESSING = "sdq_preprocessing"
@@ -139,13 +139,18 @@ def output_channels_first(node: onnx.NodeProto, weight: np.ndarray, transposed: 
 def bits_of_range(where: str, low: int, high: int, codes: np.ndarray | None = None) -> int:
     """Return the bitwidth that has these lowest and highest codes.
 
-    -1 and 1 is one bit if no code is 0; with zeros it is two bits without the lowest code.
+    A range that is symmetric, -1 to 1 or -3 to 3 or the like, is of odd codes alone (2^b codes,
+    at one bit -1 and +1); where there are even ones it is two bits without the lowest code.
 
     Raises:
         RunError: no bitwidth has this range.
     """
+    odd = codes is not None and bool((codes % 2 != 0).all())
+    for bits in range(1, 9):
+        if odd and (low, high) == (-highest_odd_code(bits), highest_odd_code(bits)):
+            return bits
     if (low, high) == (-1, 1):
-        return 1 if codes is not None and not (codes == 0).any() else 2
+        return 2
     for bits in range(2, 9):
         if (low, high) in (code_range(bits, True), code_range(bits, False)):
             return bits

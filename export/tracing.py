@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 import onnx
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from export import graph
 from export.float64 import fold_constants_
 from sdq.errors import RequestError, RunError
-from sdq.learned_scale import WeightQuantizer
+from sdq.learned_scale import Quantized, WeightQuantizer
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 
@@ -31,6 +31,7 @@ with warnings.catch_warnings():
     from brevitas import config as brevitas_config
     from brevitas.export import StdQCDQONNXManager
     from brevitas.export.onnx.qonnx.manager import QONNXManager
+    from brevitas.export.onnx.standard.qcdq.handler import StdQCDQCastONNXWeightQuantProxyHandler
 
 OPSET = 17
 """The newest in which ReduceMean still has its axes as an attribute, as FPGA compilers expect."""
@@ -46,7 +47,8 @@ def trace(qmodel: QuantModel, dialect: Dialect, sample: Tensor) -> onnx.ModelPro
 
     Args:
         qmodel: left as it is; a copy on the CPU is exported.
-        dialect: ``qcdq`` (QuantizeLinear, Clip, DequantizeLinear; int8 weights) or ``qonnx``.
+        dialect: ``qcdq`` (QuantizeLinear, Clip, DequantizeLinear; int8 weights, int32 where the
+            codes reach to 255) or ``qonnx``.
         sample: ``(N, C, H, W)``, for shapes only.
 
     Raises:
@@ -56,7 +58,8 @@ def trace(qmodel: QuantModel, dialect: Dialect, sample: Tensor) -> onnx.ModelPro
     clone = copy.deepcopy(qmodel).cpu().eval()
     example = sample[:1].detach().float().cpu()
     _check_sample(clone, example)
-    freeze_weights_(clone, binary_as_narrow=dialect == "qcdq")
+    freeze_weights_(clone)
+    _write_odd_codes_as_(clone, dialect)
     names = _label_(clone)
     model = _run_exporter(clone, dialect, example)
     fold_constants_(model)
@@ -65,7 +68,7 @@ def trace(qmodel: QuantModel, dialect: Dialect, sample: Tensor) -> onnx.ModelPro
     return model
 
 
-def freeze_weights_(qmodel: QuantModel, *, binary_as_narrow: bool = False) -> None:
+def freeze_weights_(qmodel: QuantModel) -> None:
     """Put codes times scale in place of the float master weights.
 
     Quantizing them again gives the same codes in any precision, so that a reader which divides in
@@ -73,8 +76,6 @@ def freeze_weights_(qmodel: QuantModel, *, binary_as_narrow: bool = False) -> No
 
     Args:
         qmodel: changed in place.
-        binary_as_narrow: let one-bit layers say they have two bits without the lowest code
-            (-1, 0, 1): what a dialect without a binary type can write.
     """
     for bits in qmodel.policy:
         if bits.weight_bits == FLOAT_BITS:
@@ -84,10 +85,43 @@ def freeze_weights_(qmodel: QuantModel, *, binary_as_narrow: bool = False) -> No
         weight = qmodel.weight(bits.name)
         with torch.no_grad():
             weight.copy_(quantizer.codes(weight) * quantizer.scale)
-        if binary_as_narrow and bits.weight_bits == 1:
-            quantizer.bit_width = torch.full_like(quantizer.bit_width, 2.0)
+        quantizer.freeze_()
+
+
+class _Halved(nn.Module):
+    """Odd codes ``c = 2 q + 1`` as ``q``: twice the scale, and a zero point of -1/2.
+
+    ``q`` is a signed integer of the layer's own bits.
+    """
+
+    def __init__(self, quantizer: WeightQuantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, weight: Tensor) -> Quantized:
+        values, scale, zero_point, bit_width = self.quantizer(weight)
+        return values, 2 * scale, zero_point - 0.5, bit_width
+
+
+def _write_odd_codes_as_(qmodel: QuantModel, dialect: Dialect) -> None:
+    """Let quantizers of odd codes describe themselves in terms the dialect has.
+
+    ``qcdq`` has only whole zero points: the codes stand as they are, in one bit more without the
+    lowest code. ``qonnx`` has a node for one bit, and real zero points for the others.
+    """
+    for bits in qmodel.policy:
+        if bits.weight_bits == FLOAT_BITS:
+            continue
+        quantizer = qmodel.weight_quantizer(bits.name)
+        assert isinstance(quantizer, WeightQuantizer)
+        if not quantizer.odd:
+            continue
+        if dialect == "qcdq":
+            quantizer.bit_width = quantizer.bit_width + 1
             proxy: Any = qmodel.net.get_submodule(f"{bits.name}.weight_quant")
             proxy.quant_injector = proxy.quant_injector.let(narrow_range=True)
+        elif bits.weight_bits > 1:
+            qmodel.set_weight_quantizer_(bits.name, _Halved(quantizer))
 
 
 def _check_sample(qmodel: QuantModel, example: Tensor) -> None:
@@ -120,8 +154,24 @@ def _label_(qmodel: QuantModel) -> list[str]:
     return names
 
 
+class _WeightHandler(StdQCDQCastONNXWeightQuantProxyHandler):
+    """Brevitas's, but for the limit of 8 bits: nothing is quantized here, integers are stored."""
+
+    @classmethod
+    def validate_8b_bit_width(cls, bit_width: Tensor, le_then: bool = False) -> int:
+        """Return the bitwidth; more than 8 bits are stored as int32."""
+        return int(bit_width)
+
+
+class _QCDQManager(StdQCDQONNXManager):
+    handlers = [  # noqa: RUF012
+        _WeightHandler if handler is StdQCDQCastONNXWeightQuantProxyHandler else handler
+        for handler in StdQCDQONNXManager.handlers
+    ]
+
+
 def _run_exporter(qmodel: QuantModel, dialect: Dialect, example: Tensor) -> onnx.ModelProto:
-    manager = StdQCDQONNXManager if dialect == "qcdq" else QONNXManager
+    manager = _QCDQManager if dialect == "qcdq" else QONNXManager
     with tempfile.TemporaryDirectory() as folder, _clean_exporter(manager):
         path = Path(folder) / "model.onnx"
         try:

@@ -108,7 +108,7 @@ class StochasticWeightQuantizer(nn.Module):
         self.theta = nn.Parameter(like.new_tensor(theta))
         self.register_buffer("level", torch.tensor(start, device=like.device))
         self.residual = like.new_zeros(())
-        """Mean squared rounding residual of the higher bitwidth, in code units, last forward."""
+        """Mean squared rounding residual of the higher bitwidth, in steps, last forward."""
 
     def beta(self) -> Tensor:
         """Return the active pair's probability of the higher bitwidth."""
@@ -147,9 +147,11 @@ class StochasticWeightQuantizer(nn.Module):
     def forward(self, weight: Tensor) -> Quantized:
         """Quantize ``weight`` ``(K, ...)`` at a drawn bitwidth."""
         level = int(self.level)
-        upper: Quantized = self.candidates[level](weight)
+        candidate = self.candidates[level]
+        assert isinstance(candidate, WeightQuantizer)
+        upper: Quantized = candidate(weight)
         high, high_scale = upper[:2]
-        self.residual = ((high - weight) / high_scale).detach().square().mean()
+        self.residual = candidate.residual(weight, high, high_scale).square().mean()
         if level == 0:
             return upper
         lower: Quantized = self.candidates[level - 1](weight)

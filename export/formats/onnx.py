@@ -1,8 +1,10 @@
 """ONNX with QuantizeLinear, Clip and DequantizeLinear: what onnxruntime reads.
 
 Weights of every bitwidth are int8 initializers followed by a Clip to their range of codes; one bit
-is codes -1 and +1 with a Clip to (-1, 1), because ONNX has no binary type. Activations are
-quantized to 8-bit integers and clipped to theirs. The batch size is free.
+is codes -1 and +1 with a Clip to (-1, 1), because ONNX has no binary type. Quantizers without a
+level at zero have odd codes, with a Clip to -(2^b - 1) and 2^b - 1; at 8 bits these reach to 255
+and stand as int32, the only wider type of this opset's DequantizeLinear. Activations are quantized
+to 8-bit integers and clipped to theirs. The batch size is free.
 
 onnxruntime runs the file as it stands; with all optimisations on it fuses parts of it into integer
 kernels, which round in other places: the two are judged apart. On x86 processors without VNNI its

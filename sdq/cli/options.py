@@ -83,6 +83,8 @@ ScaleKind = Literal["float", "power_of_two"]
 Method = Literal["sdq", "uniform"]
 WeightScale = Annotated[ScaleGranularity, typer.Option(help="One scale a tensor or a channel.")]
 Scale = Annotated[ScaleKind, typer.Option(help="What a scale may be.")]
+QuantizerKind = Literal["lsq", "dorefa", "entropy"]
+WeightQuantizer = Annotated[QuantizerKind, typer.Option(help="Of the searched layers' weights.")]
 SearchMethod = Annotated[Method, typer.Option(help="How the bitwidths are chosen.")]
 SearchEpochs = Annotated[int, typer.Option(min=1, help="Passes of phase 1.")]
 

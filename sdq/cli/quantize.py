@@ -61,6 +61,7 @@ def make_plan(
     first_last_bits: int,
     weight_scale: options.ScaleGranularity,
     scale: options.ScaleKind,
+    weight_quantizer: options.QuantizerKind,
     search_method: options.Method,
     search_epochs: int,
     seed: int,
@@ -78,6 +79,7 @@ def make_plan(
         first_last_bits=first_last_bits or None,
         weight_scale=weight_scale,
         restrict_scale=scale,
+        weight_quantizer=weight_quantizer,
     )
     limits = (bits, weight_kb, bops_g)
     if policy is not None and any(v is not None for v in limits):
@@ -262,6 +264,7 @@ def quantize(
     first_last_bits: options.FirstLastBits = 8,
     weight_scale: options.WeightScale = "per_channel",
     scale: options.Scale = "float",
+    weight_quantizer: options.WeightQuantizer = "lsq",
     search_method: options.SearchMethod = "sdq",
     search_epochs: options.SearchEpochs = 4,
     epochs: Annotated[int, typer.Option(min=0, help="Passes of fine-tuning (phase 2).")] = 12,
@@ -292,8 +295,8 @@ def quantize(
     plan = make_plan(
         bits=bits, weight_kb=weight_kb, bops_g=bops_g, choices=choices, act_bits=act_bits,
         first_last_bits=first_last_bits, weight_scale=weight_scale, scale=scale,
-        search_method=search_method, search_epochs=search_epochs, seed=seed, train=tuning,
-        policy=policy,
+        weight_quantizer=weight_quantizer, search_method=search_method,
+        search_epochs=search_epochs, seed=seed, train=tuning, policy=policy,
     )  # fmt: skip
     fabric = inp.open_device(device)
     request = inp.DataRequest(

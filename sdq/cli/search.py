@@ -21,6 +21,7 @@ def search(
     first_last_bits: options.FirstLastBits = 8,
     weight_scale: options.WeightScale = "per_channel",
     scale: options.Scale = "float",
+    weight_quantizer: options.WeightQuantizer = "lsq",
     search_method: options.SearchMethod = "sdq",
     search_epochs: options.SearchEpochs = 4,
     data_root: options.DataRoot = None,
@@ -43,7 +44,8 @@ def search(
     plan = make_plan(
         bits=bits, weight_kb=weight_kb, bops_g=bops_g, choices=choices, act_bits=act_bits,
         first_last_bits=first_last_bits, weight_scale=weight_scale, scale=scale,
-        search_method=search_method, search_epochs=search_epochs, seed=seed, train=None,
+        weight_quantizer=weight_quantizer, search_method=search_method,
+        search_epochs=search_epochs, seed=seed, train=None,
     )  # fmt: skip
     fabric = inp.open_device(device)
     request = inp.DataRequest(
