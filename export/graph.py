@@ -278,6 +278,46 @@ def merge_twins_(model: onnx.ModelProto) -> None:
     remove_unused_(model)
 
 
+def add_half_a_step_(model: onnx.ModelProto, layers: Iterable[str]) -> None:
+    """Let weights that are stored as ``q`` be ``(q + 1/2)`` times the scale.
+
+    DequantizeLinear has no such zero point: it gets the scale 1, and an Add and a Mul follow, which
+    round once, as PyTorch does. Wider integers would need no Add; but onnxruntime's optimiser takes
+    every DequantizeLinear before a multiplication for int8, and quantizes constants of float anew.
+
+    Args:
+        model: changed in place.
+        layers: whose weights these are.
+    """
+    stored = {x.name: x for x in model.graph.initializer}
+    names = {f"{layer}.weight.dequantizelinear": f"{layer}.weight" for layer in layers}
+    nodes = []
+    for node in model.graph.node:
+        nodes.append(node)
+        if node.name not in names:
+            continue
+        weight = names[node.name]
+        entry = stored[node.input[1]]
+        scale = numpy_helper.to_array(entry)
+        entry.CopyFrom(numpy_helper.from_array(np.ones_like(scale), entry.name))
+        if scale.ndim:  # one a channel: of PyTorch's weight, whose output channels come first
+            rank = len(stored[weight].dims)
+            scale = scale.reshape([-1] + [1] * (rank - 1))
+        output = node.output[0]
+        node.output[0] = f"{node.name}.output"
+        for op, factor, result in (
+            ("Add", np.array(0.5, np.float32), f"{weight}.add.output"),
+            ("Mul", scale, output),
+        ):
+            name = f"{weight}.{op.lower()}"
+            constant = numpy_helper.from_array(factor, f"{name}.constant")
+            model.graph.initializer.append(constant)
+            inputs = [nodes[-1].output[0], constant.name]
+            nodes.append(helper.make_node(op, inputs, [result], name))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
 def prepend_preprocessing_(model: onnx.ModelProto, normalization: Normalization) -> None:
     """Let the graph take uint8 pixels ``(N, H, W, C)`` and normalise them itself.
 

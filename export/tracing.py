@@ -31,7 +31,6 @@ with warnings.catch_warnings():
     from brevitas import config as brevitas_config
     from brevitas.export import StdQCDQONNXManager
     from brevitas.export.onnx.qonnx.manager import QONNXManager
-    from brevitas.export.onnx.standard.qcdq.handler import StdQCDQCastONNXWeightQuantProxyHandler
 
 OPSET = 17
 """The newest in which ReduceMean still has its axes as an attribute, as FPGA compilers expect."""
@@ -47,8 +46,7 @@ def trace(qmodel: QuantModel, dialect: Dialect, sample: Tensor) -> onnx.ModelPro
 
     Args:
         qmodel: left as it is; a copy on the CPU is exported.
-        dialect: ``qcdq`` (QuantizeLinear, Clip, DequantizeLinear; int8 weights, int32 where the
-            codes reach to 255) or ``qonnx``.
+        dialect: ``qcdq`` (QuantizeLinear, Clip, DequantizeLinear; int8 weights) or ``qonnx``.
         sample: ``(N, C, H, W)``, for shapes only.
 
     Raises:
@@ -59,12 +57,14 @@ def trace(qmodel: QuantModel, dialect: Dialect, sample: Tensor) -> onnx.ModelPro
     example = sample[:1].detach().float().cpu()
     _check_sample(clone, example)
     freeze_weights_(clone)
-    _write_odd_codes_as_(clone, dialect)
+    halved = _state_odd_codes_(clone, dialect)
     names = _label_(clone)
     model = _run_exporter(clone, dialect, example)
     fold_constants_(model)
     graph.restore_names_(model, names, _LABEL)
     graph.merge_twins_(model)
+    if dialect == "qcdq":
+        graph.add_half_a_step_(model, halved)
     return model
 
 
@@ -103,25 +103,31 @@ class _Halved(nn.Module):
         return values, 2 * scale, zero_point - 0.5, bit_width
 
 
-def _write_odd_codes_as_(qmodel: QuantModel, dialect: Dialect) -> None:
+def _state_odd_codes_(qmodel: QuantModel, dialect: Dialect) -> list[str]:
     """Let quantizers of odd codes describe themselves in terms the dialect has.
 
     ``qcdq`` has only whole zero points: the codes stand as they are, in one bit more without the
-    lowest code. ``qonnx`` has a node for one bit, and real zero points for the others.
+    lowest code, as long as int8 holds them. ``qonnx`` has a node for one bit, and real zero points.
+
+    Returns:
+        The layers whose codes are halved.
     """
+    halved = []
     for bits in qmodel.policy:
         if bits.weight_bits == FLOAT_BITS:
             continue
         quantizer = qmodel.weight_quantizer(bits.name)
         assert isinstance(quantizer, WeightQuantizer)
-        if not quantizer.odd:
+        if not quantizer.odd or (dialect == "qonnx" and bits.weight_bits == 1):
             continue
-        if dialect == "qcdq":
+        if dialect == "qcdq" and bits.weight_bits < 8:
             quantizer.bit_width = quantizer.bit_width + 1
             proxy: Any = qmodel.net.get_submodule(f"{bits.name}.weight_quant")
             proxy.quant_injector = proxy.quant_injector.let(narrow_range=True)
-        elif bits.weight_bits > 1:
+        else:
             qmodel.set_weight_quantizer_(bits.name, _Halved(quantizer))
+            halved.append(bits.name)
+    return halved
 
 
 def _check_sample(qmodel: QuantModel, example: Tensor) -> None:
@@ -154,24 +160,8 @@ def _label_(qmodel: QuantModel) -> list[str]:
     return names
 
 
-class _WeightHandler(StdQCDQCastONNXWeightQuantProxyHandler):
-    """Brevitas's, but for the limit of 8 bits: nothing is quantized here, integers are stored."""
-
-    @classmethod
-    def validate_8b_bit_width(cls, bit_width: Tensor, le_then: bool = False) -> int:
-        """Return the bitwidth; more than 8 bits are stored as int32."""
-        return int(bit_width)
-
-
-class _QCDQManager(StdQCDQONNXManager):
-    handlers = [  # noqa: RUF012
-        _WeightHandler if handler is StdQCDQCastONNXWeightQuantProxyHandler else handler
-        for handler in StdQCDQONNXManager.handlers
-    ]
-
-
 def _run_exporter(qmodel: QuantModel, dialect: Dialect, example: Tensor) -> onnx.ModelProto:
-    manager = _QCDQManager if dialect == "qcdq" else QONNXManager
+    manager = StdQCDQONNXManager if dialect == "qcdq" else QONNXManager
     with tempfile.TemporaryDirectory() as folder, _clean_exporter(manager):
         path = Path(folder) / "model.onnx"
         try:
