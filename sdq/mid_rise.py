@@ -2,7 +2,7 @@
 
 Both bring weights to code units by a transform and take the nearest odd code; they differ in the
 transform. The size of the levels is a thing apart. The papers fix it, since a batch normalisation
-follows every layer and takes any factor away; without one a pretrained network would be destroyed
+follows every layer and takes any factor away; a pretrained network without one would be destroyed
 by it. Here it is therefore learned, like the step of LSQ, and starts where the squared error to
 the float weights is least; ``paper=True`` gives the papers' size.
 
@@ -120,8 +120,8 @@ class DorefaQuantizer(MidRiseQuantizer):
 class EntropyQuantizer(MidRiseQuantizer):
     """``w`` over ``gamma`` times the mean of ``|w|``, which is also the paper's largest level.
 
-    Source: Liu et al., "Nonuniform-to-Uniform Quantization" (N2UQ), CVPR 2022, section 3.3,
-    https://arxiv.org/abs/2111.14826.
+    Source: Liu et al., "Nonuniform-to-Uniform Quantization" (N2UQ), CVPR 2022, the
+    entropy-preserving weight regularization, https://arxiv.org/abs/2111.14826.
     """
 
     def _transformed(self, weight: Tensor, bits: int, per_channel: bool) -> Tensor:

@@ -243,7 +243,7 @@ def dorefa(w: Tensor, bits: int, per_channel: bool) -> Tensor:
         bits: 1 to 8.
         per_channel: the maximum of each output channel, or (the paper's) of the whole tensor.
 
-    Source: Zhou et al., "DoReFa-Net", 2016, equations 8 and 9, https://arxiv.org/abs/1606.06160.
+    Source: Zhou et al., "DoReFa-Net", 2016, equation 9, https://arxiv.org/abs/1606.06160.
     """
     squashed = torch.tanh(w)
     dims = weights_of_one_scale(w, per_channel)
@@ -266,8 +266,8 @@ def entropy(w: Tensor, bits: int, per_channel: bool) -> Tensor:
         bits: 1 to 8.
         per_channel: the mean over each output channel (the paper's), or over the whole tensor.
 
-    Source: Liu et al., "Nonuniform-to-Uniform Quantization" (N2UQ), CVPR 2022, section 3.3,
-    https://arxiv.org/abs/2111.14826.
+    Source: Liu et al., "Nonuniform-to-Uniform Quantization" (N2UQ), CVPR 2022, the
+    entropy-preserving weight regularization, https://arxiv.org/abs/2111.14826.
     """
     return w / entropy_scale(w, bits, per_channel).clamp_min(SMALLEST_SCALE)
 
