@@ -32,6 +32,7 @@ NAMES = [
     ("export {f}/quantized --format onxn", "did you mean 'onnx'? Known: onnx, qonnx"),
     ("cost {f}/quantized --target bitfusion", "did you mean 'bit_fusion'?"),
     (f"{SEARCH} --bits 2 --search-method sqd", "not one of 'sdq', 'uniform'"),
+    (f"{SEARCH} --bits 2 --weight-quantizer lqs", "not one of 'lsq', 'dorefa', 'entropy'"),
     (f"{TRAIN} --optimizer adam", "not one of 'adamw', 'sgd'"),
     (f"{TRAIN} --device tpu", "--device: must be auto, cpu or cuda, got 'tpu'"),
     ("train --model mlp --data nowhere.npz", "nowhere.npz: no such file"),
