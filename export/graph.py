@@ -15,7 +15,7 @@ from export.format import SCHEMA
 from sdq.batches import Normalization
 from sdq.errors import RequestError, RunError
 from sdq.policy import BitwidthPolicy
-from sdq.quantizers import code_range
+from sdq.quantizers import code_range, highest_odd_code
 
 MULTIPLIES = ("Conv", "Gemm", "MatMul")
 PREPROCESSING = "sdq_preprocessing"
@@ -139,13 +139,18 @@ def output_channels_first(node: onnx.NodeProto, weight: np.ndarray, transposed: 
 def bits_of_range(where: str, low: int, high: int, codes: np.ndarray | None = None) -> int:
     """Return the bitwidth that has these lowest and highest codes.
 
-    -1 and 1 is one bit if no code is 0; with zeros it is two bits without the lowest code.
+    A range that is symmetric, -1 to 1 or -3 to 3 or the like, is of odd codes alone (2^b codes,
+    at one bit -1 and +1); where there are even ones it is two bits without the lowest code.
 
     Raises:
         RunError: no bitwidth has this range.
     """
+    odd = codes is not None and bool((codes % 2 != 0).all())
+    for bits in range(1, 9):
+        if odd and (low, high) == (-highest_odd_code(bits), highest_odd_code(bits)):
+            return bits
     if (low, high) == (-1, 1):
-        return 1 if codes is not None and not (codes == 0).any() else 2
+        return 2
     for bits in range(2, 9):
         if (low, high) in (code_range(bits, True), code_range(bits, False)):
             return bits
@@ -271,6 +276,46 @@ def merge_twins_(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         node.input[:] = [names.get(x, x) for x in node.input]
     remove_unused_(model)
+
+
+def add_half_a_step_(model: onnx.ModelProto, layers: Iterable[str]) -> None:
+    """Let weights that are stored as ``q`` be ``(q + 1/2)`` times the scale.
+
+    DequantizeLinear has no such zero point: it gets the scale 1, and an Add and a Mul follow, which
+    round once, as PyTorch does. Wider integers would need no Add; but onnxruntime's optimiser takes
+    every DequantizeLinear before a multiplication for int8, and quantizes constants of float anew.
+
+    Args:
+        model: changed in place.
+        layers: whose weights these are.
+    """
+    stored = {x.name: x for x in model.graph.initializer}
+    names = {f"{layer}.weight.dequantizelinear": f"{layer}.weight" for layer in layers}
+    nodes = []
+    for node in model.graph.node:
+        nodes.append(node)
+        if node.name not in names:
+            continue
+        weight = names[node.name]
+        entry = stored[node.input[1]]
+        scale = numpy_helper.to_array(entry)
+        entry.CopyFrom(numpy_helper.from_array(np.ones_like(scale), entry.name))
+        if scale.ndim:  # one a channel: of PyTorch's weight, whose output channels come first
+            rank = len(stored[weight].dims)
+            scale = scale.reshape([-1] + [1] * (rank - 1))
+        output = node.output[0]
+        node.output[0] = f"{node.name}.output"
+        for op, factor, result in (
+            ("Add", np.array(0.5, np.float32), f"{weight}.add.output"),
+            ("Mul", scale, output),
+        ):
+            name = f"{weight}.{op.lower()}"
+            constant = numpy_helper.from_array(factor, f"{name}.constant")
+            model.graph.initializer.append(constant)
+            inputs = [nodes[-1].output[0], constant.name]
+            nodes.append(helper.make_node(op, inputs, [result], name))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def prepend_preprocessing_(model: onnx.ModelProto, normalization: Normalization) -> None:

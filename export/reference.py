@@ -95,6 +95,7 @@ def _in_float64(qmodel: QuantModel) -> QuantModel:
         codes = single.codes(qmodel.weight(bits.name))
         with torch.no_grad():
             double.weight(bits.name).copy_(codes.double() * quantizer.scale)
+        quantizer.freeze_()
     return double
 
 

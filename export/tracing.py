@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 import onnx
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from export import graph
 from export.float64 import fold_constants_
 from sdq.errors import RequestError, RunError
-from sdq.learned_scale import WeightQuantizer
+from sdq.learned_scale import Quantized, WeightQuantizer
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 
@@ -56,16 +56,19 @@ def trace(qmodel: QuantModel, dialect: Dialect, sample: Tensor) -> onnx.ModelPro
     clone = copy.deepcopy(qmodel).cpu().eval()
     example = sample[:1].detach().float().cpu()
     _check_sample(clone, example)
-    freeze_weights_(clone, binary_as_narrow=dialect == "qcdq")
+    freeze_weights_(clone)
+    halved = _state_odd_codes_(clone, dialect)
     names = _label_(clone)
     model = _run_exporter(clone, dialect, example)
     fold_constants_(model)
     graph.restore_names_(model, names, _LABEL)
     graph.merge_twins_(model)
+    if dialect == "qcdq":
+        graph.add_half_a_step_(model, halved)
     return model
 
 
-def freeze_weights_(qmodel: QuantModel, *, binary_as_narrow: bool = False) -> None:
+def freeze_weights_(qmodel: QuantModel) -> None:
     """Put codes times scale in place of the float master weights.
 
     Quantizing them again gives the same codes in any precision, so that a reader which divides in
@@ -73,8 +76,6 @@ def freeze_weights_(qmodel: QuantModel, *, binary_as_narrow: bool = False) -> No
 
     Args:
         qmodel: changed in place.
-        binary_as_narrow: let one-bit layers say they have two bits without the lowest code
-            (-1, 0, 1): what a dialect without a binary type can write.
     """
     for bits in qmodel.policy:
         if bits.weight_bits == FLOAT_BITS:
@@ -84,10 +85,49 @@ def freeze_weights_(qmodel: QuantModel, *, binary_as_narrow: bool = False) -> No
         weight = qmodel.weight(bits.name)
         with torch.no_grad():
             weight.copy_(quantizer.codes(weight) * quantizer.scale)
-        if binary_as_narrow and bits.weight_bits == 1:
-            quantizer.bit_width = torch.full_like(quantizer.bit_width, 2.0)
+        quantizer.freeze_()
+
+
+class _Halved(nn.Module):
+    """Odd codes ``c = 2 q + 1`` as ``q``: twice the scale, and a zero point of -1/2.
+
+    ``q`` is a signed integer of the layer's own bits.
+    """
+
+    def __init__(self, quantizer: WeightQuantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, weight: Tensor) -> Quantized:
+        values, scale, zero_point, bit_width = self.quantizer(weight)
+        return values, 2 * scale, zero_point - 0.5, bit_width
+
+
+def _state_odd_codes_(qmodel: QuantModel, dialect: Dialect) -> list[str]:
+    """Let quantizers of odd codes describe themselves in terms the dialect has.
+
+    ``qcdq`` has only whole zero points: the codes stand as they are, in one bit more without the
+    lowest code, as long as int8 holds them. ``qonnx`` has a node for one bit, and real zero points.
+
+    Returns:
+        The layers whose codes are halved.
+    """
+    halved = []
+    for bits in qmodel.policy:
+        if bits.weight_bits == FLOAT_BITS:
+            continue
+        quantizer = qmodel.weight_quantizer(bits.name)
+        assert isinstance(quantizer, WeightQuantizer)
+        if not quantizer.odd or (dialect == "qonnx" and bits.weight_bits == 1):
+            continue
+        if dialect == "qcdq" and bits.weight_bits < 8:
+            quantizer.bit_width = quantizer.bit_width + 1
             proxy: Any = qmodel.net.get_submodule(f"{bits.name}.weight_quant")
             proxy.quant_injector = proxy.quant_injector.let(narrow_range=True)
+        else:
+            qmodel.set_weight_quantizer_(bits.name, _Halved(quantizer))
+            halved.append(bits.name)
+    return halved
 
 
 def _check_sample(qmodel: QuantModel, example: Tensor) -> None:

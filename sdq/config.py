@@ -2,7 +2,14 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from sdq.errors import RequestError
 
@@ -54,6 +61,11 @@ class QuantConfig(Config):
             ``bit_choices``. The last pattern that matches a layer counts, here and in ``pins``.
         weight_scale: one scale a tensor, or one an output channel.
         restrict_scale: ``float``, or ``power_of_two`` for hardware that shifts.
+        weight_quantizer: of the searched layers: ``lsq`` (learned step), ``dorefa`` (tanh over its
+            maximum) or ``entropy`` (N2UQ's normalisation, bins about equally filled). The latter
+            two have 2^b symmetric levels, none at zero. Pinned layers keep ``lsq``.
+        weight_magnitude: of ``dorefa`` and ``entropy``: the size of the levels is ``learned``,
+            from least squares on, or the ``paper``'s (1, and gamma times the mean of ``|w|``).
     """
 
     bit_choices: tuple[Bits, ...] = (1, 2, 3, 4, 6, 8)
@@ -65,6 +77,8 @@ class QuantConfig(Config):
     layer_choices: tuple[tuple[str, tuple[Bits, ...]], ...] = ()
     weight_scale: Literal["per_tensor", "per_channel"] = "per_channel"
     restrict_scale: Literal["float", "power_of_two"] = "float"
+    weight_quantizer: Literal["lsq", "dorefa", "entropy"] = "lsq"
+    weight_magnitude: Literal["learned", "paper"] = "learned"
 
     @field_validator("bit_choices", "act_choices")
     @classmethod
@@ -110,6 +124,13 @@ class QuantConfig(Config):
     def _no_sixteen(cls, value: int | None) -> int | None:
         if value == 16:
             raise ValueError("must be at most 8, or 32 for float")
+        return value
+
+    @field_validator("weight_magnitude")
+    @classmethod
+    def _not_of_lsq(cls, value: str, others: ValidationInfo) -> str:
+        if value == "paper" and others.data.get("weight_quantizer") == "lsq":
+            raise ValueError("must be learned where weight_quantizer is lsq")
         return value
 
 

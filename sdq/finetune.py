@@ -53,9 +53,7 @@ class FineTuning:
         for name in self.names:
             quantizer = self.qmodel.weight_quantizer(name)
             assert isinstance(quantizer, WeightQuantizer)
-            total = total + losses.bin_regularization(
-                self.qmodel.weight(name), quantizer.scale, quantizer.bits
-            )
+            total = total + losses.bin_regularization(*quantizer.in_steps(self.qmodel.weight(name)))
         return total
 
     def start_epoch(self, epoch: int, epochs: int) -> None:

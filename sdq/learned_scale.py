@@ -64,7 +64,9 @@ class _Quantizer(nn.Module):
 
 
 class WeightQuantizer(_Quantizer):
-    """Weights at a fixed bitwidth.
+    """Weights at a fixed bitwidth, with a learned step; the base of the other kinds of weights.
+
+    Whatever the kind, values are ``codes(weight) * scale``.
 
     Args:
         weight: ``(K, ...)``; gives the first scale, by least squared error.
@@ -76,13 +78,43 @@ class WeightQuantizer(_Quantizer):
     def __init__(
         self, weight: Tensor, bits: int, per_channel: bool, restrict: Restriction = "float"
     ) -> None:
-        scale = quantizers.mse_scale(weight, bits, signed=True, per_channel=per_channel)
+        scale = self._first_scale(weight, bits, per_channel)
         super().__init__(bits, True, restrict, scale)
         self.per_channel = per_channel
+
+    def _first_scale(self, weight: Tensor, bits: int, per_channel: bool) -> Tensor:
+        return quantizers.mse_scale(weight, bits, signed=True, per_channel=per_channel)
+
+    @property
+    def odd(self) -> bool:
+        """Whether all codes are odd: from ``-(2^bits - 1)`` to ``2^bits - 1``, two apart."""
+        return self.bits == 1
 
     def forward(self, weight: Tensor) -> Quantized:
         """Quantize ``weight`` ``(K, ...)``."""
         return self._quantized(weight)
+
+    def in_steps(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where weights lie among the levels, which are one unit apart.
+
+        Returns:
+            The position of each weight, differentiable in the weight alone, and (without gradient)
+            the level it is rounded to. With the codes -1 and +1 of one bit the unit is the scale.
+        """
+        return weight / self.scale.detach(), self.codes(weight)
+
+    def residual(self, weight: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+        """Return the rounding error of each weight in units of the step, without gradient.
+
+        Args:
+            weight: what was quantized.
+            values: what it became.
+            scale: as returned with the values.
+        """
+        return ((values - weight) / scale).detach()
+
+    def freeze_(self) -> None:
+        """From now on take weights that are codes times scale, and give them these codes."""
 
 
 class ActQuantizer(_Quantizer):

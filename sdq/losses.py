@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdq import quantizers
-
 
 def distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     r"""Return the cross-entropy between the teacher's and the student's class probabilities.
@@ -39,38 +37,36 @@ class Teacher:
         return distillation(student_logits, targets)
 
 
-def bin_regularization(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+def bin_regularization(position: Tensor, level: Tensor) -> Tensor:
     r"""Return the entropy-aware bin regularization of one layer.
 
     .. math:: L_{EBR} = \frac1B \sum_n \big[(\overline{v_n} - q_n)^2 + \mathrm{Var}(v_n)\big]
 
-    over the ``B`` filled bins of the layer's own bitwidth: real weights are pulled to the middle
-    of the bin they round to. Weights are taken in units of the scale (``v = w / s``, the scale
-    fixed), so that a bin has width 1 in every layer. The paper sums over bins; the mean is our
-    choice, for a sum gives a layer of 8 bits 64 times the say of one of 2 bits. A bin with one
-    weight has variance 0.
+    over the ``B`` filled bins of the layer's own bitwidth: real weights are pulled to the level
+    of the bin they round to. Weights are taken in units of the step between levels, so that a bin
+    has width 1 in every layer. The paper sums over bins; the mean is our choice, for a sum gives a
+    layer of 8 bits 64 times the say of one of 2 bits. A bin with one weight has variance 0.
 
     Args:
-        weight: ``(K, ...)``.
-        scale: positive, broadcastable to ``weight``.
-        bits: the layer's bitwidth.
+        position: of each weight among the levels, in steps; see
+            :meth:`sdq.learned_scale.WeightQuantizer.in_steps`.
+        level: that each weight is rounded to, in steps; they differ by whole numbers.
 
     Source: Huang et al., SDQ, ICML 2022, equation 10; Han et al., "Improving Low-Precision Network
     Quantization via Bin Regularization", ICCV 2021, equation 5.
     """
-    scale = scale.detach()
     # reshape, not view: weights may lie in channels-last order
-    values = (weight / scale).reshape(-1)
+    values = position.reshape(-1)
     with torch.no_grad():
-        level = quantizers.codes(weight, scale, bits, signed=True).reshape(-1)
-        low, high = quantizers.code_range(bits, signed=True)
+        level = level.reshape(-1)
+        low = level.min()
         bin_index = (level - low).long()
-        count = torch.bincount(bin_index, minlength=high - low + 1)
+        count = torch.bincount(bin_index)
         filled = count.clamp_min(1).to(values.dtype)
-    zeros = values.new_zeros(high - low + 1)
+    zeros = values.new_zeros(len(count))
     mean = zeros.index_add(0, bin_index, values) / filled
     square = zeros.index_add(0, bin_index, (values - mean[bin_index]).square())
     # the unbiased variance; one weight alone deviates from its mean by 0
     variance = square / (filled - 1).clamp_min(1)
-    levels = torch.arange(low, high + 1, device=values.device, dtype=values.dtype)
+    levels = low + torch.arange(len(count), device=values.device, dtype=values.dtype)
     return ((mean - levels).square() + variance)[count > 0].mean()

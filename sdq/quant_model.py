@@ -26,6 +26,7 @@ from sdq.config import QuantConfig
 from sdq.errors import RequestError
 from sdq.layers import LayerSpec
 from sdq.learned_scale import ActQuantizer, Quantized, WeightQuantizer
+from sdq.mid_rise import DorefaQuantizer, EntropyQuantizer
 from sdq.policy import FLOAT_BITS, BitwidthPolicy, LayerBits
 
 with warnings.catch_warnings():
@@ -482,9 +483,12 @@ def _quant_identity(quantizer: ActQuantizer) -> nn.Module:
 
 
 def new_weight_quantizer(weight: Tensor, bits: int, config: QuantConfig) -> WeightQuantizer:
-    """Return a quantizer for a weight ``(K, ...)`` with the configuration's kind of scale."""
-    per_channel = config.weight_scale == "per_channel"
-    return WeightQuantizer(weight, bits, per_channel, config.restrict_scale)
+    """Return a quantizer of the configuration's kind for a searched weight ``(K, ...)``."""
+    per_channel, restrict = config.weight_scale == "per_channel", config.restrict_scale
+    if config.weight_quantizer == "lsq":
+        return WeightQuantizer(weight, bits, per_channel, restrict)
+    kind = DorefaQuantizer if config.weight_quantizer == "dorefa" else EntropyQuantizer
+    return kind(weight, bits, per_channel, restrict, paper=config.weight_magnitude == "paper")
 
 
 def _replace_layer(net: fx.GraphModule, bits: LayerBits, config: QuantConfig) -> None:
@@ -511,6 +515,8 @@ def _replace_layer(net: fx.GraphModule, bits: LayerBits, config: QuantConfig) ->
     new.register_parameter("weight", weight)
     new.register_parameter("bias", old.bias)
     proxy: Any = new.weight_quant
+    if not bits.searched:  # at 8 bits a transform gains nothing, and LSQ's codes fit int8
+        config = config.replaced(weight_quantizer="lsq", weight_magnitude="learned")
     proxy.tensor_quant = new_weight_quantizer(weight, bits.weight_bits, config)
     proxy.init_tensor_quant = _keep
     new.train(old.training)

@@ -8,6 +8,11 @@ with round-half-to-even, as ONNX ``QuantizeLinear`` and QONNX ``Quant`` have it,
 ``s`` rather than multiplication by ``1 / s``, so that the same bits come out. One bit is
 ``s sign(x)`` with codes -1 and +1.
 
+Weights may instead be given the mid-rise levels of DoReFa and N2UQ, ``2^b`` of them and none of
+them zero: the odd codes from ``-(2^b - 1)`` to ``2^b - 1``, two code units apart. A weight is
+first brought to code units by a transform of its own (:func:`dorefa`, :func:`entropy`) and then
+takes the nearest odd code; ``2k - (2^b - 1)`` is the code of the papers' level ``k``.
+
 Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, equations 1 to 5,
 https://arxiv.org/abs/1902.08153; one bit: Rastegari et al., "XNOR-Net", ECCV 2016, section 3.1.
 """
@@ -159,3 +164,137 @@ def mse_scale(x: Tensor, bits: int, signed: bool, per_channel: bool, steps: int 
             least = torch.minimum(error, least)
     best = torch.where(best > SMALLEST_SCALE, best, torch.ones_like(best))
     return best.reshape((-1,) + (1,) * (x.dim() - 1)) if per_channel else best.reshape(())
+
+
+def highest_odd_code(bits: int) -> int:
+    """Return the highest of the ``2^bits`` odd codes; the lowest is its negative.
+
+    >>> highest_odd_code(1), highest_odd_code(2), highest_odd_code(8)
+    (1, 3, 255)
+    """
+    return 2**bits - 1
+
+
+def odd_codes(u: Tensor, bits: int) -> Tensor:
+    """Return the nearest odd code of each value in code units, in ``u``'s dtype.
+
+    A value midway between two codes, an even number, takes the higher one, so that zero has the
+    code +1 at every bitwidth.
+    """
+    high = highest_odd_code(bits)
+    return (u / 2).floor_().mul_(2).add_(1).clamp_(-high, high)
+
+
+class _QuantizeOdd(torch.autograd.Function):
+    """Forward: odd codes times scale. Backward: straight-through for u, the codes for s."""
+
+    @staticmethod
+    def forward(ctx, u: Tensor, scale: Tensor, bits: int, gain: float) -> Tensor:  # type: ignore[no-untyped-def]
+        y = odd_codes(u, bits).mul_(scale)
+        ctx.save_for_backward(y, scale)
+        ctx.gain = gain
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[no-untyped-def]
+        y, scale = ctx.saved_tensors
+        grad_u = grad * scale if ctx.needs_input_grad[0] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = (grad * y).sum_to_size(scale.shape) / scale * ctx.gain
+        return grad_u, grad_scale, None, None
+
+
+def quantize_odd(u: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Quantize to odd codes and dequantize, differentiable in ``u`` and ``scale``.
+
+    Args:
+        u: weights in code units, of any shape: from :func:`dorefa` or :func:`entropy`.
+        scale: positive, broadcastable to ``u``; of one code unit, half a step between levels.
+        bits: 1 to 8.
+
+    Returns:
+        Codes times scale, in ``u``'s shape. The gradient to ``u`` is straight through the rounding
+        and the clipping; the gradient to ``scale`` is the sum of the codes times the gradient, and
+        has LSQ's factor 1 / sqrt(count * highest code).
+    """
+    count = max(u.numel() // max(scale.numel(), 1), 1)
+    gain = 1.0 / math.sqrt(count * highest_odd_code(bits))
+    result: Tensor = _QuantizeOdd.apply(u, scale, bits, gain)
+    return result
+
+
+def weights_of_one_scale(w: Tensor, per_channel: bool) -> tuple[int, ...]:
+    """Return the dimensions of a weight ``(K, ...)`` over which one scale holds."""
+    return tuple(range(1 if per_channel else 0, w.dim()))
+
+
+def dorefa(w: Tensor, bits: int, per_channel: bool) -> Tensor:
+    r"""Return weights in code units by DoReFa's transform, differentiable.
+
+    .. math:: u = (2^b - 1) \frac{\tanh w}{\max |\tanh w|}
+
+    so that the nearest odd code is ``2k - (2^b - 1)`` with the paper's
+    ``k = round((2^b - 1) (u / (2^b - 1) + 1) / 2)``. Nothing is detached: a weight that is the
+    largest moves the levels of all others, and its gradient says so.
+
+    Args:
+        w: ``(K, ...)``. Dead weights, all zero, give zeros.
+        bits: 1 to 8.
+        per_channel: the maximum of each output channel, or (the paper's) of the whole tensor.
+
+    Source: Zhou et al., "DoReFa-Net", 2016, equation 9, https://arxiv.org/abs/1606.06160.
+    """
+    squashed = torch.tanh(w)
+    dims = weights_of_one_scale(w, per_channel)
+    peak = squashed.abs().amax(dims, keepdim=per_channel).clamp_min(SMALLEST_SCALE)
+    return squashed / peak * highest_odd_code(bits)
+
+
+def entropy(w: Tensor, bits: int, per_channel: bool) -> Tensor:
+    r"""Return weights in code units by the entropy-preserving normalisation, differentiable.
+
+    .. math:: u = (2^b - 1) \frac{w}{\gamma \overline{|w|}}, \quad \gamma = \frac{2^b - 1}{2^{b-1}}
+
+    which fills the bins of bell-shaped weights about equally. Values beyond ``2^b - 1`` are those
+    the paper clips; they are left to the rounding, which clips too. The mean is detached, as in
+    the authors' code: it is there to follow the weights, and no weight should grow or shrink only
+    to move the borders of the others' bins.
+
+    Args:
+        w: ``(K, ...)``. Dead weights, all zero, give zeros.
+        bits: 1 to 8.
+        per_channel: the mean over each output channel (the paper's), or over the whole tensor.
+
+    Source: Liu et al., "Nonuniform-to-Uniform Quantization" (N2UQ), CVPR 2022, the
+    entropy-preserving weight regularization, https://arxiv.org/abs/2111.14826.
+    """
+    return w / entropy_scale(w, bits, per_channel).clamp_min(SMALLEST_SCALE)
+
+
+def entropy_scale(w: Tensor, bits: int, per_channel: bool) -> Tensor:
+    """Return what is one code unit to :func:`entropy`: the mean of ``|w|`` over ``2^(b-1)``.
+
+    It is also the scale of N2UQ's levels, whose largest is ``gamma`` times the mean. No gradient.
+    """
+    dims = weights_of_one_scale(w, per_channel)
+    return w.detach().abs().mean(dims, keepdim=per_channel) / 2 ** (bits - 1)
+
+
+def least_squares_scale(w: Tensor, codes: Tensor, per_channel: bool) -> Tensor:
+    """Return the scale ``s`` of least squared error ``||s codes - w||`` for given codes.
+
+    Args:
+        w: ``(K, ...)``.
+        codes: of ``w``'s shape, none of them zero everywhere.
+        per_channel: one scale for each index of the first dimension.
+
+    Returns:
+        ``(K, 1, ...)`` if per channel, else a scalar; never below the smallest scale, which dead
+        weights get: without a level at zero they must be given one next to it.
+    """
+    w, dims = w.detach(), weights_of_one_scale(w, per_channel)
+    scale = (codes * w).sum(dims, keepdim=per_channel) / codes.square().sum(
+        dims, keepdim=per_channel
+    )
+    return scale.clamp_min(SMALLEST_SCALE)

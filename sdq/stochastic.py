@@ -230,54 +230,63 @@ class StochasticWeightQuantizer(nn.Module):
         # in a list: the parameters are the network's, and stand once in its state
         self._shared = [parameters]
         self.units = list(units)
-        self._last: tuple[Tensor, ...] = ()
+        self._weight = torch.empty(0)
+        self._outputs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._levels: list[int] = []
 
     @property
     def weights_per_unit(self) -> int:
         """Number of weights that one unit decides here."""
-        return self._last[0].numel() // len(self.units)
+        return self._weight.numel() // len(self.units)
 
     def forward(self, weight: Tensor) -> Quantized:
         """Quantize ``weight`` ``(K, ...)`` at the bitwidths drawn."""
         parameters = self._shared[0]
-        share = parameters.share()
-        if len(self.units) == 1:
-            level = parameters.levels[self.units[0]]
-            upper: Quantized = self.candidates[level](weight)
-            lower: Quantized = self.candidates[level - 1](weight) if level else upper
-            self._last = (weight.detach(), *(x.detach() for x in (*upper[:2], *lower[:2])))
-            if not level:
-                return upper
-            part = share[self.units[0]]
-            return part * upper[0] + (1 - part) * lower[0], *upper[1:]
-        levels = torch.tensor([parameters.levels[u] for u in self.units], device=weight.device)
-        every = [candidate(weight) for candidate in self.candidates]
-        values = torch.stack([q[0] for q in every])
-        shape = (-1,) + (1,) * (weight.dim() - 1)
-        scales = torch.stack([q[1].expand(len(levels), *shape[1:]) for q in every])
-        channel = torch.arange(len(levels), device=weight.device)
-        below = (levels - 1).clamp_min(0)
-        high, low = values[levels, channel], values[below, channel]
-        scale = scales[levels, channel]
-        self._last = tuple(x.detach() for x in (weight, high, scale, low, scales[below, channel]))
-        part = share[self.units].reshape(shape)
-        return part * high + (1 - part) * low, scale, *every[-1][2:]
+        self._levels = [parameters.levels[u] for u in self.units]
+        wanted = sorted({*self._levels, *(max(level - 1, 0) for level in self._levels)})
+        outputs: dict[int, Quantized] = {k: self.candidates[k](weight) for k in wanted}
+        self._weight = weight.detach()
+        self._outputs = {k: (q[0].detach(), q[1].detach()) for k, q in outputs.items()}
+        values = {k: q[0] for k, q in outputs.items()}
+        upper = outputs[max(self._levels)]
+        share = parameters.share()[self.units]
+        high, low = self._select(values, 0), self._select(values, 1)
+        scales = {k: q[1] for k, q in outputs.items()}
+        scale = upper[1] if len(self.units) == 1 else self._select(scales, 0)
+        share = share.reshape((-1,) + (1,) * (weight.dim() - 1))
+        return share * high + (1 - share) * low, scale, *upper[2:]
 
     def residual(self) -> Tensor:
         """Return the mean squared rounding residual of the higher bitwidth in the last forward.
 
         Returns:
-            ``(units,)``, in code units: rounding noise has 1/12.
+            ``(units,)``, in steps: rounding noise has 1/12.
         """
-        weight, high, scale = self._last[:3]
-        return self._mean((high - weight) / scale)
+        return self._mean_square(self._select(self._steps(), 0))
 
     def relative_error(self) -> Tensor:
         """Return the squared error of the higher bitwidth over that of the lower, ``(units,)``."""
-        weight, high, _, low, _ = self._last
-        return self._mean(high - weight) / self._mean(low - weight).clamp_min(1e-12)
+        errors = {k: steps * self._outputs[k][1] for k, steps in self._steps().items()}
+        low = self._mean_square(self._select(errors, 1)).clamp_min(1e-12)
+        return self._mean_square(self._select(errors, 0)) / low
 
-    def _mean(self, error: Tensor) -> Tensor:
+    def _steps(self) -> dict[int, Tensor]:
+        """Return each weight's rounding residual in steps, by candidate."""
+        found = {}
+        for level, (values, scale) in self._outputs.items():
+            candidate = self.candidates[level]
+            assert isinstance(candidate, WeightQuantizer)
+            found[level] = candidate.residual(self._weight, values, scale)
+        return found
+
+    def _select(self, tensors: dict[int, Tensor], below: int) -> Tensor:
+        """Put together, from each unit's candidate ``below`` its level, its part of a tensor."""
+        levels = [max(level - below, 0) for level in self._levels]
+        if len(levels) == 1:
+            return tensors[levels[0]]
+        return torch.stack([tensors[level][k] for k, level in enumerate(levels)])
+
+    def _mean_square(self, error: Tensor) -> Tensor:
         return error.square().reshape(len(self.units), -1).mean(1)
 
 

@@ -54,9 +54,7 @@ def test_the_loss_is_distillation_plus_the_bins_of_the_searched_layers(
     for name, bits in (("small", 1), ("wide", 2), ("deep", 3), ("hidden", 4)):
         quantizer = qmodel.weight_quantizer(name)
         assert quantizer.bits == bits
-        bins += float(
-            losses.bin_regularization(qmodel.weight(name), quantizer.scale, bits).detach()
-        )
+        bins += float(losses.bin_regularization(*quantizer.in_steps(qmodel.weight(name))).detach())
     objective.start_epoch(0, 8)
     assert float(objective.loss(qmodel, images, labels).detach()) == pytest.approx(kd_loss)
     objective.start_epoch(1, 8)  # a quarter of 8 epochs is 2

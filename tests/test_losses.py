@@ -55,6 +55,12 @@ def test_distillation_gradient_is_the_difference_of_probabilities() -> None:
 # --------------------------------------------------------------------------- bin regularization
 
 
+def regularization(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The loss on LSQ's levels, as WeightQuantizer.in_steps gives them."""
+    codes = quantizers.codes(weight.detach(), scale, bits, signed=True)
+    return bin_regularization(weight / scale.detach(), codes)
+
+
 def slow(weight: Tensor, scale: Tensor, bits: int) -> float:
     """Equation 10, one bin after the other, in units of the scale; the mean over filled bins."""
     v = (weight / scale).flatten().tolist()
@@ -84,7 +90,7 @@ def test_bin_regularization_equals_the_loop(
     if channels_last:
         weight = weight.contiguous(memory_format=torch.channels_last)
     scale = quantizers.mse_scale(weight, bits, True, per_channel)
-    ours = bin_regularization(weight, scale, bits)
+    ours = regularization(weight, scale, bits)
     assert float(ours) == pytest.approx(slow(weight, scale, bits), rel=1e-10)  # float64
 
 
@@ -92,12 +98,12 @@ def test_bin_regularization_by_hand() -> None:
     weight = torch.tensor([[0.2, -0.1, 1.1, 3.0]])  # scale 1, 2 bits: codes 0 0 1 1
     # bin 0: mean .05, variance (.15^2 + .15^2) / 1; bin 1: mean 2.05, (.95^2 + .95^2) / 1
     expected = ((0.05**2 + 0.045) + (1.05**2 + 1.805)) / 2
-    value = bin_regularization(weight, torch.tensor(1.0), 2)
+    value = regularization(weight, torch.tensor(1.0), 2)
     assert float(value) == pytest.approx(expected, rel=1e-6)  # float32
 
 
 def test_a_bin_with_one_weight_has_no_variance() -> None:
-    value = bin_regularization(torch.tensor([[0.25]]), torch.tensor(1.0), 4)
+    value = regularization(torch.tensor([[0.25]]), torch.tensor(1.0), 4)
     assert float(value) == 0.0625
 
 
@@ -105,14 +111,14 @@ def test_weights_on_their_levels_cost_nothing() -> None:
     scale = torch.tensor([[0.1], [0.3]])
     codes = torch.tensor([[-4.0, 3, 0, 1], [2, -2, -2, 3]])
     # float32: the ratio may miss the integer by an ulp, 2e-7, squared
-    assert float(bin_regularization(codes * scale, scale, 3)) < 1e-12
+    assert float(regularization(codes * scale, scale, 3)) < 1e-12
 
 
 def test_bin_regularization_does_not_depend_on_the_unit() -> None:
     weight = randn(5, 8)
     scale = torch.tensor(0.25, dtype=torch.float64)
     torch.testing.assert_close(
-        bin_regularization(weight * 1024, scale * 1024, 4), bin_regularization(weight, scale, 4),
+        regularization(weight * 1024, scale * 1024, 4), regularization(weight, scale, 4),
         rtol=0, atol=0,
     )  # fmt: skip  # powers of two: exact
 
@@ -125,6 +131,6 @@ def test_bin_regularization_gradient_equals_finite_differences(bits: int) -> Non
     # no weight so near a border of its bin that gradcheck's step of 1e-6 moves it across
     border = (distance - distance.floor() - 0.5).abs() if bits > 1 else distance.abs()
     assert border.min() > 1e-4
-    torch.autograd.gradcheck(lambda w: bin_regularization(w, scale, bits), (weight,))
-    bin_regularization(weight, scale, bits).backward()
+    torch.autograd.gradcheck(lambda w: regularization(w, scale, bits), (weight,))
+    regularization(weight, scale, bits).backward()
     assert scale.grad is None  # the scale is fixed in this loss

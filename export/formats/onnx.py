@@ -1,8 +1,10 @@
 """ONNX with QuantizeLinear, Clip and DequantizeLinear: what onnxruntime reads.
 
 Weights of every bitwidth are int8 initializers followed by a Clip to their range of codes; one bit
-is codes -1 and +1 with a Clip to (-1, 1), because ONNX has no binary type. Activations are
-quantized to 8-bit integers and clipped to theirs. The batch size is free.
+is codes -1 and +1 with a Clip to (-1, 1), because ONNX has no binary type. Quantizers without a
+level at zero have odd codes, with a Clip to -(2^b - 1) and 2^b - 1; at 8 bits these reach to 255,
+beyond int8, and ``c = 2 q + 1`` is stored as ``q``, with an Add of 1/2 after the DequantizeLinear.
+Activations are quantized to 8-bit integers and clipped to theirs. The batch size is free.
 
 onnxruntime runs the file as it stands; with all optimisations on it fuses parts of it into integer
 kernels, which round in other places: the two are judged apart. On x86 processors without VNNI its
@@ -45,6 +47,8 @@ ADVICE = {
     "session.x64quantprecision to 1"
 }
 
+_DEQUANTIZERS = ("DequantizeLinear", "Mul")
+
 _LEVELS = {
     AS_WRITTEN: onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
     OPTIMISED: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -86,7 +90,7 @@ def bits(path: Path) -> dict[str, int]:
     floats = {
         name: FLOAT_BITS
         for name, node in graph.multiplications(model, graph.layers(model)).items()
-        if graph.weight_maker(graph.producers(model), node, ["DequantizeLinear"])[0] is None
+        if graph.weight_maker(graph.producers(model), node, _DEQUANTIZERS)[0] is None
     }
     return {name: q.bits for name, q in quantizers(path).items()} | floats
 
@@ -102,7 +106,7 @@ def quantizers(path: Path) -> dict[str, QuantizerInFile]:
     values, makers = graph.constants(model), graph.producers(model)
     found = {}
     for layer, node in graph.multiplications(model, graph.layers(model)).items():
-        dequantizer, transposed = graph.weight_maker(makers, node, ["DequantizeLinear"])
+        dequantizer, transposed = graph.weight_maker(makers, node, _DEQUANTIZERS)
         if dequantizer is not None:
             found[layer] = _weight(layer, node, dequantizer, transposed, values, makers)
     for quantize in _act_quantizers(model):
@@ -175,6 +179,13 @@ def _weight(
     values: dict[str, np.ndarray],
     makers: dict[str, onnx.NodeProto],
 ) -> QuantizerInFile:
+    halved = dequantizer.op_type == "Mul"
+    scale = values[dequantizer.input[1]]
+    if halved:  # DequantizeLinear, Add, Mul
+        add = makers[dequantizer.input[0]]
+        dequantizer = makers[add.input[0]]
+        if float(values[add.input[1]]) != 0.5 or (values[dequantizer.input[1]] != 1).any():
+            raise RunError(f"export: {layer}: the weight must be q + 1/2 times its scale")
     clip = makers.get(dequantizer.input[0])
     codes = values[clip.input[0] if clip is not None else dequantizer.input[0]]
     low, high = _range(clip, codes.dtype, values)
@@ -182,12 +193,11 @@ def _weight(
     zero = values[dequantizer.input[2]] if len(dequantizer.input) > 2 else np.zeros(1, codes.dtype)
     if zero.any():
         raise RunError(f"export: {layer}: the weight's zero point must be 0")
+    bits = graph.bits_of_range(layer, low, high, codes)
+    if halved:  # q + 1/2 steps are 2 q + 1 code units of half a step
+        codes, scale = 2 * codes.astype(np.int16) + 1, scale / 2
     as_torch = graph.output_channels_first(node, codes, transposed)
-    return QuantizerInFile(
-        graph.bits_of_range(layer, low, high, codes),
-        graph.vector(values[dequantizer.input[1]]),
-        torch.from_numpy(np.array(as_torch)).short(),
-    )
+    return QuantizerInFile(bits, graph.vector(scale), torch.from_numpy(np.array(as_torch)).short())
 
 
 def _range(

@@ -1,9 +1,13 @@
 """QONNX: ONNX with Quant and BipolarQuant nodes, what FPGA compilers read.
 
 Weights are float initializers that already hold codes times scale, each with its Quant node (one
-bit: BipolarQuant). The batch size in the file is free. qonnx's own executor wants every shape
-fixed: it is given a copy in memory with the batch filled in, the file keeps its free batch. For
-the same reason the file has no shapes for the tensors in between; tools that need them infer them
+bit: BipolarQuant). Odd codes ``c = 2 q + 1``, of quantizers without a level at zero, are a Quant
+node of signed ``q`` with a zero point of -1/2 and twice the scale; its weights lie in the middle
+between two borders, so that no rounding decides on them.
+
+The batch size in the file is free. qonnx's own executor wants every shape fixed: it is given a
+copy in memory with the batch filled in, the file keeps its free batch. For the same reason the
+file has no shapes for the tensors in between; tools that need them infer them
 (``qonnx.util.cleanup`` with the batch size of their choice).
 
 Source: https://github.com/fastmachinelearning/qonnx
@@ -94,11 +98,11 @@ def quantizers(path: Path) -> dict[str, QuantizerInFile]:
     for layer, node in graph.multiplications(model, graph.layers(model)).items():
         quantizer, transposed = graph.weight_maker(makers, node, _QUANTIZERS)
         if quantizer is not None:
-            codes = _codes(quantizer, values)
+            codes, unit = _codes(layer, quantizer, values)
             as_torch = graph.output_channels_first(node, codes, transposed)
             found[layer] = QuantizerInFile(
                 _bits(layer, quantizer, values),
-                graph.vector(values[quantizer.input[1]]),
+                graph.vector(unit),
                 torch.from_numpy(np.array(as_torch)).short(),
             )
     for quantizer in _act_quantizers(model, values):
@@ -196,19 +200,26 @@ def _bits(name: str, quantizer: onnx.NodeProto, values: dict[str, np.ndarray]) -
     return int(width)
 
 
-def _codes(quantizer: onnx.NodeProto, values: dict[str, np.ndarray]) -> np.ndarray:
-    """Return the codes a weight's quantizer gives, by its definition."""
-    x, scale = (values[name].astype(np.float64) for name in quantizer.input[:2])
+def _codes(
+    layer: str, quantizer: onnx.NodeProto, values: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the codes a weight's quantizer gives, by its definition, and their scale."""
+    single = values[quantizer.input[1]]
+    x, scale = values[quantizer.input[0]].astype(np.float64), single.astype(np.float64)
     if quantizer.op_type == "BipolarQuant":
-        return np.where(x >= 0, 1.0, -1.0)
-    width = float(values[quantizer.input[3]])
+        return np.where(x >= 0, 1.0, -1.0), single
+    zero, width = (float(values[name]) for name in quantizer.input[2:4])
     signed, narrow = (
         int(graph.attribute(quantizer, k, d)) for k, d in (("signed", 1), ("narrow", 0))
     )
     low = -(2.0 ** (width - 1)) + narrow if signed else 0.0
     high = 2.0 ** (width - 1) - 1 if signed else 2.0**width - 1 - narrow
-    codes: np.ndarray = np.rint(x / scale + values[quantizer.input[2]]).clip(low, high)
-    return codes
+    codes: np.ndarray = np.rint(x / scale + zero).clip(low, high)
+    if zero == -0.5:  # q + 1/2 steps are 2 q + 1 code units of half a step
+        return 2 * codes + 1, single / 2
+    if zero:
+        raise RunError(f"export: {layer}: the weight's zero point must be 0 or -0.5, got {zero}")
+    return codes, single
 
 
 def _act_quantizers(model: onnx.ModelProto, values: dict[str, np.ndarray]) -> list[onnx.NodeProto]:

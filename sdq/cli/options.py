@@ -116,6 +116,8 @@ Target = Annotated[
 LatencyMs = Annotated[
     float | None, typer.Option(help="Budget: milliseconds of one sample on --target.")
 ]
+QuantizerKind = Literal["lsq", "dorefa", "entropy"]
+WeightQuantizer = Annotated[QuantizerKind, typer.Option(help="Of the searched layers' weights.")]
 SearchEpochs = Annotated[int, typer.Option(min=1, help="Passes of phase 1.")]
 
 

@@ -107,6 +107,7 @@ def make_quant_config(
     layer_choices: list[str] | None,
     weight_scale: options.ScaleGranularity,
     scale: options.ScaleKind,
+    weight_quantizer: options.QuantizerKind,
     granularity: options.GranularityName,
     target: str | None,
 ) -> QuantConfig:
@@ -152,6 +153,7 @@ def make_quant_config(
         layer_choices=tuple(special),
         weight_scale=weight_scale,
         restrict_scale=scale,
+        weight_quantizer=weight_quantizer,
     )
 
 
@@ -363,6 +365,7 @@ def quantize(
     layer_choices: options.LayerChoices = None,
     weight_scale: options.WeightScale = "per_channel",
     scale: options.Scale = "float",
+    weight_quantizer: options.WeightQuantizer = "lsq",
     search_method: options.SearchMethod = "sdq",
     search_epochs: options.SearchEpochs = 4,
     epochs: Annotated[int, typer.Option(min=0, help="Passes of fine-tuning (phase 2).")] = 12,
@@ -394,7 +397,7 @@ def quantize(
         choices=choices, act_bits=act_bits, act_choices=act_choices,
         learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
         layer_choices=layer_choices, weight_scale=weight_scale, scale=scale,
-        granularity=granularity, target=target,
+        weight_quantizer=weight_quantizer,         granularity=granularity, target=target,
     )  # fmt: skip
     limits = Limits(
         bits, weight_kb, bops_g, latency_ms, target, float(act_bits) if learn_act_bits else None

@@ -38,6 +38,7 @@ def search(
     layer_choices: options.LayerChoices = None,
     weight_scale: options.WeightScale = "per_channel",
     scale: options.Scale = "float",
+    weight_quantizer: options.WeightQuantizer = "lsq",
     search_method: options.SearchMethod = "sdq",
     search_epochs: options.SearchEpochs = 4,
     data_root: options.DataRoot = None,
@@ -61,7 +62,7 @@ def search(
         choices=choices, act_bits=act_bits, act_choices=act_choices,
         learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
         layer_choices=layer_choices, weight_scale=weight_scale, scale=scale,
-        granularity=granularity, target=target,
+        weight_quantizer=weight_quantizer,         granularity=granularity, target=target,
     )  # fmt: skip
     limits = Limits(
         bits, weight_kb, bops_g, latency_ms, target, float(act_bits) if learn_act_bits else None

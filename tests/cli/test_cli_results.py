@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -250,6 +251,37 @@ def test_export(sdq, derm, tmp_path, format, options):
     if options:
         assert done.json["verification"]["verified"] is True
         assert "0 of" in done.out
+
+
+@pytest.mark.parametrize("kind", ["dorefa", "entropy"])
+def test_another_weight_quantizer_goes_all_the_way(sdq, files, tmp_path, kind):
+    common = f"--from {files / 'float'} --data {files / 'ok.npz'} --weight-quantizer {kind}"
+    done = sdq(
+        f"quantize {common} --choices 1,2,8 --bits 4 --first-last-bits 0 --search-epochs 1 "
+        f"--epochs 1 --json --out {tmp_path / 'q'}"
+    )
+    assert done.code == 0, done.err
+    assert read(tmp_path / "q" / "run.json")["quant"]["weight_quantizer"] == kind
+    found = sdq(f"evaluate {tmp_path / 'q'} --json").json["quantized"]
+    # batches of another size: float32 sums may differ in the last digits
+    expected = done.json["metrics"]["quantized"]["accuracy"]
+    assert found["accuracy"] == pytest.approx(expected, abs=1e-4)
+    assert sdq(f"search {common} --bits 3 --search-epochs 1 --out {tmp_path / 's'}").code == 0
+    if ONNX:
+        for format in ("onnx", "qonnx"):
+            done = sdq(f"export {tmp_path / 'q'} --format {format} --verify --samples 20 --json")
+            assert done.code == 0, done.err
+            assert done.json["verification"]["verified"] is True
+
+
+def test_a_run_from_before_there_was_a_choice_is_of_the_learned_step(sdq, files, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(files / "quantized", run)
+    document = read(run / "run.json")
+    assert document["quant"].pop("weight_quantizer") == "lsq"
+    assert document["quant"].pop("weight_magnitude") == "learned"
+    (run / "run.json").write_text(json.dumps(document))
+    assert sdq(f"evaluate {run} --json").json == sdq(f"evaluate {files / 'quantized'} --json").json
 
 
 @needs_onnx
