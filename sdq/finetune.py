@@ -10,6 +10,7 @@ from sdq import losses
 from sdq.checkpoint import Checkpoint
 from sdq.config import TrainConfig
 from sdq.learned_scale import WeightQuantizer
+from sdq.outcome import Trained
 from sdq.quant_model import QuantModel, calibrate_
 from sdq.train import Forward, Loader, Watcher, fit, weight_groups
 
@@ -54,8 +55,9 @@ class FineTuning:
             quantizer = self.qmodel.weight_quantizer(name)
             assert isinstance(quantizer, WeightQuantizer)
             total = total + losses.bin_regularization(
-                self.qmodel.weight(name), quantizer.scale, quantizer.bits
-            )
+                self.qmodel.weight(name), quantizer.scale, quantizer.bits,
+                self.config.bin_reduction,
+            )  # fmt: skip
         return total
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
@@ -77,20 +79,26 @@ def finetune_(
     *,
     teacher: nn.Module | None = None,
     config: TrainConfig | None = None,
+    validation: Loader | None = None,
     fabric: "Fabric | None" = None,
     checkpoint: Checkpoint | None = None,
     watch: Watcher | None = None,
-) -> None:
+) -> Trained:
     """Train a quantized model in place under its policy.
 
     Args:
         qmodel: with the policy applied.
         loader: of ``(images, labels)``, with a length.
-        teacher: a float network whose soft labels are learned; None learns the hard labels.
+        teacher: any network of the same classes, whose soft labels are learned (the float
+            network itself, or a larger one); None learns the hard labels.
         config: of training.
-        fabric: device and precision.
+        validation: of ``(images, labels)``; what epochs are compared on. Never the test data.
+        fabric: device, precision and processes, launched.
         checkpoint: where to save after each epoch, and to resume from.
         watch: called after every step.
+
+    Returns:
+        The epoch whose network is left in ``qmodel``, and why.
 
     Raises:
         RunError: the loss became NaN or infinite.
@@ -99,7 +107,7 @@ def finetune_(
     if not qmodel.calibrated:
         calibrate_(qmodel, loader)
     objective = FineTuning(qmodel, config, teacher)
-    fit(
-        objective, loader, config, phase="finetune", fabric=fabric, checkpoint=checkpoint,
-        watch=watch,
+    return fit(
+        objective, loader, config, phase="finetune", validation=validation, fabric=fabric,
+        checkpoint=checkpoint, watch=watch,
     )  # fmt: skip

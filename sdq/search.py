@@ -251,7 +251,9 @@ def search(
     objective = BitwidthSearch(
         qmodel, constraints, config, config.epochs * number_of_steps(loader), teacher
     )
-    loop = objective.weight_config.replaced(epochs=config.epochs, seed=config.seed)
+    # a policy is what counts here: the weights are not kept
+    off = {"select": "last", "bn_batches": 0}
+    loop = objective.weight_config.replaced(epochs=config.epochs, seed=config.seed, **off)
     fit(objective, loader, loop, phase="search", fabric=fabric, checkpoint=checkpoint, watch=watch)
     return objective.policy()
 
