@@ -54,6 +54,8 @@ class _Quantizer(nn.Module):
 
     def _quantized(self, x: Tensor) -> Quantized:
         scale = self.scale
+        if x.dtype in (torch.bfloat16, torch.float16):
+            x = x.float()  # under autocast: eight bits of precision cannot tell 256 codes apart
         values = quantizers.quantize(x, scale, self.bits, self.signed)
         return values, scale, self.zero_point, self.bit_width
 

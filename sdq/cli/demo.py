@@ -17,6 +17,7 @@ from sdq.cli.train import train
 from sdq.config import QuantConfig, SearchConfig, TrainConfig
 from sdq.cost import Budget
 from sdq.errors import RequestError, RunError
+from sdq.parallel import open_fabric
 from sdq.policy import FLOAT_BITS, BitwidthPolicy
 from sdq.quant_model import quantize
 from sdq.run_folder import RunFolder
@@ -75,7 +76,7 @@ def _quantized(out: Path, method: options.Method, seed: int, quiet: bool) -> dic
     request = inp.DataRequest(DATA, seed=seed)
     source = open_source(None, None, out / "float", request)
     asked = asked_for("quantize", None, None, out / "float", source.inputs.request, plan)
-    fabric = inp.open_device("cpu")
+    fabric = open_fabric("cpu")
     with (
         RunFolder.create(out / method, asked, resume=False) as run,
         Watch(run, quiet=quiet) as watch,

@@ -3,21 +3,23 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from torch import nn
 
 import hw
 from sdq.cli import inputs as inp
-from sdq.cli import options
+from sdq.cli import options, processes
 from sdq.cli.progress import Watch, show_json, show_table
+from sdq.cli.teacher import TeacherRequest, open_teacher
 from sdq.cli.train import summary
 from sdq.config import QuantConfig, SearchConfig, TrainConfig
 from sdq.cost import Budget
 from sdq.errors import RequestError
 from sdq.finetune import finetune_
 from sdq.metrics import agreement, classification_metrics, predict
+from sdq.parallel import open_fabric
 from sdq.policy import BitwidthPolicy
 from sdq.quant_model import QuantModel, apply_policy_, calibrate_
 from sdq.quant_model import quantize as quantize_model
@@ -38,6 +40,8 @@ class Plan:
     search: SearchConfig
     train: TrainConfig | None
     given_policy: str | None = None
+    teacher: TeacherRequest | None = None
+    """Of phase 2, if it is not the float network."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what is asked, for ``run.json``."""
@@ -48,6 +52,7 @@ class Plan:
             "search": self.search.model_dump(),
             "train": self.train.model_dump() if self.train else None,
             "policy": self.given_policy,
+            "teacher": vars(self.teacher) if self.teacher else None,
         }
 
 
@@ -66,6 +71,7 @@ def make_plan(
     seed: int,
     train: TrainConfig | None,
     policy: Path | None = None,
+    teacher: TeacherRequest | None = None,
 ) -> Plan:
     """Check options and gather them in a plan.
 
@@ -93,7 +99,7 @@ def make_plan(
         )
     return Plan(
         quant, budget, search_method, SearchConfig(epochs=search_epochs, seed=seed), train,
-        str(policy) if policy else None,
+        str(policy) if policy else None, teacher,
     )  # fmt: skip
 
 
@@ -190,12 +196,16 @@ def run_quantize(
     fabric: "Fabric",
     watch: Watch,
     seed: int,
+    teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Do all of ``sdq quantize`` in an open run folder and return the metrics.
 
-    ``qmodel`` is what :func:`prepare` returned; it is changed.
+    ``qmodel`` is what :func:`prepare` returned; it is changed. ``teacher`` is that of phase 2; None
+    is the float network itself. In phase 1 it is always that: what a bit is worth shows where the
+    labels ask for nothing that the float network does not already give.
     """
     start(run, source, plan, qmodel, seed)
+    fabric.barrier()  # the other processes read what the first one wrote
     policy = find_policy(qmodel, source, plan, run, fabric, watch)
     apply_policy_(qmodel, policy)
     document = run.read_json("run.json")
@@ -204,13 +214,14 @@ def run_quantize(
         "data": document["data"]["fingerprint"],
         "policy": policy.to_json(),
     }
-    finetune_(
-        qmodel, source.inputs.train, teacher=source.network, config=plan.train, fabric=fabric,
+    trained = finetune_(
+        qmodel, source.inputs.train, teacher=teacher or source.network, config=plan.train,
+        validation=source.inputs.validation, fabric=fabric,
         checkpoint=run.checkpoint("finetune", identity), watch=watch,
     )  # fmt: skip
     qmodel.cpu()
     run.write_tensors("model.safetensors", qmodel.state_dict())
-    metrics = measure(qmodel, source)
+    metrics = {**measure(qmodel, source), **trained.to_json()}
     run.write_json("metrics.json", metrics)
     run.update(status="done")
     return metrics
@@ -268,9 +279,32 @@ def quantize(
     lr: Annotated[
         float, typer.Option(callback=options.finite, help="Peak learning rate of fine-tuning.")
     ] = 1e-3,
+    weight_decay: options.WeightDecay = options.TRAINING.weight_decay,
+    optimizer: options.Optimizer = options.TRAINING.optimizer,
+    schedule: options.Schedule = options.TRAINING.schedule,
     bin_weight: Annotated[
         float, typer.Option(callback=options.finite, help="lambda_E of bin regularization.")
-    ] = 0.1,
+    ] = options.TRAINING.bin_weight,
+    bin_reduction: Annotated[
+        Literal["mean", "sum"], typer.Option(help="Over a layer's bins; the paper has the sum.")
+    ] = "mean",
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder of `sdq train` whose network teaches phase 2; "
+            "default: the float network itself."
+        ),
+    ] = None,
+    teacher_model: Annotated[
+        str | None, typer.Option(help="As --model, of a teacher without a run folder.")
+    ] = None,
+    teacher_weights: Annotated[Path | None, typer.Option(help="Of --teacher-model.")] = None,
+    distill: Annotated[
+        bool, typer.Option(help="Learn the teacher's soft labels in phase 2, or the data's own.")
+    ] = True,
+    ema_decay: options.EmaDecay = options.TRAINING.ema_decay,
+    bn_batches: options.BnBatches = options.TRAINING.bn_batches,
+    select: options.Select = options.TRAINING.select,
     data_root: options.DataRoot = None,
     batch_size: options.BatchSize = 128,
     image_size: options.ImageSize = None,
@@ -280,6 +314,8 @@ def quantize(
     augment: options.Augment = True,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    devices: options.Devices = 1,
+    precision: options.Precision = "32",
     resume: options.Resume = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
@@ -288,14 +324,19 @@ def quantize(
 
     Example: `sdq quantize --from f --data dermamnist --data-root DIR --bits 2.0 --out q`
     """
-    tuning = TrainConfig(epochs=epochs, lr=lr, bin_weight=bin_weight, seed=seed)
+    tuning = TrainConfig(
+        epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule,
+        bin_weight=bin_weight, bin_reduction=bin_reduction, distill=distill, ema_decay=ema_decay,
+        bn_batches=bn_batches, select=select, seed=seed,
+    )  # fmt: skip
+    asked_teacher = TeacherRequest.of(teacher, teacher_model, teacher_weights, distill=distill)
     plan = make_plan(
         bits=bits, weight_kb=weight_kb, bops_g=bops_g, choices=choices, act_bits=act_bits,
         first_last_bits=first_last_bits, weight_scale=weight_scale, scale=scale,
         search_method=search_method, search_epochs=search_epochs, seed=seed, train=tuning,
-        policy=policy,
+        policy=policy, teacher=asked_teacher,
     )  # fmt: skip
-    fabric = inp.open_device(device)
+    fabric = open_fabric(device, devices, precision)
     request = inp.DataRequest(
         data, str(data_root) if data_root else None, image_size, mean, std, split, batch_size,
         seed, augment,
@@ -303,11 +344,15 @@ def quantize(
     check_new(out, resume=resume)
     source = open_source(model, weights, from_, request)
     asked = asked_for("quantize", model, weights, from_, source.inputs.request, plan)
-    qmodel = prepare(
-        source, plan
-    )  # whatever is wrong with the request shows before a folder is made
-    with RunFolder.create(out, asked, resume=resume) as run, Watch(run, quiet=quiet) as watch:
-        metrics = run_quantize(run, source, plan, qmodel, fabric, watch, seed)
+    asked |= {"devices": devices, "precision": precision}
+    # whatever is wrong with the request shows before a folder is made
+    network = open_teacher(asked_teacher, source.inputs) if asked_teacher else None
+    qmodel = prepare(source, plan)
+    run = processes.begin(fabric, out, asked, resume=resume)
+    quiet, json_ = quiet or not fabric.is_global_zero, json_ and fabric.is_global_zero
+    with run, Watch(run, quiet=quiet) as watch:
+        metrics = run_quantize(run, source, plan, qmodel, fabric, watch, seed, network)
+        processes.end(fabric)
     weights_count = sum(b.num_weights for b in BitwidthPolicy.load(out / "policy.json"))
     show_table(f"{data}: {out}", rows(metrics, 4.0 * weights_count), quiet=quiet)
     if json_:
