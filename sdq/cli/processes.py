@@ -5,6 +5,7 @@ request by itself; they meet in :func:`begin`, where the first one makes the run
 its lock. The others have the folder to read, and what they write goes nowhere.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ def begin(fabric: "Fabric", path: Path, request: Mapping[str, Any], *, resume: b
     Raises:
         RequestError: as :meth:`RunFolder.create`, in every process.
     """
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each process
     fabric.launch()
     if fabric.world_size == 1:
         return RunFolder.create(path, request, resume=resume)
