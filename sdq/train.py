@@ -163,7 +163,11 @@ def fit(
             got = f"NaN or infinity in {name!r} after epoch {epoch + 1}"
             raise RunError(_diverged(f"{phase}: weights", got, epoch, checkpoint))
         parallel.average_statistics_(fabric, objective.module)
-        validated = outcome.end_epoch(epoch + 1)
+        try:
+            validated = outcome.end_epoch(epoch + 1)
+        except RunError as error:
+            got = f"NaN or infinity on the validation data after epoch {epoch + 1}"
+            raise RunError(_diverged(f"{phase}: outputs", got, epoch, checkpoint)) from error
         if watch:  # before the checkpoint: what it says of this epoch would be lost otherwise
             record = {
                 "train_loss": total / count,
