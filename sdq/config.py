@@ -115,7 +115,7 @@ class TrainConfig(Config):
     distill: bool = True
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     bn_batches: Annotated[int, Field(ge=0)] = 0
-    select: Selection = "balanced_accuracy"
+    select: Selection = "auc"
     seed: int = 0
 
 
