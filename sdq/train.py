@@ -120,16 +120,16 @@ def fit(
         checkpoint = watch = None
     steps = number_of_steps(loader)
     bases = [group["lr"] for group in groups]
-    # dropout draws from torch's global generator; processes drop out of their own images
-    draws = phase if fabric.global_rank == 0 else f"{phase} {fabric.global_rank}"
     for epoch in range(first, config.epochs):
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
         objective.start_epoch(epoch, config.epochs)
         objective.module.train()
         total, count, rate = 0.0, 0, 0.0
+        # dropout draws from torch's global generator, and so does a shuffling DataLoader, whose
+        # batches must be the same in every process
         with torch.random.fork_rng():
-            torch.manual_seed(generator(config.seed, draws, epoch).initial_seed())
+            torch.manual_seed(generator(config.seed, phase, epoch).initial_seed())
             for step, (images, labels) in enumerate(loader):
                 done = epoch * steps + step
                 rate = learning_rate(config.schedule, done / (config.epochs * steps), config.warmup)

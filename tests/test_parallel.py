@@ -66,7 +66,7 @@ def document(results: Path, process: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["float", "quantized"])
+@pytest.mark.parametrize("name", ["float", "shuffled", "quantized"])
 @pytest.mark.slow
 def test_two_processes_end_where_one_does(results: Path, name: str) -> None:
     one, two = tensors(results, "1-0", name), tensors(results, "2-0", name)
@@ -94,7 +94,7 @@ def test_bits_and_best_epoch_are_the_same(results: Path) -> None:
         assert best[0]["best_epoch"] == best[1]["best_epoch"]
 
 
-@pytest.mark.parametrize("name", ["float", "bn", "quantized"])
+@pytest.mark.parametrize("name", ["float", "shuffled", "bn", "quantized"])
 @pytest.mark.slow
 def test_both_processes_hold_the_same_to_the_bit(results: Path, name: str) -> None:
     first, second = tensors(results, "2-0", name), tensors(results, "2-1", name)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import sdq
 from sdq.checkpoint import Checkpoint, save_tensors
@@ -65,6 +66,13 @@ def main() -> None:
     with_bn = network(batch_norm=True)
     sdq.train_(with_bn, loader, sgd.replaced(bn_batches=4), validation=loader, fabric=fabric)
 
+    # it shuffles with torch's global generator, and dropout draws from it too
+    data = TensorDataset(*(torch.cat(part) for part in zip(*loader, strict=True)))
+    shuffled = nn.Sequential(network(), nn.Dropout(0.0))
+    sdq.train_(
+        shuffled, DataLoader(data, 10, shuffle=True), sgd.replaced(ema_decay=0.0), fabric=fabric
+    )
+
     # the others start from weights that no rounding has touched
     qmodel = sdq.quantize(network(), sdq.QuantConfig(act_bits=8), sample=torch.zeros(1, 1, 8, 8))
     sdq.calibrate_(qmodel, loader)
@@ -78,7 +86,8 @@ def main() -> None:
         qmodel, loader, teacher=network(), config=sgd.replaced(lr=0.01, bin_warmup=0.0),
         validation=loader, fabric=fabric, watch=watch, checkpoint=checkpoint("finetune"),
     )  # fmt: skip
-    for name, module in (("float", net), ("bn", with_bn), ("quantized", qmodel)):
+    ends = {"float": net, "shuffled": shuffled, "bn": with_bn, "quantized": qmodel}
+    for name, module in ends.items():
         save_tensors(own / f"{name}.safetensors", module.state_dict())
     bits = {b.name: b.weight_bits for b in policy}
     best = {"train": trained.to_json(), "finetune": tuned.to_json()}
