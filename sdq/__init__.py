@@ -17,6 +17,8 @@ from sdq.errors import RequestError, RunError
 from sdq.finetune import finetune_
 from sdq.layers import LayerSpec
 from sdq.metrics import evaluate
+from sdq.outcome import Trained
+from sdq.parallel import open_fabric
 from sdq.policy import BitwidthPolicy, LayerBits
 from sdq.quant_model import QuantModel, apply_policy_, calibrate_, quantize
 from sdq.search import search, uniform_policy
@@ -36,10 +38,12 @@ __all__ = [
     "RunError",
     "SearchConfig",
     "TrainConfig",
+    "Trained",
     "apply_policy_",
     "calibrate_",
     "evaluate",
     "finetune_",
+    "open_fabric",
     "quantize",
     "search",
     "train_",

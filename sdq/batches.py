@@ -5,7 +5,7 @@ resumes at an epoch sees exactly what an undisturbed run would have seen.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from sdq.data import ImageSet
 from sdq.errors import RequestError
+
+Loader = Iterable[tuple[Tensor, Tensor]]
+"""Of ``(images, labels)``."""
 
 
 def generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
@@ -138,6 +141,13 @@ class Batches:
     def set_epoch(self, epoch: int) -> None:
         """Choose which epoch's order and augmentation the next pass has."""
         self.epoch = epoch
+
+    def unaugmented(self) -> "Batches":
+        """Return the same images in the same orders, without augmentation."""
+        return Batches(
+            self.data, self.normalization, batch_size=self.batch_size, shuffle=self.shuffle,
+            seed=self.seed,
+        )  # fmt: skip
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         rng = generator(self.seed, "batches", self.epoch)

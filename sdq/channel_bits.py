@@ -31,7 +31,7 @@ class ChannelWeightQuantizer(nn.Module):
         self.bits = max(channel_bits)
         bits = torch.tensor(self.channel_bits, device=weight.device)
         widths = sorted(set(self.channel_bits))
-        self.parts = nn.ModuleDict({str(b): new(weight[bits == b], b) for b in widths})
+        self.by_bits = nn.ModuleDict({str(b): new(weight[bits == b], b) for b in widths})
         self.channels = {b: (bits == b).nonzero()[:, 0] for b in widths}
         self.register_buffer("bit_width", weight.new_tensor(float(self.bits)), persistent=False)
 
@@ -41,9 +41,13 @@ class ChannelWeightQuantizer(nn.Module):
         return torch.cat(list(pieces.values()))[order.argsort()]
 
     def _part(self, bits: int) -> WeightQuantizer:
-        part = self.parts[str(bits)]
+        part = self.by_bits[str(bits)]
         assert isinstance(part, WeightQuantizer)
         return part
+
+    def parts(self, weight: Tensor) -> list[tuple[WeightQuantizer, Tensor]]:
+        """Return the weights of each bitwidth with their quantizer."""
+        return [(self._part(b), weight[c.to(weight.device)]) for b, c in self.channels.items()]
 
     @property
     def scale(self) -> Tensor:
@@ -53,13 +57,12 @@ class ChannelWeightQuantizer(nn.Module):
 
     def codes(self, weight: Tensor) -> Tensor:
         """Return the integer codes of ``weight``, without gradient."""
-        pieces = {b: self._part(b).codes(weight[c.to(weight.device)])
-                  for b, c in self.channels.items()}  # fmt: skip
+        pieces = {q.bits: q.codes(part) for q, part in self.parts(weight)}
         return self._together(pieces, weight)
 
     def forward(self, weight: Tensor) -> Quantized:
         """Quantize ``weight`` ``(K, ...)``."""
-        pieces = {b: self._part(b)(weight[c.to(weight.device)]) for b, c in self.channels.items()}
+        pieces: dict[int, Quantized] = {q.bits: q(part) for q, part in self.parts(weight)}
         values = self._together({b: q[0] for b, q in pieces.items()}, weight)
         scale = self._together({b: q[1] for b, q in pieces.items()}, weight)
         return values, scale, scale.new_zeros(()), self.bit_width

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,6 +56,18 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
 
 
+class Stateful(Protocol):
+    """What a training remembers besides module and optimizer, as tensors by name."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tensors."""
+        ...
+
+    def load_state_dict(self, tensors: dict[str, Any]) -> object:
+        """Take up such tensors; RuntimeError if they do not fit."""
+        ...
+
+
 class Checkpoint:
     """The state of one phase of training, in one file.
 
@@ -67,16 +80,26 @@ class Checkpoint:
         self.path = path
         self.identity = json.dumps(identity or {}, sort_keys=True, default=str)
 
-    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, epochs: int) -> None:
+    def save(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        epochs: int,
+        rest: Stateful | None = None,
+    ) -> None:
         """Save the state after this many epochs."""
         tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
+        if rest is not None:
+            tensors |= {f"rest.{k}": v for k, v in rest.state_dict().items()}
         for index, state in optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{index}.{key}"] = value
         save_tensors(self.path, tensors, {"epochs": str(epochs), "identity": self.identity})
 
-    def load_(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    def load_(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, rest: Stateful | None = None
+    ) -> int:
         """Restore the saved state, if there is one, and return the number of epochs it has.
 
         Raises:
@@ -92,15 +115,20 @@ class Checkpoint:
             )
         state: dict[int, dict[str, Tensor]] = {}
         own: dict[str, Tensor] = {}
+        more: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
+            kind, _, path = name.partition(".")
             if kind == "module":
-                own[rest] = tensor
+                own[path] = tensor
+            elif kind == "rest":
+                more[path] = tensor
             else:
-                index, _, key = rest.partition(".")
+                index, _, key = path.partition(".")
                 state.setdefault(int(index), {})[key] = tensor
         try:
             module.load_state_dict(own)
+            if rest is not None:
+                rest.load_state_dict(more)
         except RuntimeError as error:
             raise RequestError(
                 f"{self.path}: must be of this network, but its tensors are of another; "

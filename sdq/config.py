@@ -134,30 +134,52 @@ class QuantConfig(Config):
         return value
 
 
+Schedule = Literal["cosine", "linear", "step", "constant"]
+Selection = Literal["last", "loss", "accuracy", "balanced_accuracy", "auc"]
+
+
 class TrainConfig(Config):
     """How weights are trained; for float training and for fine-tuning (phase 2).
 
     Args:
         epochs: passes over the training set.
-        lr: peak learning rate; it falls to zero along a cosine, after ``warmup`` of the steps.
+        lr: peak learning rate, reached after ``warmup`` of the steps.
+        schedule: how the learning rate goes on: to zero along a ``cosine`` or ``linear``, divided
+            by ten at half and three quarters (``step``), or ``constant``.
         weight_decay: decoupled; not applied to scales, biases and normalisation.
         optimizer: ``adamw``, or ``sgd`` with Nesterov momentum 0.9.
         warmup: share of all steps in which the learning rate rises from zero.
         bin_weight: lambda_E, the weight of entropy-aware bin regularization (fine-tuning only).
             Source: SDQ (Huang et al., ICML 2022), Table 4: 0.1 is best.
         bin_warmup: share of the epochs before bin regularization acts, so that bins settle.
+        bin_reduction: over a layer's bins: ``mean`` over those that hold a weight (ours), or
+            ``sum`` as in the paper, which gives a layer of 8 bits 64 times the say of one of 2.
         distill: use the teacher's soft labels (fine-tuning only); else the hard labels.
+        ema_decay: the result is the exponential moving average of weights, scales and statistics
+            over the steps, with this decay; in early steps less, ``(1 + n) / (10 + n)`` after
+            ``n`` steps, or the first weights would count too much. 0: the last weights.
+        bn_batches: after training, batch normalisation's statistics are estimated anew from so
+            many batches of the training set (without augmentation, where the loader can be
+            asked for that). 0: the running statistics of the training.
+        select: which epoch's network is kept: of least ``loss`` (cross-entropy with the hard
+            labels) or greatest ``accuracy``, ``balanced_accuracy`` or ``auc`` on the validation
+            data, the later one of equals; ``last`` without any, or if that is asked for.
         seed: of batch order, augmentation and dropout.
     """
 
     epochs: Annotated[int, Field(ge=0)] = 10
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    schedule: Schedule = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     optimizer: Literal["adamw", "sgd"] = "adamw"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     bin_weight: Annotated[float, Field(ge=0)] = 0.1
     bin_warmup: Annotated[float, Field(ge=0, le=1)] = 0.25
+    bin_reduction: Literal["mean", "sum"] = "mean"
     distill: bool = True
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bn_batches: Annotated[int, Field(ge=0)] = 0
+    select: Selection = "auc"
     seed: int = 0
 
 

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdq import losses
+from sdq.channel_bits import ChannelWeightQuantizer
 from sdq.checkpoint import Checkpoint
 from sdq.config import TrainConfig
 from sdq.learned_scale import WeightQuantizer
+from sdq.outcome import Trained
 from sdq.quant_model import QuantModel, calibrate_
 from sdq.train import Forward, Loader, Watcher, fit, weight_groups
 
@@ -52,8 +54,12 @@ class FineTuning:
         total = torch.zeros((), device=next(self.qmodel.parameters()).device)
         for name in self.names:
             quantizer = self.qmodel.weight_quantizer(name)
-            assert isinstance(quantizer, WeightQuantizer)
-            total = total + losses.bin_regularization(*quantizer.in_steps(self.qmodel.weight(name)))
+            assert isinstance(quantizer, WeightQuantizer | ChannelWeightQuantizer)
+            weight = self.qmodel.weight(name)
+            for part, weights in quantizer.parts(weight):
+                position, level = part.in_steps(weights)
+                loss = losses.bin_regularization(position, level, self.config.bin_reduction)
+                total = total + weights.numel() / weight.numel() * loss
         return total
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
@@ -75,20 +81,26 @@ def finetune_(
     *,
     teacher: nn.Module | None = None,
     config: TrainConfig | None = None,
+    validation: Loader | None = None,
     fabric: "Fabric | None" = None,
     checkpoint: Checkpoint | None = None,
     watch: Watcher | None = None,
-) -> None:
+) -> Trained:
     """Train a quantized model in place under its policy.
 
     Args:
         qmodel: with the policy applied.
         loader: of ``(images, labels)``, with a length.
-        teacher: a float network whose soft labels are learned; None learns the hard labels.
+        teacher: any network of the same classes, whose soft labels are learned (the float
+            network itself, or a larger one); None learns the hard labels.
         config: of training.
-        fabric: device and precision.
+        validation: of ``(images, labels)``; what epochs are compared on. Never the test data.
+        fabric: device, precision and processes, launched.
         checkpoint: where to save after each epoch, and to resume from.
         watch: called after every step.
+
+    Returns:
+        The epoch whose network is left in ``qmodel``, and why.
 
     Raises:
         RunError: the loss became NaN or infinite.
@@ -97,7 +109,7 @@ def finetune_(
     if not qmodel.calibrated:
         calibrate_(qmodel, loader)
     objective = FineTuning(qmodel, config, teacher)
-    fit(
-        objective, loader, config, phase="finetune", fabric=fabric, checkpoint=checkpoint,
-        watch=watch,
+    return fit(
+        objective, loader, config, phase="finetune", validation=validation, fabric=fabric,
+        checkpoint=checkpoint, watch=watch,
     )  # fmt: skip

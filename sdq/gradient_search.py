@@ -278,7 +278,9 @@ def learn(problem: SearchProblem, mixing: Mixing) -> list[int]:
     config = problem.config
     steps = config.epochs * number_of_steps(problem.loader)
     objective = BitwidthSearch(problem, mixing, steps)
-    loop = objective.weight_config.replaced(epochs=config.epochs, seed=config.seed)
+    # bits are what counts here: the weights are not kept
+    off = {"select": "last", "bn_batches": 0}
+    loop = objective.weight_config.replaced(epochs=config.epochs, seed=config.seed, **off)
     fit(
         objective, problem.loader, loop, phase="search", fabric=problem.fabric,
         checkpoint=problem.checkpoint, watch=problem.watch,

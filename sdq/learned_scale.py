@@ -54,6 +54,8 @@ class _Quantizer(nn.Module):
 
     def _quantized(self, x: Tensor) -> Quantized:
         scale = self.scale
+        if x.dtype in (torch.bfloat16, torch.float16):
+            x = x.float()  # under autocast: eight bits of precision cannot tell 256 codes apart
         values = quantizers.quantize(x, scale, self.bits, self.signed)
         return values, scale, self.zero_point, self.bit_width
 
@@ -102,6 +104,10 @@ class WeightQuantizer(_Quantizer):
             the level it is rounded to. With the codes -1 and +1 of one bit the unit is the scale.
         """
         return weight / self.scale.detach(), self.codes(weight)
+
+    def parts(self, weight: Tensor) -> "list[tuple[WeightQuantizer, Tensor]]":
+        """Return the weights of each bitwidth with their quantizer: here all of them, with this."""
+        return [(self, weight)]
 
     def residual(self, weight: Tensor, values: Tensor, scale: Tensor) -> Tensor:
         """Return the rounding error of each weight in units of the step, without gradient.

@@ -1,6 +1,7 @@
 """Losses of phase 2: distillation from the float model, and entropy-aware bin regularization."""
 
 import copy
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,20 +38,24 @@ class Teacher:
         return distillation(student_logits, targets)
 
 
-def bin_regularization(position: Tensor, level: Tensor) -> Tensor:
+def bin_regularization(
+    position: Tensor, level: Tensor, reduction: Literal["mean", "sum"] = "mean"
+) -> Tensor:
     r"""Return the entropy-aware bin regularization of one layer.
 
-    .. math:: L_{EBR} = \frac1B \sum_n \big[(\overline{v_n} - q_n)^2 + \mathrm{Var}(v_n)\big]
+    .. math:: L_{EBR} = \sum_n \big[(\overline{v_n} - q_n)^2 + \mathrm{Var}(v_n)\big]
 
-    over the ``B`` filled bins of the layer's own bitwidth: real weights are pulled to the level
-    of the bin they round to. Weights are taken in units of the step between levels, so that a bin
-    has width 1 in every layer. The paper sums over bins; the mean is our choice, for a sum gives a
-    layer of 8 bits 64 times the say of one of 2 bits. A bin with one weight has variance 0.
+    over the filled bins of the layer's own bitwidth, or that sum over the number of filled bins:
+    real weights are pulled to the level of the bin they round to. Weights are taken in units of the
+    step between levels, so that a bin has width 1 in every layer. A bin with one weight has
+    variance 0.
 
     Args:
         position: of each weight among the levels, in steps; see
             :meth:`sdq.learned_scale.WeightQuantizer.in_steps`.
         level: that each weight is rounded to, in steps; they differ by whole numbers.
+        reduction: over the bins. The paper has the ``sum``; the ``mean`` is our choice, for a sum
+            gives a layer of 8 bits 64 times the say of one of 2 bits.
 
     Source: Huang et al., SDQ, ICML 2022, equation 10; Han et al., "Improving Low-Precision Network
     Quantization via Bin Regularization", ICCV 2021, equation 5.
@@ -69,4 +74,5 @@ def bin_regularization(position: Tensor, level: Tensor) -> Tensor:
     # the unbiased variance; one weight alone deviates from its mean by 0
     variance = square / (filled - 1).clamp_min(1)
     levels = low + torch.arange(len(count), device=values.device, dtype=values.dtype)
-    return ((mean - levels).square() + variance)[count > 0].mean()
+    terms = ((mean - levels).square() + variance)[count > 0]
+    return terms.sum() if reduction == "sum" else terms.mean()

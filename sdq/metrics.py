@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional import classification as tm
 
+from sdq.batches import Loader
 from sdq.errors import RunError
-from sdq.train import Loader
 
 
 @torch.no_grad()

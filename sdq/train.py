@@ -6,7 +6,7 @@ the resumed run ends bit for bit where the undisturbed one does.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,15 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdq import parallel
+from sdq.batches import Loader as Loader
 from sdq.batches import generator
 from sdq.checkpoint import Checkpoint
 from sdq.config import TrainConfig
+from sdq.diagnosis import LOWER, origin, weight_not_finite
 from sdq.errors import RequestError, RunError
+from sdq.outcome import Outcome, Trained
+from sdq.schedules import learning_rate
 
 if TYPE_CHECKING:  # it imports half of torch: only who trains waits for it
     from lightning_fabric import Fabric
 
-Loader = Iterable[tuple[Tensor, Tensor]]
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -75,20 +79,26 @@ def fit(
     config: TrainConfig,
     *,
     phase: str,
+    validation: Loader | None = None,
     fabric: "Fabric | None" = None,
     checkpoint: Checkpoint | None = None,
     watch: Watcher | None = None,
-) -> None:
+) -> Trained:
     """Train ``objective.module`` in place.
 
     Args:
         objective: loss and hooks.
-        loader: of ``(images, labels)``; if it has ``set_epoch``, that is called.
-        config: epochs, optimizer, schedule, seed.
+        loader: of ``(images, labels)``; if it has ``set_epoch``, that is called. Where several
+            processes train, each is given the same batches and takes its share.
+        config: epochs, optimizer, schedule, seed, and what of the training is kept.
         phase: a name for reports and messages.
-        fabric: device and precision; None takes the module's device as it is.
+        validation: of ``(images, labels)``; what epochs are compared on.
+        fabric: device, precision and processes, launched; None takes the module's device as it is.
         checkpoint: where to save after each epoch, and to resume from if something is there.
-        watch: called after every step.
+        watch: called after every step, in the first process.
+
+    Returns:
+        The epoch whose network is left in ``objective.module``, and why.
 
     Raises:
         RunError: the loss became NaN or infinite; the last good checkpoint stays.
@@ -104,7 +114,10 @@ def fit(
     raw = _optimizer(groups, config)
     forward, optimizer = fabric.setup(objective.module, raw)
     # after setup, so that what is loaded goes to the device where the module now is
-    first = checkpoint.load_(objective.module, raw) if checkpoint else 0
+    outcome = Outcome(objective.module, loader, config, fabric, validation)
+    first = checkpoint.load_(objective.module, raw, outcome) if checkpoint else 0
+    if not fabric.is_global_zero:  # the first process speaks and writes for all
+        checkpoint = watch = None
     steps = number_of_steps(loader)
     bases = [group["lr"] for group in groups]
     for epoch in range(first, config.epochs):
@@ -112,36 +125,60 @@ def fit(
             loader.set_epoch(epoch)
         objective.start_epoch(epoch, config.epochs)
         objective.module.train()
-        total, count = 0.0, 0
-        with torch.random.fork_rng():  # dropout draws from torch's global generator
+        total, count, rate = 0.0, 0, 0.0
+        # dropout draws from torch's global generator, and so does a shuffling DataLoader, whose
+        # batches must be the same in every process
+        with torch.random.fork_rng():
             torch.manual_seed(generator(config.seed, phase, epoch).initial_seed())
             for step, (images, labels) in enumerate(loader):
                 done = epoch * steps + step
+                rate = learning_rate(config.schedule, done / (config.epochs * steps), config.warmup)
                 for group, base in zip(raw.param_groups, bases, strict=True):
                     if not group.get("constant"):
-                        group["lr"] = base * _schedule(done / (config.epochs * steps), config)
+                        group["lr"] = base * rate
                 images, labels = images.to(fabric.device), labels.to(fabric.device)
                 if images.dim() == 4:
                     images = images.contiguous(memory_format=torch.channels_last)
-                loss = objective.loss(forward, images, labels)
-                value = float(loss.detach())
+                own_images, own_labels, weight = parallel.own_share(fabric, images, labels)
+                loss = objective.loss(forward, own_images, own_labels)
+                if weight != 1:
+                    loss = loss * weight
+                value = parallel.mean(fabric, loss)
                 if not math.isfinite(value):
-                    raise RunError(_diverged(phase, epoch, step, value, checkpoint))
+                    # of the whole batch: the trouble may be in another process's share
+                    where, repair = origin(objective.module, images, fabric.autocast())
+                    got = f"{value} in epoch {epoch + 1}, step {step + 1}: {where}"
+                    raise RunError(_diverged(f"{phase}: loss", got, epoch, checkpoint, repair))
                 optimizer.zero_grad(set_to_none=True)
                 fabric.backward(loss)
                 optimizer.step()
                 objective.after_step((done + 1) / (config.epochs * steps))
+                outcome.after_step()
                 total, count = total + value * len(labels), count + len(labels)
                 if watch:
                     watch(StepReport(phase, epoch, config.epochs, step + 1, steps, value))
         if not count:
             raise RequestError(f"{phase}: the training set must have images, got none")
-        _check_finite(objective.module, phase, epoch, checkpoint)
+        if (name := weight_not_finite(objective.module)) is not None:
+            got = f"NaN or infinity in {name!r} after epoch {epoch + 1}"
+            raise RunError(_diverged(f"{phase}: weights", got, epoch, checkpoint))
+        parallel.average_statistics_(fabric, objective.module)
+        try:
+            validated = outcome.end_epoch(epoch + 1)
+        except RunError as error:
+            got = f"NaN or infinity on the validation data after epoch {epoch + 1}"
+            raise RunError(_diverged(f"{phase}: outputs", got, epoch, checkpoint)) from error
         if watch:  # before the checkpoint: what it says of this epoch would be lost otherwise
-            record = {"train_loss": total / count, **objective.describe()}
+            record = {
+                "train_loss": total / count,
+                "lr": config.lr * rate,
+                **objective.describe(),
+                **validated,
+            }
             watch(StepReport(phase, epoch, config.epochs, steps, steps, total / count, record))
         if checkpoint:
-            checkpoint.save(objective.module, raw, epoch + 1)
+            checkpoint.save(objective.module, raw, epoch + 1, outcome)
+    return outcome.finish_()
 
 
 def number_of_steps(loader: Loader) -> int:
@@ -154,13 +191,6 @@ def number_of_steps(loader: Loader) -> int:
     return max(len(loader), 1)
 
 
-def _schedule(done: float, config: TrainConfig) -> float:
-    if done < config.warmup:
-        return max(done / config.warmup, 1e-3)
-    share = (done - config.warmup) / (1 - config.warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-
-
 def _optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
@@ -168,22 +198,10 @@ def _optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim
 
 
 def _diverged(
-    phase: str, epoch: int, step: int, value: float, checkpoint: Checkpoint | None
+    what: str, got: str, epochs: int, checkpoint: Checkpoint | None, repair: str = LOWER
 ) -> str:
-    kept = f"; the state after epoch {epoch} is kept" if checkpoint and epoch else ""
-    return (
-        f"{phase}: loss must be finite, got {value} in epoch {epoch + 1}, step {step + 1}{kept}; "
-        "lower the learning rate"
-    )
-
-
-def _check_finite(module: nn.Module, phase: str, epoch: int, checkpoint: Checkpoint | None) -> None:
-    for name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise RunError(
-                f"{phase}: weights must be finite, got NaN or infinity in {name!r} "
-                f"after epoch {epoch + 1}; lower the learning rate"
-            )
+    kept = f"; the state after epoch {epochs} is kept" if checkpoint and epochs else ""
+    return f"{what} must be finite, got {got}{kept}; {repair}"
 
 
 def weight_groups(module: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -239,18 +257,20 @@ def train_(
     loader: Loader,
     config: TrainConfig | None = None,
     *,
+    validation: Loader | None = None,
     fabric: "Fabric | None" = None,
     checkpoint: Checkpoint | None = None,
     watch: Watcher | None = None,
-) -> None:
-    """Train a float network in place with cross-entropy.
+) -> Trained:
+    """Train a float network in place with cross-entropy; see :func:`fit` for the arguments.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     >>> batch = (torch.zeros(2, 1, 2, 2), torch.tensor([0, 1]))
     >>> train_(net, [batch], TrainConfig(epochs=1))
+    Trained(best_epoch=1, selected_by='last', score=None)
     """
     config = config or TrainConfig()
-    fit(
-        FloatTraining(model, config), loader, config, phase="train", fabric=fabric,
-        checkpoint=checkpoint, watch=watch,
+    return fit(
+        FloatTraining(model, config), loader, config, phase="train", validation=validation,
+        fabric=fabric, checkpoint=checkpoint, watch=watch,
     )  # fmt: skip

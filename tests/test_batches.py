@@ -235,3 +235,19 @@ def test_every_purpose_and_epoch_has_its_own_stream() -> None:
     # nearby seeds are unrelated: first draws are uniform (five standard errors of their mean)
     assert abs(float(first.mean()) - 0.5) < 5 * (1 / 12) ** 0.5 / len(first) ** 0.5
     assert generator(3, "gumbel", 2).initial_seed() == streams[3, "gumbel", 2]
+
+
+def test_unaugmented_batches_are_the_same_images_in_the_same_order() -> None:
+    whole = Batches(image_set(), PLAIN, batch_size=4, shuffle=True, augment=Augmentation(), seed=3)
+    plain = Batches(image_set(), PLAIN, batch_size=4, shuffle=True, seed=3)
+    for number in (0, 2):
+        for (x, y), (a, b) in zip(
+            epoch(whole.unaugmented(), number), epoch(plain, number), strict=True
+        ):
+            assert torch.equal(x, a)
+            assert torch.equal(y, b)
+        labels = [y for _, y in epoch(whole, number)]
+        assert all(
+            torch.equal(a, b)
+            for a, (_, b) in zip(labels, epoch(whole.unaugmented(), number), strict=True)
+        )

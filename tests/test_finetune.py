@@ -14,6 +14,8 @@ from sdq.checkpoint import Checkpoint, load_tensors
 from sdq.config import QuantConfig, TrainConfig
 from sdq.errors import RunError
 from sdq.finetune import FineTuning, finetune_
+from sdq.learned_scale import ActQuantizer
+from sdq.parallel import open_fabric
 from sdq.quant_model import QuantModel, apply_policy_, calibrate_, quantize
 from sdq.train import StepReport, train_
 
@@ -63,6 +65,19 @@ def test_the_loss_is_distillation_plus_the_bins_of_the_searched_layers(
     found = float(objective.loss(qmodel, images, labels).detach())
     assert found == pytest.approx(kd_loss + 0.3 * bins, rel=1e-5)  # float32
     assert objective.describe()["bin_loss"] == pytest.approx(bins, rel=1e-5)
+
+
+def test_the_bins_are_summed_if_that_is_asked_for(
+    teacher: nn.Module, batches: Callable[..., list[Batch]]
+) -> None:
+    qmodel = student(teacher)
+    calibrate_(qmodel, batches())
+    found = FineTuning(qmodel, TrainConfig(bin_reduction="sum"), teacher).bin_loss()
+    expected = sum(
+        losses.bin_regularization(qmodel.weight(n), qmodel.weight_quantizer(n).scale, b, "sum")
+        for n, b in (("small", 1), ("wide", 2), ("deep", 3), ("hidden", 4))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("distill", [True, False])
@@ -127,6 +142,53 @@ def test_an_uncalibrated_network_is_calibrated_and_a_calibrated_one_is_not_again
     finetune_(qmodel, batches(seed=3), config=TrainConfig(epochs=0))
     again = [q.base for q in qmodel.act_quantizers().values()]
     assert all(torch.equal(a, b) for a, b in zip(scales, again, strict=True))
+
+
+def test_a_larger_teacher_of_other_layers(batches: Callable[..., list[Batch]]) -> None:
+    torch.manual_seed(0)
+    large = nn.Sequential(
+        nn.Conv2d(1, 24, 3), nn.BatchNorm2d(24), nn.ReLU(), nn.Flatten(), nn.Linear(864, 3)
+    )
+    train_(large, batches(), TrainConfig(epochs=4, lr=0.01))
+    large.eval()
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(64, 3),
+    )  # fmt: skip
+    qmodel, loader = quantize(net, QuantConfig(), sample=torch.zeros(1, 1, 8, 8)), batches()
+    calibrate_(qmodel, loader)
+    before = kd(qmodel, large, loader)
+    finetune_(qmodel, loader, teacher=large, config=TrainConfig(epochs=6, lr=1e-2))
+    assert kd(qmodel, large, loader) < 0.5 * before
+
+
+def test_bfloat16_is_close_to_float32(
+    teacher: nn.Module, batches: Callable[..., list[Batch]]
+) -> None:
+    found: dict[str, list[float]] = {"32": [], "bf16": []}
+    for precision, reported in found.items():
+        qmodel = student(teacher)
+        finetune_(
+            qmodel, batches(), teacher=teacher, config=TrainConfig(epochs=2, lr=1e-3),
+            fabric=open_fabric("cpu", 1, precision), watch=lambda r, to=reported: to.append(r.loss),
+        )  # fmt: skip
+        floats = [v for v in qmodel.state_dict().values() if v.is_floating_point()]
+        assert {v.dtype for v in floats} == {torch.float32}
+        quantizers = list(qmodel.act_quantizers().values())
+        assert {q.scale.dtype for q in quantizers} == {torch.float32}
+    # bfloat16 has 8 bits of precision: 2^-8 is 0.4 % in each product
+    assert found["bf16"] == pytest.approx(found["32"], rel=0.05)
+    assert found["bf16"] != found["32"]
+
+
+def test_activations_are_rounded_in_float32_whatever_comes_in() -> None:
+    quantizer = ActQuantizer(8, signed=False)
+    quantizer.base.fill_(0.013)
+    quantizer.calibrated.fill_(True)
+    x = torch.rand(1000, generator=torch.Generator().manual_seed(0)).mul(3).to(torch.bfloat16)
+    values, scale, *_ = quantizer(x)
+    assert values.dtype == scale.dtype == torch.float32
+    assert torch.equal(values, quantizer(x.float())[0])
 
 
 class Stopped(Exception):

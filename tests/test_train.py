@@ -139,7 +139,11 @@ def test_reports_of_every_step_and_epoch(
     assert {(r.phase, r.epochs, r.steps) for r in reports} == {("train", 2, 3)}
     mean = sum(r.loss for r in reports[:3]) / 3  # equal batches
     assert reports[3].loss == pytest.approx(mean)
-    assert reports[3].end_of_epoch == {"train_loss": reports[3].loss}
+    # a cosine over 6 steps, after a rise over a twentieth of them; no validation data
+    last = 1e-3 * 0.5 * (1 + math.cos(math.pi * (2 / 6 - 0.05) / 0.95))
+    assert reports[3].end_of_epoch == {
+        "train_loss": reports[3].loss, "lr": pytest.approx(last), "selected_by": "last",
+    }  # fmt: skip
 
 
 def test_no_epochs_change_nothing(
@@ -320,8 +324,8 @@ def test_a_loss_that_is_not_finite_names_phase_epoch_and_step(
     file = tmp_path / "c.safetensors"
     kept = f"; the state after epoch {epoch} is kept" if epoch else ""
     message = (
-        f"train: loss must be finite, got nan in epoch {epoch + 1}, step {step + 1}{kept}; "
-        "lower the learning rate"
+        f"train: loss must be finite, got nan in epoch {epoch + 1}, step {step + 1}: "
+        f"the images of the batch are not finite{kept}; mend the data"
     )
     with pytest.raises(RunError) as caught:
         train_(

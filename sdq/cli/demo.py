@@ -11,12 +11,14 @@ from sdq.cli import inputs as inp
 from sdq.cli import options
 from sdq.cli.evaluate import run_inputs
 from sdq.cli.export_run import describe, write_and_verify
+from sdq.cli.plan import Plan
 from sdq.cli.progress import Watch, show_json, show_table
-from sdq.cli.quantize import Plan, asked_for, open_source, prepare, run_quantize
+from sdq.cli.quantize import asked_for, open_source, prepare, run_quantize
 from sdq.cli.train import train
 from sdq.config import QuantConfig, SearchConfig, TrainConfig
 from sdq.cost import Budget
 from sdq.errors import RequestError, RunError
+from sdq.parallel import open_fabric
 from sdq.policy import FLOAT_BITS, BitwidthPolicy
 from sdq.quant_model import quantize
 from sdq.run_folder import RunFolder
@@ -75,7 +77,7 @@ def _quantized(out: Path, method: str, seed: int, quiet: bool) -> dict[str, Any]
     request = inp.DataRequest(DATA, seed=seed)
     source = open_source(None, None, out / "float", request)
     asked = asked_for("quantize", None, None, out / "float", source.inputs.request, plan)
-    fabric = inp.open_device("cpu")
+    fabric = open_fabric("cpu")
     with (
         RunFolder.create(out / method, asked, resume=False) as run,
         Watch(run, quiet=quiet) as watch,

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from sdq.errors import RequestError
 from sdq.policy import BitwidthPolicy
 from sdq.quant_model import QuantModel, apply_policy_, quantize
 from sdq.run_folder import RunFolder, fingerprint
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,17 @@ class Inputs:
     def sample(self) -> Tensor:
         """An input of the right shape, ``(1, C, H, W)``."""
         return torch.zeros(1, *self.splits.image_shape)
+
+    @property
+    def validation(self) -> Batches | None:
+        """The validation set, where there is one besides the test set.
+
+        Where there is no test set, the validation set is what the result is measured on; to choose
+        an epoch by it would flatter the result.
+        """
+        if self.splits.val is None or self.splits.test is None:
+            return None
+        return self.plain(self.splits.val)
 
     def held_out(self) -> Batches:
         """Return the test set; the validation set where there is no test set."""
@@ -308,19 +316,6 @@ def describe_model(reference: str) -> dict[str, Any]:
         path, _, function = reference.rpartition(":")
         reference = f"{Path(path).resolve()}:{function}"
     return {"reference": reference, "sha256": digest}
-
-
-def open_device(device: str) -> "Fabric":
-    """Return Fabric for ``cpu``, ``cuda`` or ``auto``."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise RequestError(f"--device: must be auto, cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RequestError("--device: cuda must be available, but torch sees none; use cpu")
-    from lightning_fabric import Fabric  # here: it imports half of torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Fabric(accelerator=device, devices=1)
 
 
 def check_logits(network: nn.Module, sample: Tensor, classes: int) -> None:

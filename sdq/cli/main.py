@@ -5,6 +5,7 @@ standard output.
 """
 
 import errno
+import os
 import sys
 import warnings
 
@@ -69,7 +70,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes the first one speaks
+        print(f"error: {message}", file=sys.stderr)
     return code
 
 

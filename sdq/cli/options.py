@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from sdq import config
 from sdq.errors import RequestError
+from sdq.parallel import Precision as PrecisionKind
 
 
 def finite(option: typer.CallbackParam, value: float) -> float:
@@ -37,6 +39,35 @@ DataRoot = Annotated[
 Out = Annotated[Path, typer.Option(help="Run folder to write; must be new or empty.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Devices = Annotated[
+    int, typer.Option(min=1, help="GPUs, or processes on a CPU; each takes its share of a batch.")
+]
+Precision = Annotated[
+    PrecisionKind, typer.Option(help="bf16: forward passes under autocast; scales stay float32.")
+]
+TRAINING = config.TrainConfig()
+"""Whose defaults are those of the options below."""
+
+OptimizerKind = Literal["adamw", "sgd"]
+Optimizer = Annotated[OptimizerKind, typer.Option(help="sgd has Nesterov momentum 0.9.")]
+WeightDecay = Annotated[
+    float, typer.Option(callback=finite, help="Decoupled; not on scales, biases and batch norm.")
+]
+Schedule = Annotated[
+    config.Schedule, typer.Option(help="How the learning rate goes on after its rise.")
+]
+EmaDecay = Annotated[
+    float,
+    typer.Option(callback=finite, help="Keep the moving average of the weights; 0: the last ones."),
+]
+BnBatches = Annotated[
+    int,
+    typer.Option(min=0, help="Batches to estimate batch norm's statistics anew from; 0: not anew."),
+]
+Select = Annotated[
+    config.Selection,
+    typer.Option(help="Validation metric that chooses the epoch to keep; last: none."),
+]
 BatchSize = Annotated[int, typer.Option(min=1)]
 ImageSize = Annotated[
     int | None, typer.Option(min=4, help="Side in pixels to resize to; default: the data's own.")

@@ -3,23 +3,24 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from torch import nn
 
 import hw
-from sdq import plugins
 from sdq.cli import inputs as inp
-from sdq.cli import options
+from sdq.cli import options, processes
+from sdq.cli.plan import Limits, Plan, make_plan, make_quant_config
 from sdq.cli.progress import Watch, show_json, show_table
+from sdq.cli.teacher import TeacherRequest, open_teacher
 from sdq.cli.train import summary
-from sdq.config import QuantConfig, SearchConfig, TrainConfig
-from sdq.cost import Budget, CostFn
+from sdq.config import SearchConfig, TrainConfig
 from sdq.errors import RequestError
 from sdq.finetune import finetune_
 from sdq.metrics import agreement, classification_metrics, predict
-from sdq.policy import FLOAT_BITS, BitwidthPolicy
+from sdq.parallel import open_fabric
+from sdq.policy import BitwidthPolicy
 from sdq.projection import check_reachable
 from sdq.quant_model import QuantModel, apply_policy_, calibrate_
 from sdq.quant_model import quantize as quantize_model
@@ -29,168 +30,6 @@ from sdq.search_space import SearchSpace
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a quantize or search run does, apart from data and network."""
-
-    quant: QuantConfig
-    budget: Budget | None
-    method: str
-    search: SearchConfig
-    train: TrainConfig | None
-    given_policy: str | None = None
-    target: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what is asked, for ``run.json``."""
-        budget = None
-        if self.budget is not None:
-            costs = {f"{self.target}:{cost.__name__}": limit for cost, limit in self.budget.costs}
-            budget = {**vars(self.budget), "costs": costs}
-        return {
-            "quant": self.quant.model_dump(),
-            "budget": budget,
-            "search_method": self.method,
-            "search": self.search.model_dump(),
-            "train": self.train.model_dump() if self.train else None,
-            "policy": self.given_policy,
-        }
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The budgets that can be asked for on the command line."""
-
-    bits: float | None = None
-    weight_kb: float | None = None
-    bops_g: float | None = None
-    latency_ms: float | None = None
-    target: str | None = None
-    avg_act_bits: float | None = None
-
-    def budget(self) -> Budget:
-        """Return them as one budget.
-
-        Raises:
-            RequestError: there is none, or a latency without a device.
-        """
-        weights = (self.bits, self.weight_kb, self.bops_g, self.latency_ms)
-        if all(v is None for v in weights):
-            raise RequestError(
-                "budget: must be given; pass --bits 2.0, --weight-kb, --bops-g, or --target with "
-                "--latency-ms"
-            )
-        costs: tuple[tuple[CostFn, float], ...] = ()
-        if self.latency_ms is not None:
-            if self.target is None:
-                raise RequestError("--latency-ms: must stand with --target; see `sdq list targets`")
-            costs = ((hw.target(self.target).latency_s, self.latency_ms / 1e3),)
-        return Budget(
-            avg_weight_bits=self.bits,
-            weight_bytes=self.weight_kb * 1000 if self.weight_kb is not None else None,
-            bops=self.bops_g * 1e9 if self.bops_g is not None else None,
-            avg_act_bits=self.avg_act_bits,
-            costs=costs,
-        )
-
-
-def make_quant_config(
-    *,
-    choices: str,
-    act_bits: int,
-    act_choices: str,
-    learn_act_bits: bool,
-    first_last_bits: int,
-    pin: list[str] | None,
-    layer_choices: list[str] | None,
-    weight_scale: options.ScaleGranularity,
-    scale: options.ScaleKind,
-    weight_quantizer: options.QuantizerKind,
-    granularity: options.GranularityName,
-    target: str | None,
-) -> QuantConfig:
-    """Check the options of quantization and gather them.
-
-    Raises:
-        RequestError: a value out of range, or bits that the target has not.
-    """
-    if granularity == "channel" and weight_scale != "per_channel":
-        raise RequestError(
-            "--granularity: channel must stand with --weight-scale per_channel: channels of "
-            f"different bitwidths have scales of their own, got {weight_scale}"
-        )
-    pins = []
-    for pattern, value in options.rules(pin, "--pin"):
-        bits = options.integers(value, "--pin")
-        if len(bits) != 1:
-            raise RequestError(f"--pin: must be 'PATTERN=BITS', got {pattern}={value}")
-        pins.append((pattern, bits[0]))
-    special = [
-        (pattern, options.integers(value, "--layer-choices"))
-        for pattern, value in options.rules(layer_choices, "--layer-choices")
-    ]
-    widths = options.integers(choices, "--choices")
-    acts = options.integers(act_choices, "--act-choices")
-    if target is not None:
-        device = hw.target(target)
-        widths = legal(widths, device.weight_bits, "--choices", target)
-        if learn_act_bits:
-            acts = legal(acts, device.act_bits, "--act-choices", target)
-        else:
-            legal((act_bits,), (*device.act_bits, FLOAT_BITS), "--act-bits", target)
-        special = [
-            (name, legal(bits, device.weight_bits, "--layer-choices", target))
-            for name, bits in special
-        ]
-    return QuantConfig(
-        bit_choices=widths,
-        act_bits=act_bits,
-        act_choices=acts if learn_act_bits else None,
-        first_last_bits=first_last_bits or None,
-        pins=tuple(pins),
-        layer_choices=tuple(special),
-        weight_scale=weight_scale,
-        restrict_scale=scale,
-        weight_quantizer=weight_quantizer,
-    )
-
-
-def legal(
-    asked: tuple[int, ...], known: tuple[int, ...], option: str, target: str
-) -> tuple[int, ...]:
-    """Return those bitwidths that a target computes with; RequestError if there is none."""
-    found = tuple(bits for bits in asked if bits in known)
-    if not found:
-        raise RequestError(
-            f"{option}: must have bits that {target} computes with ({', '.join(map(str, known))}), "
-            f"got {', '.join(map(str, asked))}"
-        )
-    return found
-
-
-def make_plan(
-    quant: QuantConfig,
-    limits: Limits,
-    *,
-    search_method: str,
-    search: SearchConfig,
-    train: TrainConfig | None,
-    policy: Path | None = None,
-) -> Plan:
-    """Check the options of a run and gather them.
-
-    Raises:
-        RequestError: no budget (or a budget and a policy), or an unknown method.
-    """
-    plugins.load("sdq.search_methods", search_method)
-    if policy is None:
-        return Plan(quant, limits.budget(), search_method, search, train, None, limits.target)
-    given = (limits.bits, limits.weight_kb, limits.bops_g, limits.latency_ms)
-    if any(v is not None for v in given):
-        raise RequestError("--policy: must stand without a budget, got both; drop one")
-    return Plan(quant, None, search_method, search, train, str(policy), limits.target)
 
 
 @dataclass(frozen=True)
@@ -284,12 +123,16 @@ def run_quantize(
     fabric: "Fabric",
     watch: Watch,
     seed: int,
+    teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Do all of ``sdq quantize`` in an open run folder and return the metrics.
 
-    ``qmodel`` is what :func:`prepare` returned; it is changed.
+    ``qmodel`` is what :func:`prepare` returned; it is changed. ``teacher`` is that of phase 2; None
+    is the float network itself. In phase 1 it is always that: what a bit is worth shows where the
+    labels ask for nothing that the float network does not already give.
     """
     start(run, source, plan, qmodel, seed)
+    fabric.barrier()  # the other processes read what the first one wrote
     policy = find_policy(qmodel, source, plan, run, fabric, watch)
     apply_policy_(qmodel, policy)
     if not qmodel.calibrated:  # activations whose bits were learned have new quantizers
@@ -300,13 +143,14 @@ def run_quantize(
         "data": document["data"]["fingerprint"],
         "policy": policy.to_json(),
     }
-    finetune_(
-        qmodel, source.inputs.train, teacher=source.network, config=plan.train, fabric=fabric,
+    trained = finetune_(
+        qmodel, source.inputs.train, teacher=teacher or source.network, config=plan.train,
+        validation=source.inputs.validation, fabric=fabric,
         checkpoint=run.checkpoint("finetune", identity), watch=watch,
     )  # fmt: skip
     qmodel.cpu()
     run.write_tensors("model.safetensors", qmodel.state_dict())
-    metrics = measure(qmodel, source)
+    metrics = {**measure(qmodel, source), **trained.to_json()}
     run.write_json("metrics.json", metrics)
     run.update(status="done")
     return metrics
@@ -372,9 +216,32 @@ def quantize(
     lr: Annotated[
         float, typer.Option(callback=options.finite, help="Peak learning rate of fine-tuning.")
     ] = 1e-3,
+    weight_decay: options.WeightDecay = options.TRAINING.weight_decay,
+    optimizer: options.Optimizer = options.TRAINING.optimizer,
+    schedule: options.Schedule = options.TRAINING.schedule,
     bin_weight: Annotated[
         float, typer.Option(callback=options.finite, help="lambda_E of bin regularization.")
-    ] = 0.1,
+    ] = options.TRAINING.bin_weight,
+    bin_reduction: Annotated[
+        Literal["mean", "sum"], typer.Option(help="Over a layer's bins; the paper has the sum.")
+    ] = "mean",
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder of `sdq train` whose network teaches phase 2; "
+            "default: the float network itself."
+        ),
+    ] = None,
+    teacher_model: Annotated[
+        str | None, typer.Option(help="As --model, of a teacher without a run folder.")
+    ] = None,
+    teacher_weights: Annotated[Path | None, typer.Option(help="Of --teacher-model.")] = None,
+    distill: Annotated[
+        bool, typer.Option(help="Learn the teacher's soft labels in phase 2, or the data's own.")
+    ] = True,
+    ema_decay: options.EmaDecay = options.TRAINING.ema_decay,
+    bn_batches: options.BnBatches = options.TRAINING.bn_batches,
+    select: options.Select = options.TRAINING.select,
     data_root: options.DataRoot = None,
     batch_size: options.BatchSize = 128,
     image_size: options.ImageSize = None,
@@ -384,6 +251,8 @@ def quantize(
     augment: options.Augment = True,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    devices: options.Devices = 1,
+    precision: options.Precision = "32",
     resume: options.Resume = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
@@ -392,7 +261,12 @@ def quantize(
 
     Example: `sdq quantize --from f --data dermamnist --data-root DIR --bits 2.0 --out q`
     """
-    tuning = TrainConfig(epochs=epochs, lr=lr, bin_weight=bin_weight, seed=seed)
+    tuning = TrainConfig(
+        epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule,
+        bin_weight=bin_weight, bin_reduction=bin_reduction, distill=distill, ema_decay=ema_decay,
+        bn_batches=bn_batches, select=select, seed=seed,
+    )  # fmt: skip
+    asked_teacher = TeacherRequest.of(teacher, teacher_model, teacher_weights, distill=distill)
     quant = make_quant_config(
         choices=choices, act_bits=act_bits, act_choices=act_choices,
         learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
@@ -404,9 +278,15 @@ def quantize(
     )
     searching = SearchConfig(granularity=granularity, epochs=search_epochs, seed=seed)
     plan = make_plan(
-        quant, limits, search_method=search_method, search=searching, train=tuning, policy=policy
+        quant,
+        limits,
+        search_method=search_method,
+        search=searching,
+        train=tuning,
+        policy=policy,
+        teacher=asked_teacher,
     )
-    fabric = inp.open_device(device)
+    fabric = open_fabric(device, devices, precision)
     request = inp.DataRequest(
         data, str(data_root) if data_root else None, image_size, mean, std, split, batch_size,
         seed, augment,
@@ -414,11 +294,15 @@ def quantize(
     check_new(out, resume=resume)
     source = open_source(model, weights, from_, request)
     asked = asked_for("quantize", model, weights, from_, source.inputs.request, plan)
-    qmodel = prepare(
-        source, plan
-    )  # whatever is wrong with the request shows before a folder is made
-    with RunFolder.create(out, asked, resume=resume) as run, Watch(run, quiet=quiet) as watch:
-        metrics = run_quantize(run, source, plan, qmodel, fabric, watch, seed)
+    asked |= {"devices": devices, "precision": precision}
+    # whatever is wrong with the request shows before a folder is made
+    network = open_teacher(asked_teacher, source.inputs) if asked_teacher else None
+    qmodel = prepare(source, plan)
+    run = processes.begin(fabric, out, asked, resume=resume)
+    quiet, json_ = quiet or not fabric.is_global_zero, json_ and fabric.is_global_zero
+    with run, Watch(run, quiet=quiet) as watch:
+        metrics = run_quantize(run, source, plan, qmodel, fabric, watch, seed, network)
+        processes.end(fabric)
     weights_count = sum(b.num_weights for b in BitwidthPolicy.load(out / "policy.json"))
     show_table(f"{data}: {out}", rows(metrics, 4.0 * weights_count), quiet=quiet)
     if json_:

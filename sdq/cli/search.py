@@ -1,20 +1,19 @@
 """``sdq search``: phase 1 only."""
 
 from sdq.cli import inputs as inp
-from sdq.cli import options
+from sdq.cli import options, processes
+from sdq.cli.plan import Limits, make_plan, make_quant_config
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.quantize import (
-    Limits,
     asked_for,
     find_policy,
-    make_plan,
-    make_quant_config,
     open_source,
     prepare,
     start,
 )
 from sdq.config import SearchConfig
-from sdq.run_folder import RunFolder, check_new
+from sdq.parallel import open_fabric
+from sdq.run_folder import check_new
 
 
 def search(
@@ -50,6 +49,8 @@ def search(
     augment: options.Augment = True,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    devices: options.Devices = 1,
+    precision: options.Precision = "32",
     resume: options.Resume = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
@@ -69,7 +70,7 @@ def search(
     )
     searching = SearchConfig(granularity=granularity, epochs=search_epochs, seed=seed)
     plan = make_plan(quant, limits, search_method=search_method, search=searching, train=None)
-    fabric = inp.open_device(device)
+    fabric = open_fabric(device, devices, precision)
     request = inp.DataRequest(
         data, str(data_root) if data_root else None, image_size, mean, std, split, batch_size,
         seed, augment,
@@ -78,10 +79,15 @@ def search(
     source = open_source(model, weights, from_, request)
     qmodel = prepare(source, plan)
     asked = asked_for("search", model, weights, from_, source.inputs.request, plan)
-    with RunFolder.create(out, asked, resume=resume) as run, Watch(run, quiet=quiet) as watch:
+    asked |= {"devices": devices, "precision": precision}
+    run = processes.begin(fabric, out, asked, resume=resume)
+    quiet, json_ = quiet or not fabric.is_global_zero, json_ and fabric.is_global_zero
+    with run, Watch(run, quiet=quiet) as watch:
         start(run, source, plan, qmodel, seed)
+        fabric.barrier()  # the others read what the first one wrote
         policy = find_policy(qmodel, source, plan, run, fabric, watch)
         run.update(status="done")
+        processes.end(fabric)
     rows = [
         {"layer": b.name, "weights": b.num_weights, "weight bits": b.weight_bits,
          "act bits": b.act_bits, "searched": "yes" if b.searched else "no"}

@@ -1,20 +1,19 @@
 """``sdq train``: a float network."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from sdq.batches import generator
 from sdq.cli import inputs as inp
-from sdq.cli import options
+from sdq.cli import options, processes
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.config import TrainConfig
 from sdq.metrics import evaluate
-from sdq.run_folder import RunFolder, check_new
+from sdq.parallel import open_fabric
+from sdq.run_folder import check_new
 from sdq.train import train_
-
-Optimizer = Literal["adamw", "sgd"]
 
 
 def train(
@@ -24,8 +23,12 @@ def train(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set.")] = 20,
     weights: options.Weights = None,
     lr: Annotated[float, typer.Option(callback=options.finite, help="Peak learning rate.")] = 2e-3,
-    weight_decay: Annotated[float, typer.Option(callback=options.finite)] = 1e-2,
-    optimizer: Annotated[Optimizer, typer.Option()] = "adamw",
+    weight_decay: options.WeightDecay = 1e-2,
+    optimizer: options.Optimizer = "adamw",
+    schedule: options.Schedule = options.TRAINING.schedule,
+    ema_decay: options.EmaDecay = options.TRAINING.ema_decay,
+    bn_batches: options.BnBatches = options.TRAINING.bn_batches,
+    select: options.Select = options.TRAINING.select,
     data_root: options.DataRoot = None,
     batch_size: options.BatchSize = 128,
     image_size: options.ImageSize = None,
@@ -35,6 +38,8 @@ def train(
     augment: options.Augment = True,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    devices: options.Devices = 1,
+    precision: options.Precision = "32",
     resume: options.Resume = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
@@ -49,10 +54,11 @@ def train(
         seed, augment,
     )  # fmt: skip
     config = TrainConfig(
-        epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, seed=seed
-    )
+        epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule,
+        ema_decay=ema_decay, bn_batches=bn_batches, select=select, seed=seed,
+    )  # fmt: skip
     check_new(out, resume=resume)
-    fabric = inp.open_device(device)
+    fabric = open_fabric(device, devices, precision)
     described = inp.describe_model(model)
     inputs = inp.open_inputs(request)
     classes = len(inputs.splits.class_names)
@@ -69,20 +75,26 @@ def train(
         "weights": str(weights) if weights else None,
         "data": vars(request),
         "train": config.model_dump(),
+        "devices": devices,
+        "precision": precision,
     }
-    with RunFolder.create(out, asked, resume=resume) as run, Watch(run, quiet=quiet) as watch:
+    run = processes.begin(fabric, out, asked, resume=resume)
+    quiet, json_ = quiet or not fabric.is_global_zero, json_ and fabric.is_global_zero
+    with run, Watch(run, quiet=quiet) as watch:
         about = inputs.describe()
         run.update(data=about, model=described, seed=seed)
         identity = {"request": asked, "data": about["fingerprint"]}
-        train_(
-            network, inputs.train, config, fabric=fabric,
+        trained = train_(
+            network, inputs.train, config, validation=inputs.validation, fabric=fabric,
             checkpoint=run.checkpoint("train", identity), watch=watch,
         )  # fmt: skip
         network.cpu()
         run.write_tensors("model.safetensors", network.state_dict())
-        metrics = {"float": evaluate(network, inputs.held_out())}
+        metrics: dict[str, Any] = {"float": evaluate(network, inputs.held_out())}
+        metrics |= trained.to_json()
         run.write_json("metrics.json", metrics)
         run.update(status="done")
+        processes.end(fabric)
     show_table(f"{model} on {data}", [summary("float", metrics["float"])], quiet=quiet)
     if json_:
         show_json({"out": str(out), "metrics": metrics})

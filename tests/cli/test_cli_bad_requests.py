@@ -407,5 +407,6 @@ def test_a_number_that_is_not_finite_is_a_failed_run(sdq, files, tmp_path):
         f"train --model mlp --data {files / 'ok.npz'} --lr 1e30 --epochs 3 --quiet --out", run
     )
     assert done.code == 1
-    assert "loss must be finite" in done.err
+    expected = "train: outputs must be finite, got NaN or infinity on the validation data after "
+    assert expected + "epoch 1; lower the learning rate" in done.err
     assert json.loads((run / "run.json").read_text())["status"] == "running"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 METRICS = {
     "accuracy", "balanced_accuracy", "macro_f1", "auc", "per_class_recall", "ece", "num_examples",
 }  # fmt: skip
+TRAINED = {"best_epoch", "selected_by", "validation_score"}
 COSTS = {"agreement", "avg_weight_bits", "avg_weight_bits_all", "weight_bytes", "bops"}
 ONNX = importlib.util.find_spec("onnx") is not None
 needs_onnx = pytest.mark.skipif(not ONNX, reason="sdq[export] is not installed")
@@ -74,7 +75,7 @@ def test_every_verb_explains_itself(sdq, verb):
 def test_train(derm):
     run = derm / "float"
     metrics = read(run / "metrics.json")
-    assert set(metrics) == {"float"}
+    assert set(metrics) == {"float"} | TRAINED
     metrics_are_whole(metrics["float"])
     document = read(run / "run.json")
     assert document["schema"] == "sdq.run/1"
@@ -94,7 +95,7 @@ def test_quantize(derm):
         "model.safetensors", "policy.json", "run.json",
     }  # fmt: skip
     metrics = read(run / "metrics.json")
-    assert set(metrics) == {"float", "quantized"} | COSTS
+    assert set(metrics) == {"float", "quantized"} | COSTS | TRAINED
     metrics_are_whole(metrics["float"])
     metrics_are_whole(metrics["quantized"])
     assert metrics["avg_weight_bits"] <= 2.0

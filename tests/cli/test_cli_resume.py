@@ -43,7 +43,7 @@ def same(run: Path, undisturbed: Path) -> None:
     [
         pytest.param(TRAIN, id="train"),
         pytest.param(SEARCH, id="search", marks=pytest.mark.slow),
-        pytest.param(QUANTIZE, id="quantize"),
+        pytest.param(f"{QUANTIZE} --ema-decay 0.9 --bn-batches 2", id="quantize"),
     ],
 )
 def test_killed_in_any_write_a_run_goes_on(sdq, files, tmp_path, monkeypatch, command):

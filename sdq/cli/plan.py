@@ -1,0 +1,182 @@
+"""From the options of ``sdq quantize`` and ``sdq search`` to what is to be done."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hw
+from sdq import plugins
+from sdq.cli import options
+from sdq.cli.teacher import TeacherRequest
+from sdq.config import QuantConfig, SearchConfig, TrainConfig
+from sdq.cost import Budget, CostFn
+from sdq.errors import RequestError
+from sdq.policy import FLOAT_BITS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a quantize or search run does, apart from data and network."""
+
+    quant: QuantConfig
+    budget: Budget | None
+    method: str
+    search: SearchConfig
+    train: TrainConfig | None
+    given_policy: str | None = None
+    target: str | None = None
+    teacher: TeacherRequest | None = None
+    """Of phase 2, if it is not the float network."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is asked, for ``run.json``."""
+        budget = None
+        if self.budget is not None:
+            costs = {f"{self.target}:{cost.__name__}": limit for cost, limit in self.budget.costs}
+            budget = {**vars(self.budget), "costs": costs}
+        return {
+            "quant": self.quant.model_dump(),
+            "budget": budget,
+            "search_method": self.method,
+            "search": self.search.model_dump(),
+            "train": self.train.model_dump() if self.train else None,
+            "policy": self.given_policy,
+            "teacher": vars(self.teacher) if self.teacher else None,
+        }
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The budgets that can be asked for on the command line."""
+
+    bits: float | None = None
+    weight_kb: float | None = None
+    bops_g: float | None = None
+    latency_ms: float | None = None
+    target: str | None = None
+    avg_act_bits: float | None = None
+
+    def budget(self) -> Budget:
+        """Return them as one budget.
+
+        Raises:
+            RequestError: there is none, or a latency without a device.
+        """
+        weights = (self.bits, self.weight_kb, self.bops_g, self.latency_ms)
+        if all(v is None for v in weights):
+            raise RequestError(
+                "budget: must be given; pass --bits 2.0, --weight-kb, --bops-g, or --target with "
+                "--latency-ms"
+            )
+        costs: tuple[tuple[CostFn, float], ...] = ()
+        if self.latency_ms is not None:
+            if self.target is None:
+                raise RequestError("--latency-ms: must stand with --target; see `sdq list targets`")
+            costs = ((hw.target(self.target).latency_s, self.latency_ms / 1e3),)
+        return Budget(
+            avg_weight_bits=self.bits,
+            weight_bytes=self.weight_kb * 1000 if self.weight_kb is not None else None,
+            bops=self.bops_g * 1e9 if self.bops_g is not None else None,
+            avg_act_bits=self.avg_act_bits,
+            costs=costs,
+        )
+
+
+def make_quant_config(
+    *,
+    choices: str,
+    act_bits: int,
+    act_choices: str,
+    learn_act_bits: bool,
+    first_last_bits: int,
+    pin: list[str] | None,
+    layer_choices: list[str] | None,
+    weight_scale: options.ScaleGranularity,
+    scale: options.ScaleKind,
+    weight_quantizer: options.QuantizerKind,
+    granularity: options.GranularityName,
+    target: str | None,
+) -> QuantConfig:
+    """Check the options of quantization and gather them.
+
+    Raises:
+        RequestError: a value out of range, or bits that the target has not.
+    """
+    if granularity == "channel" and weight_scale != "per_channel":
+        raise RequestError(
+            "--granularity: channel must stand with --weight-scale per_channel: channels of "
+            f"different bitwidths have scales of their own, got {weight_scale}"
+        )
+    pins = []
+    for pattern, value in options.rules(pin, "--pin"):
+        bits = options.integers(value, "--pin")
+        if len(bits) != 1:
+            raise RequestError(f"--pin: must be 'PATTERN=BITS', got {pattern}={value}")
+        pins.append((pattern, bits[0]))
+    special = [
+        (pattern, options.integers(value, "--layer-choices"))
+        for pattern, value in options.rules(layer_choices, "--layer-choices")
+    ]
+    widths = options.integers(choices, "--choices")
+    acts = options.integers(act_choices, "--act-choices")
+    if target is not None:
+        device = hw.target(target)
+        widths = legal(widths, device.weight_bits, "--choices", target)
+        if learn_act_bits:
+            acts = legal(acts, device.act_bits, "--act-choices", target)
+        else:
+            legal((act_bits,), (*device.act_bits, FLOAT_BITS), "--act-bits", target)
+        special = [
+            (name, legal(bits, device.weight_bits, "--layer-choices", target))
+            for name, bits in special
+        ]
+    return QuantConfig(
+        bit_choices=widths,
+        act_bits=act_bits,
+        act_choices=acts if learn_act_bits else None,
+        first_last_bits=first_last_bits or None,
+        pins=tuple(pins),
+        layer_choices=tuple(special),
+        weight_scale=weight_scale,
+        restrict_scale=scale,
+        weight_quantizer=weight_quantizer,
+    )
+
+
+def legal(
+    asked: tuple[int, ...], known: tuple[int, ...], option: str, target: str
+) -> tuple[int, ...]:
+    """Return those bitwidths that a target computes with; RequestError if there is none."""
+    found = tuple(bits for bits in asked if bits in known)
+    if not found:
+        raise RequestError(
+            f"{option}: must have bits that {target} computes with ({', '.join(map(str, known))}), "
+            f"got {', '.join(map(str, asked))}"
+        )
+    return found
+
+
+def make_plan(
+    quant: QuantConfig,
+    limits: Limits,
+    *,
+    search_method: str,
+    search: SearchConfig,
+    train: TrainConfig | None,
+    policy: Path | None = None,
+    teacher: TeacherRequest | None = None,
+) -> Plan:
+    """Check the options of a run and gather them.
+
+    Raises:
+        RequestError: no budget (or a budget and a policy), or an unknown method.
+    """
+    plugins.load("sdq.search_methods", search_method)
+    if policy is None:
+        return Plan(
+            quant, limits.budget(), search_method, search, train, None, limits.target, teacher
+        )
+    given = (limits.bits, limits.weight_kb, limits.bops_g, limits.latency_ms)
+    if any(v is not None for v in given):
+        raise RequestError("--policy: must stand without a budget, got both; drop one")
+    return Plan(quant, None, search_method, search, train, str(policy), limits.target, teacher)
