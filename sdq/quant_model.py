@@ -10,8 +10,9 @@ This is the only file of the engine that imports Brevitas.
 """
 
 import copy
+import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -212,6 +213,10 @@ def apply_policy_(qmodel: QuantModel, policy: BitwidthPolicy) -> None:
     qmodel.policy = policy
 
 
+CALIBRATION_IMAGES = 256
+"""Their millions of activations fix a scale as well as those of a thousand images do."""
+
+
 @torch.no_grad()
 def calibrate_(
     qmodel: QuantModel, batches: Iterable[tuple[Tensor, Tensor]], steps: int = 8
@@ -220,9 +225,12 @@ def calibrate_(
 
     Args:
         qmodel: changed in place; its training mode is kept.
-        batches: of ``(images, labels)``; the labels are not used.
-        steps: number of batches to look at.
+        batches: of ``(images, labels)``, shuffled; the labels are not used.
+        steps: number of batches to look at. Of large ones only the first images are used, 256 in
+            all.
     """
+    count = min(steps, len(batches)) if isinstance(batches, Sized) else steps
+    share = math.ceil(CALIBRATION_IMAGES / max(count, 1))
     quantizers = qmodel.act_quantizers().values()
     device = next(qmodel.parameters()).device
     training = qmodel.training
@@ -233,7 +241,7 @@ def calibrate_(
         for step, (images, _) in enumerate(batches):
             if step == steps:
                 break
-            qmodel(images.to(device))
+            qmodel(images[:share].to(device))
     finally:
         for quantizer in quantizers:
             quantizer.settle_()
