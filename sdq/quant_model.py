@@ -2,19 +2,13 @@
 
 The network is traced with torch.fx. Convolutions and linear layers become Brevitas layers; every
 tensor that enters one is quantized once, where it is made, and whoever else reads it (a residual
-addition, say) reads the quantized tensor. Batch normalisation stays as it is. The quantizers
-themselves are ours (:mod:`sdq.learned_scale`); Brevitas gives the layers, the integer tensors and
-the exporters.
-
-This is the only file of the engine that imports Brevitas.
+addition, say) reads the quantized tensor. Batch normalisation stays as it is.
 """
 
 import copy
 import math
-import warnings
 from collections.abc import Iterable, Sized
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,46 +19,6 @@ from sdq.errors import RequestError
 from sdq.layers import LayerSpec
 from sdq.learned_scale import ActQuantizer, WeightQuantizer
 from sdq.policy import FLOAT_BITS, BitwidthPolicy, LayerBits
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # its imports warn of things that do not concern our users
-    import brevitas.nn as qnn
-    from brevitas.inject import ExtendedInjector
-    from brevitas.inject.enum import FloatToIntImplType
-    from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
-
-
-class _Placeholder(nn.Module):
-    """Stands in an injector until our quantizer takes its place (injectors refuse *args)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-
-class _WeightInjector(ExtendedInjector):
-    """What Brevitas's proxies and exporters ask of a weight quantizer besides the numbers."""
-
-    proxy_class = WeightQuantProxyFromInjector
-    tensor_quant = _Placeholder
-    signed = True
-    narrow_range = False
-    float_to_int_impl_type = FloatToIntImplType.ROUND
-
-
-class _SignedActInjector(ExtendedInjector):
-    proxy_class = ActQuantProxyFromInjector
-    tensor_quant = _Placeholder
-    signed = True
-    narrow_range = False
-    float_to_int_impl_type = FloatToIntImplType.ROUND
-
-
-class _UnsignedActInjector(_SignedActInjector):
-    signed = False
-
-
-def _keep() -> None:
-    """Stand in for a proxy's ``init_tensor_quant``, which would put Brevitas's quantizer back."""
 
 
 class QuantModel(nn.Module):
@@ -120,13 +74,15 @@ class QuantModel(nn.Module):
 
     def act_quantizers(self) -> dict[str, ActQuantizer]:
         """Return the activation quantizers by path, in execution order."""
-        found = {}
+        found: dict[str, ActQuantizer] = {}
         for node in self.net.graph.nodes:
             if node.op == "call_module":
                 module = self.net.get_submodule(node.target)
-                if isinstance(module, qnn.QuantIdentity):
-                    proxy = module.act_quant.fused_activation_quant_proxy
-                    found[str(node.target)] = proxy.tensor_quant
+                found |= {
+                    str(node.target): quantizer
+                    for quantizer in module.modules()
+                    if isinstance(quantizer, ActQuantizer)
+                }
         return found
 
     @property
@@ -155,6 +111,8 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, sample: Ten
     >>> [(bits.name, bits.weight_bits) for bits in qmodel.policy]
     [('0', 8), ('3', 8)]
     """
+    from sdq import brevitas_layers  # here: only who quantizes waits for Brevitas
+
     config = config or QuantConfig()
     _check_weights(model)
     net = graph.trace(copy.deepcopy(model))
@@ -163,7 +121,10 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, sample: Ten
     policy = _insert_act_quantizers(net, policy, config)
     for bits in policy:
         if bits.weight_bits != FLOAT_BITS:
-            _replace_layer(net, bits, config)
+            old = net.get_submodule(bits.name)
+            assert isinstance(old.weight, Tensor)
+            quantizer = new_weight_quantizer(old.weight, bits.weight_bits, config)
+            net.set_submodule(bits.name, brevitas_layers.quant_layer(old, quantizer))
     net.recompile()
     return QuantModel(net, layers, config, policy)
 
@@ -277,6 +238,8 @@ def _insert_act_quantizers(
 
     A tensor read by layers of different activation bits is quantized once, at the most of them.
     """
+    from sdq import brevitas_layers
+
     wanted = {bits.name: bits.act_bits for bits in policy}
     readers: dict[fx.Node, list[str]] = {}
     for node in net.graph.nodes:
@@ -292,49 +255,12 @@ def _insert_act_quantizers(
             continue
         actual |= dict.fromkeys(names, max(quantized))
         quantizer = ActQuantizer(max(quantized), signed[source], config.restrict_scale)
-        graph.insert_after(net, source, f"{names[0]}_input", _quant_identity(quantizer))
+        module = brevitas_layers.quant_identity(quantizer)
+        graph.insert_after(net, source, f"{names[0]}_input", module)
     return BitwidthPolicy(tuple(replace(bits, act_bits=actual[bits.name]) for bits in policy))
-
-
-def _quant_identity(quantizer: ActQuantizer) -> nn.Module:
-    injector = _SignedActInjector if quantizer.signed else _UnsignedActInjector
-    module = qnn.QuantIdentity(act_quant=injector, return_quant_tensor=False)
-    module.act_quant.fused_activation_quant_proxy.tensor_quant = quantizer
-    module.act_quant.init_tensor_quant = _keep
-    return module
 
 
 def new_weight_quantizer(weight: Tensor, bits: int, config: QuantConfig) -> WeightQuantizer:
     """Return a quantizer for a weight ``(K, ...)`` with the configuration's kind of scale."""
     per_channel = config.weight_scale == "per_channel"
     return WeightQuantizer(weight, bits, per_channel, config.restrict_scale)
-
-
-def _replace_layer(net: fx.GraphModule, bits: LayerBits, config: QuantConfig) -> None:
-    old: Any = net.get_submodule(bits.name)
-    common = {
-        "bias": old.bias is not None,
-        "weight_quant": _WeightInjector,
-        "bias_quant": None,
-        "return_quant_tensor": False,
-    }
-    new: nn.Module
-    if isinstance(old, nn.Linear):
-        new = qnn.QuantLinear(old.in_features, old.out_features, **common)
-    else:
-        assert isinstance(old, nn.Conv1d | nn.Conv2d)
-        kind = qnn.QuantConv1d if isinstance(old, nn.Conv1d) else qnn.QuantConv2d
-        new = kind(
-            old.in_channels, old.out_channels, old.kernel_size, stride=old.stride,
-            padding=old.padding, dilation=old.dilation, groups=old.groups,
-            padding_mode=old.padding_mode, **common,
-        )  # fmt: skip
-    weight = old.weight
-    assert isinstance(weight, nn.Parameter)
-    new.register_parameter("weight", weight)
-    new.register_parameter("bias", old.bias)
-    proxy: Any = new.weight_quant
-    proxy.tensor_quant = new_weight_quantizer(weight, bits.weight_bits, config)
-    proxy.init_tensor_quant = _keep
-    new.train(old.training)
-    net.set_submodule(bits.name, new)
