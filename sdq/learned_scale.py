@@ -4,7 +4,7 @@ Each returns the four tensors Brevitas's layers expect of a quantizer: the quant
 scale, the zero point (always 0) and the bitwidth. Brevitas itself is not needed here.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,7 @@ class _Quantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """The positive scale in use, always the float32 value that a file would hold."""
-        gain = torch.where(self.gain > SMALLEST_GAIN, self.gain, self.gain * 0 + SMALLEST_GAIN)
-        scale = self.base.float() * gain.float()
+        scale = self.base.float() * self.gain.clamp_min(SMALLEST_GAIN).float()
         if self.restrict == "power_of_two":
             scale = quantizers.power_of_two(scale)
         return scale.to(self.base.dtype)
@@ -106,6 +105,8 @@ class ActQuantizer(_Quantizer):
         self.register_buffer("calibrated", torch.tensor(False))
         self.observing = False
         self._seen: list[Tensor] = []
+        # the buffer's value, once known to be true: on a GPU reading it waits for all that runs
+        self._known_calibrated = False
 
     def forward(self, x: Tensor) -> Quantized:
         """Quantize ``x`` of any shape.
@@ -116,12 +117,18 @@ class ActQuantizer(_Quantizer):
         if self.observing:
             self._seen.append(self._sample(x.detach()))
             return x, self.scale, self.zero_point, self.bit_width
-        if not self.calibrated:
-            raise RunError(
-                "activation quantizer: scale must be calibrated before use; "
-                "call sdq.calibrate_(qmodel, batches)"
-            )
+        if not self._known_calibrated:
+            if not self.calibrated:
+                raise RunError(
+                    "activation quantizer: scale must be calibrated before use; "
+                    "call sdq.calibrate_(qmodel, batches)"
+                )
+            self._known_calibrated = True
         return self._quantized(x)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._known_calibrated = False
 
     def _sample(self, x: Tensor) -> Tensor:
         """Return values of ``x``: all if they are few, else drawn, the same in every run."""

@@ -63,14 +63,13 @@ class _Quantize(torch.autograd.Function):
             # every weight keeps its gradient, or those beyond the scale would never return; and
             # ds = sum g sign(x), as the scale's own least squares has it
             grad_x, pull = grad, grad * y
-        elif scale.dim() == 0:
-            step = float(scale)
-            grad_x = torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)
-            pull = _dot(grad, y) - _dot(grad_x, x)
         else:
-            inside = (x > low * scale) & (x < high * scale)
-            grad_x = grad * inside
-            pull = grad * y - grad_x * x
+            if scale.dim() == 0 and scale.is_cpu:
+                step = float(scale)
+                grad_x = torch.ops.aten.hardtanh_backward(grad, x, low * step, high * step)
+            else:  # on a GPU a number would have to be waited for
+                grad_x = grad * ((x > low * scale) & (x < high * scale))
+            pull = _dot(grad, y) - _dot(grad_x, x) if scale.dim() == 0 else grad * y - grad_x * x
         grad_scale = None
         if ctx.needs_input_grad[1]:
             grad_scale = pull.sum_to_size(scale.shape) / scale * ctx.gain

@@ -406,3 +406,29 @@ def test_act_quantizer_samples_all_columns_of_an_image() -> None:
     # 65,536 draws: five standard deviations of a mean of uniform values
     assert float(seen.mean()) == pytest.approx(16.5, abs=5 * 9.23 / 256)
     assert set(seen.tolist()) == set(range(1, 33))
+
+
+def test_loading_an_uncalibrated_state_asks_for_calibration_again() -> None:
+    quantizer = ActQuantizer(4, signed=False)
+    fresh = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+    quantizer.observing = True
+    quantizer(weights(100).relu())
+    quantizer.settle_()
+    quantizer(torch.ones(3))
+    quantizer.load_state_dict(fresh)
+    with pytest.raises(RunError, match="calibrated before use"):
+        quantizer(torch.ones(3))
+
+
+def test_both_ways_to_the_scalar_scales_gradient_agree() -> None:
+    # a GPU takes the way of the channels' scales; here one channel stands for the tensor
+    x, g = weights(2, 3, 4, 4), weights(2, 3, 4, 4, seed=1)
+    found = []
+    for shape in ((), (1, 1, 1, 1)):
+        leaf = x.clone().requires_grad_()
+        scale = torch.full(shape, 0.2, requires_grad=True)
+        quantizers.quantize(leaf, scale, 3, True).backward(g)
+        found.append((leaf.grad, scale.grad.reshape(())))
+    assert torch.equal(found[0][0], found[1][0])
+    # float32 sums of 96 terms
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
