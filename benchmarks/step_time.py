@@ -13,6 +13,7 @@ CUDA torch.cuda.max_memory_allocated.
 """
 
 import argparse
+import os
 import platform
 import random
 import statistics
@@ -331,7 +332,7 @@ def main() -> None:
         f"`python benchmarks/step_time.py --device {options.device} --threads {options.threads} "
         f"--repeats {options.repeats}`",
         "",
-        f"{on}, {options.threads} thread(s), torch {torch.__version__}, "
+        f"{on}, {os.cpu_count()} cores, {options.threads} thread(s), torch {torch.__version__}, "
         f"Brevitas {brevitas.__version__}, Python {platform.python_version()}. A step is forward,"
         " loss, backward and AdamW; phase 1 with draw, regularizer and steering of the price, "
         "phase 2 with bin regularization. Medians over rounds in which the variants take turns; "
