@@ -11,6 +11,8 @@
 import warnings
 
 from sdq._guard import foreign_module
+from sdq.apply_policy import apply_policy_
+from sdq.calibration import calibrate_
 from sdq.config import QuantConfig, SearchConfig, TrainConfig
 from sdq.cost import Budget
 from sdq.errors import RequestError, RunError
@@ -20,7 +22,7 @@ from sdq.metrics import evaluate
 from sdq.outcome import Trained
 from sdq.parallel import open_fabric
 from sdq.policy import BitwidthPolicy, LayerBits
-from sdq.quant_model import QuantModel, apply_policy_, calibrate_, quantize
+from sdq.quant_model import QuantModel, quantize
 from sdq.search import search, uniform_policy
 from sdq.train import train_
 

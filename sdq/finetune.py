@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdq import losses
+from sdq.calibration import calibrate_
 from sdq.channel_bits import ChannelWeightQuantizer
 from sdq.checkpoint import Checkpoint
 from sdq.config import TrainConfig
 from sdq.learned_scale import WeightQuantizer
 from sdq.outcome import Trained
-from sdq.quant_model import QuantModel, calibrate_
+from sdq.quant_model import QuantModel
 from sdq.train import Forward, Loader, Watcher, fit, weight_groups
 
 if TYPE_CHECKING:  # it imports half of torch: only who trains waits for it

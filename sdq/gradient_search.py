@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdq.batches import generator
+from sdq.calibration import calibrate_acts
 from sdq.config import TrainConfig
 from sdq.expected_cost import ExpectedCost
 from sdq.losses import Teacher
-from sdq.quant_model import calibrate_acts, new_weight_quantizer
+from sdq.quant_model import new_weight_quantizer
 from sdq.search_problem import SearchProblem
 from sdq.stochastic import (
     BitwidthParameters,

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional import classification as tm
 
 from sdq.batches import Loader
 from sdq.errors import RunError
@@ -48,6 +47,8 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         ``per_class_recall``, None for a class that does not occur; ``ece``, the expected
         calibration error over 15 bins; ``num_examples``.
     """
+    from torchmetrics.functional import classification as tm  # here: it imports half of scipy
+
     classes = logits.shape[1]
     present = torch.bincount(labels, minlength=classes) > 0
     probabilities = logits.softmax(dim=1)

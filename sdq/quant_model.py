@@ -2,17 +2,11 @@
 
 The network is traced with torch.fx. Convolutions and linear layers become Brevitas layers; every
 tensor that enters one is quantized once, where it is made, and whoever else reads it (a residual
-addition, say) reads the quantized tensor. Batch normalisation stays as it is. The quantizers
-themselves are ours (:mod:`sdq.learned_scale`); Brevitas gives the layers, the integer tensors and
-the exporters.
-
-This is the only file of the engine that imports Brevitas.
+addition, say) reads the quantized tensor. Batch normalisation stays as it is.
 """
 
-import contextlib
 import copy
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,53 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from sdq import graph
-from sdq.channel_bits import ChannelWeightQuantizer
 from sdq.config import QuantConfig
 from sdq.errors import RequestError
 from sdq.layers import LayerSpec
-from sdq.learned_scale import ActQuantizer, Quantized, WeightQuantizer
+from sdq.learned_scale import ActQuantizer, WeightQuantizer
 from sdq.mid_rise import DorefaQuantizer, EntropyQuantizer
 from sdq.policy import FLOAT_BITS, BitwidthPolicy, LayerBits
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # its imports warn of things that do not concern our users
-    import brevitas.nn as qnn
-    from brevitas.inject import ExtendedInjector
-    from brevitas.inject.enum import FloatToIntImplType
-    from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
-
-
-class _Placeholder(nn.Module):
-    """Stands in an injector until our quantizer takes its place (injectors refuse *args)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-
-class _WeightInjector(ExtendedInjector):
-    """What Brevitas's proxies and exporters ask of a weight quantizer besides the numbers."""
-
-    proxy_class = WeightQuantProxyFromInjector
-    tensor_quant = _Placeholder
-    signed = True
-    narrow_range = False
-    float_to_int_impl_type = FloatToIntImplType.ROUND
-
-
-class _SignedActInjector(ExtendedInjector):
-    proxy_class = ActQuantProxyFromInjector
-    tensor_quant = _Placeholder
-    signed = True
-    narrow_range = False
-    float_to_int_impl_type = FloatToIntImplType.ROUND
-
-
-class _UnsignedActInjector(_SignedActInjector):
-    signed = False
-
-
-def _keep() -> None:
-    """Stand in for a proxy's ``init_tensor_quant``, which would put Brevitas's quantizer back."""
 
 
 class QuantModel(nn.Module):
@@ -136,7 +89,8 @@ class QuantModel(nn.Module):
             node
             for node in self.net.graph.nodes
             if node.op == "call_module"
-            and isinstance(self.net.get_submodule(node.target), qnn.QuantIdentity)
+            and hasattr(self.net.get_submodule(node.target), "act_quant")
+            and not hasattr(self.net.get_submodule(node.target), "weight_quant")
         ]
 
     def _act_proxy(self, node: fx.Node) -> Any:
@@ -204,203 +158,25 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, sample: Ten
     >>> [(bits.name, bits.weight_bits) for bits in qmodel.policy]
     [('0', 8), ('3', 8)]
     """
+    from sdq import brevitas_layers  # here: only who quantizes waits for Brevitas
+
     config = config or QuantConfig()
     _check_weights(model)
     net = graph.trace(copy.deepcopy(model))
     layers = graph.measure(net, sample)
     policy = _first_policy(layers, config)
     policy = _insert_act_quantizers(net, policy, config)
+    pinned = config.replaced(weight_quantizer="lsq", weight_magnitude="learned")
     for bits in policy:
         if bits.weight_bits != FLOAT_BITS:
-            _replace_layer(net, bits, config)
+            old = net.get_submodule(bits.name)
+            assert isinstance(old.weight, Tensor)
+            # at 8 bits a transform gains nothing, and LSQ's codes fit int8
+            kind = config if bits.searched else pinned
+            quantizer = new_weight_quantizer(old.weight, bits.weight_bits, kind)
+            net.set_submodule(bits.name, brevitas_layers.quant_layer(old, quantizer))
     net.recompile()
     return QuantModel(net, layers, config, policy)
-
-
-def apply_policy_(qmodel: QuantModel, policy: BitwidthPolicy) -> None:
-    """Give the layers a policy's weight bits, with fresh scales where the bits change.
-
-    Raises:
-        RequestError: the policy is of another network, or has bits outside the choices.
-    """
-    names = [bits.name for bits in qmodel.policy]
-    if [bits.name for bits in policy] != names:
-        other = next((b.name for b in policy if b.name not in names), "another order of layers")
-        raise RequestError(
-            f"policy: must name the network's {len(names)} layers in order, got {len(policy)} "
-            f"with {other!r}; use the network it was learned for"
-        )
-    for layer, (new, old) in enumerate(zip(policy, qmodel.policy, strict=True)):
-        _check_layer(qmodel, layer, new, old)
-    _set_acts_(qmodel, policy)
-    for new in policy:
-        if not new.searched:
-            continue
-        current, weight = qmodel.weight_quantizer(new.name), qmodel.weight(new.name)
-        if new.channel_bits is not None:
-            if getattr(current, "channel_bits", None) != new.channel_bits:
-                qmodel.set_weight_quantizer_(
-                    new.name,
-                    ChannelWeightQuantizer(
-                        weight, new.channel_bits,
-                        lambda w, b: new_weight_quantizer(w, b, qmodel.config),
-                    ),
-                )  # fmt: skip
-        elif not (isinstance(current, WeightQuantizer) and current.bits == new.weight_bits):
-            qmodel.set_weight_quantizer_(
-                new.name, new_weight_quantizer(weight, new.weight_bits, qmodel.config)
-            )
-    qmodel.policy = policy
-
-
-def _check_layer(qmodel: QuantModel, layer: int, new: LayerBits, old: LayerBits) -> None:
-    """Raise RequestError if a layer cannot have these bits."""
-    if (new.searched, new.num_weights) != (old.searched, old.num_weights):
-        raise RequestError(
-            f"policy: layer {new.name}: searched and num_weights must be "
-            f"{(old.searched, old.num_weights)}, got {(new.searched, new.num_weights)}; "
-            "quantize with the configuration the policy was learned with"
-        )
-    choices, config = qmodel.choices(layer), qmodel.config
-    if not new.searched:
-        if new.weight_bits != old.weight_bits:
-            raise RequestError(
-                f"policy: layer {new.name}: is pinned at {old.weight_bits} bits, "
-                f"got {new.weight_bits}"
-            )
-    elif wrong := set(new.channel_bits or (new.weight_bits,)) - set(choices):
-        raise RequestError(
-            f"policy: layer {new.name}: weight_bits must be one of {choices}, got {min(wrong)}"
-        )
-    if new.channel_bits is not None:
-        channels = qmodel.layers[layer].weight_shape[0]
-        if len(new.channel_bits) != channels or config.weight_scale != "per_channel":
-            raise RequestError(
-                f"policy: layer {new.name}: channel_bits must be one for each of {channels} "
-                f"channels, with per_channel scales, got {len(new.channel_bits)} with "
-                f"{config.weight_scale} scales"
-            )
-
-
-def _set_acts_(qmodel: QuantModel, policy: BitwidthPolicy) -> None:
-    """Give activations a policy's bits; one whose bits change needs calibration again."""
-    free, before = qmodel.searched_acts(), qmodel.policy
-    learned = {name for readers in free.values() for name in readers}
-    for new in policy:
-        old = before[new.name].act_bits
-        if new.act_bits != old and (
-            new.name not in learned or new.act_bits not in (qmodel.config.act_choices or ())
-        ):
-            raise RequestError(
-                f"policy: layer {new.name}: act_bits must be {old}, got {new.act_bits}; quantize "
-                "with the configuration the policy was learned with"
-            )
-    quantizers = qmodel.act_quantizers()
-    for path, readers in free.items():
-        bits = {policy[name].act_bits for name in readers}
-        if len(bits) > 1:
-            raise RequestError(
-                f"policy: layers {', '.join(readers)}: act_bits must be the same, for they read "
-                f"the same tensor, got {sorted(bits)}"
-            )
-        old_quantizer = quantizers[path]
-        (wanted,) = bits
-        if old_quantizer.bits != wanted:
-            qmodel.set_act_quantizer_(path, _like(old_quantizer, wanted, qmodel.config))
-
-
-def _like(quantizer: ActQuantizer, bits: int, config: QuantConfig) -> ActQuantizer:
-    """Return an uncalibrated quantizer of other bits for the same tensor."""
-    found = ActQuantizer(bits, quantizer.signed, config.restrict_scale)
-    return found.to(quantizer.base.device)
-
-
-class _PassThrough(nn.Module):
-    """Stands in for a quantizer and changes nothing."""
-
-    def __init__(self, like: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("one", torch.ones((), device=like.device), persistent=False)
-
-    def forward(self, x: Tensor) -> Quantized:
-        one = self.one
-        assert isinstance(one, Tensor)
-        return x, one, one * 0, one * FLOAT_BITS
-
-
-@contextlib.contextmanager
-def in_float(qmodel: QuantModel) -> Iterator[None]:
-    """Let the network compute with its float weights and activations for a while."""
-    layers = [bits.name for bits in qmodel.policy if bits.weight_bits != FLOAT_BITS]
-    weights = {name: qmodel.weight_quantizer(name) for name in layers}
-    acts = qmodel.act_quantizers()
-    for name in weights:
-        qmodel.set_weight_quantizer_(name, _PassThrough(qmodel.weight(name)))
-    for path, act in acts.items():
-        qmodel.set_act_quantizer_(path, _PassThrough(act.base))
-    try:
-        yield
-    finally:
-        for name, quantizer in weights.items():
-            qmodel.set_weight_quantizer_(name, quantizer)
-        for path, act in acts.items():
-            qmodel.set_act_quantizer_(path, act)
-
-
-def calibrate_acts(
-    qmodel: QuantModel,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    choices: Mapping[str, tuple[int, ...]],
-) -> dict[str, list[ActQuantizer]]:
-    """Return a calibrated quantizer for each candidate bitwidth of some activations.
-
-    Args:
-        qmodel: left as it is.
-        batches: as of :func:`calibrate_`.
-        choices: candidate bitwidths by the quantizer's path.
-    """
-    originals = qmodel.act_quantizers()
-    found = {
-        path: [_like(originals[path], bits, qmodel.config) for bits in widths]
-        for path, widths in choices.items()
-    }
-    try:
-        for k in range(max(map(len, choices.values()))):
-            for path, candidates in found.items():
-                qmodel.set_act_quantizer_(path, candidates[min(k, len(candidates) - 1)])
-            calibrate_(qmodel, batches)
-    finally:
-        for path, quantizer in originals.items():
-            qmodel.set_act_quantizer_(path, quantizer)
-    return found
-
-
-@torch.no_grad()
-def calibrate_(
-    qmodel: QuantModel, batches: Iterable[tuple[Tensor, Tensor]], steps: int = 8
-) -> None:
-    """Set every activation scale from a few batches passed through the network in float.
-
-    Args:
-        qmodel: changed in place; its training mode is kept.
-        batches: of ``(images, labels)``; the labels are not used.
-        steps: number of batches to look at.
-    """
-    quantizers = qmodel.act_quantizers().values()
-    device = next(qmodel.parameters()).device
-    training = qmodel.training
-    qmodel.eval()
-    for quantizer in quantizers:
-        quantizer.observing = True
-    try:
-        for step, (images, _) in enumerate(batches):
-            if step == steps:
-                break
-            qmodel(images.to(device))
-    finally:
-        for quantizer in quantizers:
-            quantizer.settle_()
-        qmodel.train(training)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -455,6 +231,8 @@ def _insert_act_quantizers(
 
     A tensor read by layers of different activation bits is quantized once, at the most of them.
     """
+    from sdq import brevitas_layers
+
     wanted = {bits.name: bits.act_bits for bits in policy}
     readers: dict[fx.Node, list[str]] = {}
     for node in net.graph.nodes:
@@ -470,16 +248,9 @@ def _insert_act_quantizers(
             continue
         actual |= dict.fromkeys(names, max(quantized))
         quantizer = ActQuantizer(max(quantized), signed[source], config.restrict_scale)
-        graph.insert_after(net, source, f"{names[0]}_input", _quant_identity(quantizer))
+        module = brevitas_layers.quant_identity(quantizer)
+        graph.insert_after(net, source, f"{names[0]}_input", module)
     return BitwidthPolicy(tuple(replace(bits, act_bits=actual[bits.name]) for bits in policy))
-
-
-def _quant_identity(quantizer: ActQuantizer) -> nn.Module:
-    injector = _SignedActInjector if quantizer.signed else _UnsignedActInjector
-    module = qnn.QuantIdentity(act_quant=injector, return_quant_tensor=False)
-    module.act_quant.fused_activation_quant_proxy.tensor_quant = quantizer
-    module.act_quant.init_tensor_quant = _keep
-    return module
 
 
 def new_weight_quantizer(weight: Tensor, bits: int, config: QuantConfig) -> WeightQuantizer:
@@ -489,35 +260,3 @@ def new_weight_quantizer(weight: Tensor, bits: int, config: QuantConfig) -> Weig
         return WeightQuantizer(weight, bits, per_channel, restrict)
     kind = DorefaQuantizer if config.weight_quantizer == "dorefa" else EntropyQuantizer
     return kind(weight, bits, per_channel, restrict, paper=config.weight_magnitude == "paper")
-
-
-def _replace_layer(net: fx.GraphModule, bits: LayerBits, config: QuantConfig) -> None:
-    old: Any = net.get_submodule(bits.name)
-    common = {
-        "bias": old.bias is not None,
-        "weight_quant": _WeightInjector,
-        "bias_quant": None,
-        "return_quant_tensor": False,
-    }
-    new: nn.Module
-    if isinstance(old, nn.Linear):
-        new = qnn.QuantLinear(old.in_features, old.out_features, **common)
-    else:
-        assert isinstance(old, nn.Conv1d | nn.Conv2d)
-        kind = qnn.QuantConv1d if isinstance(old, nn.Conv1d) else qnn.QuantConv2d
-        new = kind(
-            old.in_channels, old.out_channels, old.kernel_size, stride=old.stride,
-            padding=old.padding, dilation=old.dilation, groups=old.groups,
-            padding_mode=old.padding_mode, **common,
-        )  # fmt: skip
-    weight = old.weight
-    assert isinstance(weight, nn.Parameter)
-    new.register_parameter("weight", weight)
-    new.register_parameter("bias", old.bias)
-    proxy: Any = new.weight_quant
-    if not bits.searched:  # at 8 bits a transform gains nothing, and LSQ's codes fit int8
-        config = config.replaced(weight_quantizer="lsq", weight_magnitude="learned")
-    proxy.tensor_quant = new_weight_quantizer(weight, bits.weight_bits, config)
-    proxy.init_tensor_quant = _keep
-    new.train(old.training)
-    net.set_submodule(bits.name, new)

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from sdq import plugins
+from sdq.calibration import calibrate_
 from sdq.checkpoint import Checkpoint
 from sdq.config import SearchConfig
-from sdq.cost import Budget
+from sdq.cost import Budget, Constraint
+from sdq.errors import RequestError
 from sdq.policy import BitwidthPolicy
 from sdq.projection import check_reachable
-from sdq.quant_model import QuantModel, calibrate_
+from sdq.quant_model import QuantModel
 from sdq.search_problem import SearchProblem
 from sdq.search_space import SearchSpace
 from sdq.train import Loader, Watcher
@@ -54,10 +56,7 @@ def search(
     Source: Huang et al., SDQ, ICML 2022, section 3.2; the other methods name theirs.
     """
     config = config or SearchConfig()
-    chosen = plugins.load("sdq.search_methods", method)
-    space = SearchSpace.of(qmodel, config.granularity)
-    constraints = budget.constraints(space)
-    check_reachable(constraints)
+    space, constraints = check_search(qmodel, budget, config, method)
     if not space.units:
         return qmodel.policy
     qmodel = copy.deepcopy(qmodel)
@@ -66,8 +65,33 @@ def search(
     problem = SearchProblem(
         qmodel, loader, space, constraints, config, teacher, fabric, checkpoint, watch
     )
-    picks: list[int] = chosen.choose(problem)
+    picks: list[int] = plugins.load("sdq.search_methods", method).choose(problem)
     return space.policy_of(picks)
+
+
+def check_search(
+    qmodel: QuantModel, budget: Budget, config: SearchConfig, method: str = "sdq"
+) -> tuple[SearchSpace, list[Constraint]]:
+    """Return what a search would decide and its constraints, without searching.
+
+    Raises:
+        RequestError: as of :func:`search`.
+    """
+    chosen = plugins.load("sdq.search_methods", method)
+    space = SearchSpace.of(qmodel, config.granularity)
+    if space.act_units and not chosen.CHOOSES_ACTS:
+        raise RequestError(
+            f"search: method {method} chooses weight bitwidths only; fix the activations' "
+            "(--act-bits), or use sdq or interpolate"
+        )
+    if config.granularity == "channel" and not chosen.CHOOSES_CHANNELS:
+        raise RequestError(
+            f"search: method {method} measures one unit after another, and single channels are "
+            "too many; use --granularity layer"
+        )
+    constraints = budget.constraints(space)
+    check_reachable(constraints)
+    return space, constraints
 
 
 def uniform_policy(qmodel: QuantModel, budget: Budget) -> BitwidthPolicy:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sdq.checkpoint import Checkpoint
 from sdq.config import SearchConfig
 from sdq.cost import Constraint
-from sdq.errors import RequestError
 from sdq.projection import project
 from sdq.quant_model import QuantModel, new_weight_quantizer
 from sdq.search_space import SearchSpace
@@ -67,19 +66,3 @@ class SearchProblem:
         with torch.no_grad():
             values: Tensor = new_weight_quantizer(weight, bits, self.qmodel.config)(weight)[0]
         return values
-
-    def refuse_acts(self, method: str) -> None:
-        """Raise RequestError if activation bitwidths are to be chosen."""
-        if self.space.act_units:
-            raise RequestError(
-                f"search: --search-method {method} chooses weight bitwidths only; fix the "
-                "activations' with --act-bits, or use sdq or interpolate"
-            )
-
-    def refuse_channels(self, method: str) -> None:
-        """Raise RequestError if single channels are to be decided."""
-        if self.config.granularity == "channel":
-            raise RequestError(
-                f"search: --search-method {method} measures one unit after another, and single "
-                "channels are too many; use --granularity layer"
-            )

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sdq.calibration import calibrate_
 from sdq.config import QuantConfig, TrainConfig
 from sdq.diagnosis import LOWER, origin, weight_not_finite
 from sdq.errors import RunError
-from sdq.quant_model import calibrate_, quantize
+from sdq.quant_model import quantize
 from sdq.train import train_
 
 IMAGES = torch.ones(4, 1, 8, 8)

@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdq import losses
+from sdq.apply_policy import apply_policy_
+from sdq.calibration import calibrate_
 from sdq.checkpoint import Checkpoint, load_tensors
 from sdq.config import QuantConfig, TrainConfig
 from sdq.errors import RunError
 from sdq.finetune import FineTuning, finetune_
 from sdq.learned_scale import ActQuantizer
 from sdq.parallel import open_fabric
-from sdq.quant_model import QuantModel, apply_policy_, calibrate_, quantize
+from sdq.quant_model import QuantModel, quantize
 from sdq.train import StepReport, train_
 
 Batch = tuple[Tensor, Tensor]
@@ -74,8 +76,8 @@ def test_the_bins_are_summed_if_that_is_asked_for(
     calibrate_(qmodel, batches())
     found = FineTuning(qmodel, TrainConfig(bin_reduction="sum"), teacher).bin_loss()
     expected = sum(
-        losses.bin_regularization(qmodel.weight(n), qmodel.weight_quantizer(n).scale, b, "sum")
-        for n, b in (("small", 1), ("wide", 2), ("deep", 3), ("hidden", 4))
+        losses.bin_regularization(*qmodel.weight_quantizer(n).in_steps(qmodel.weight(n)), "sum")
+        for n in ("small", "wide", "deep", "hidden")
     )
     torch.testing.assert_close(found, expected)
 

@@ -105,7 +105,9 @@ def test_bin_regularization_by_hand() -> None:
 def test_the_paper_s_sum_over_bins_by_hand() -> None:
     weight = torch.tensor([[0.2, -0.1, 1.1, 3.0]])  # the two bins of the test above
     expected = (0.05**2 + 0.045) + (1.05**2 + 1.805)
-    value = bin_regularization(weight, torch.tensor(1.0), 2, "sum")
+    value = bin_regularization(
+        weight, quantizers.codes(weight, torch.tensor(1.0), 2, signed=True), "sum"
+    )
     assert float(value) == pytest.approx(expected, rel=1e-6)  # float32
 
 
@@ -114,7 +116,8 @@ def test_the_sum_is_the_mean_times_the_filled_bins(bits: int) -> None:
     weight = randn(4, 3, 3, 3)
     scale = quantizers.mse_scale(weight, bits, True, True)
     filled = len(quantizers.codes(weight, scale, bits, signed=True).unique())
-    total = float(bin_regularization(weight, scale, bits, "sum"))
+    codes = quantizers.codes(weight, scale, bits, signed=True)
+    total = float(bin_regularization(weight / scale, codes, "sum"))
     assert total == pytest.approx(filled * slow(weight, scale, bits), rel=1e-10)  # float64
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sdq import quantizers
+from sdq.apply_policy import apply_policy_
+from sdq.calibration import calibrate_
 from sdq.config import QuantConfig, SearchConfig, TrainConfig
 from sdq.cost import Budget
 from sdq.errors import RequestError
@@ -14,7 +16,7 @@ from sdq.finetune import FineTuning, finetune_
 from sdq.learned_scale import WeightQuantizer
 from sdq.losses import bin_regularization
 from sdq.mid_rise import DorefaQuantizer, EntropyQuantizer, MidRiseQuantizer
-from sdq.quant_model import QuantModel, apply_policy_, calibrate_, quantize
+from sdq.quant_model import QuantModel, quantize
 from sdq.search import search
 from sdq.stochastic import BitwidthParameters, StochasticWeightQuantizer
 from sdq.train import weight_groups

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdq.apply_policy import apply_policy_
 from sdq.batches import Augmentation, Batches, Normalization
 from sdq.checkpoint import Checkpoint, load_tensors
 from sdq.config import QuantConfig, TrainConfig
@@ -17,7 +18,7 @@ from sdq.data import ArrayImages, ImageSet
 from sdq.errors import RequestError
 from sdq.finetune import finetune_
 from sdq.outcome import Trained, ema_decay, reestimate_statistics_
-from sdq.quant_model import apply_policy_, quantize
+from sdq.quant_model import quantize
 from sdq.train import StepReport, train_
 
 Batch = tuple[Tensor, Tensor]

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdq import quantizers
+from sdq.apply_policy import apply_policy_
+from sdq.calibration import calibrate_, in_float
 from sdq.checkpoint import load_tensors
 from sdq.config import QuantConfig
 from sdq.errors import RequestError, RunError
 from sdq.learned_scale import ActQuantizer, WeightQuantizer
 from sdq.models import resnet20
 from sdq.policy import BitwidthPolicy, LayerBits
-from sdq.quant_model import QuantModel, apply_policy_, calibrate_, in_float, quantize
+from sdq.quant_model import QuantModel, quantize
 
 BITS = (1, 2, 3, 4, 6, 8)
 
@@ -483,10 +485,24 @@ def test_calibration_sees_the_float_network(toy: Callable[..., nn.Module], sampl
     assert qmodel.training
     # weights are quantized while the scales are sought, activations are not
     seen = torch.cat(parts[:2])
-    expected = quantizers.mse_scale(seen.reshape(1, -1), 8, True, per_channel=False)
+    expected = quantizers.mse_scale(seen.reshape(1, -1), 8, True, per_channel=False, steps=100)
     assert torch.equal(qmodel.act_quantizers()["first_input"].scale, expected)
     statistics = qmodel.net.get_buffer("bn1.running_mean")
     assert torch.equal(statistics, net.bn1.running_mean)  # evaluation mode
+
+
+@pytest.mark.parametrize("batches", [1, 2, 20])
+def test_calibration_looks_at_256_images_of_large_batches(
+    batches: int, toy: Callable[..., nn.Module], sample: Tensor
+) -> None:
+    qmodel = quantize(toy(), sample=sample)
+    counts: list[int] = []
+    qmodel.net.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
+    calibrate_(qmodel, [(randn(300, 1, 8, 8), torch.zeros(300))] * batches)
+    assert counts == {1: [256], 2: [128] * 2, 20: [32] * 8}[batches]
+    counts.clear()
+    calibrate_(qmodel, iter([(randn(300, 1, 8, 8), torch.zeros(300))] * batches))
+    assert counts == [32] * min(batches, 8)
 
 
 # -------------------------------------------------------------------------------------- refusals

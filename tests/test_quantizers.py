@@ -291,6 +291,33 @@ def test_mse_scale_of_one_sided_weights(sign: int) -> None:
     assert (quantizers.quantize(x, scale, 8, True) - x).abs().max() <= 8 / 127 / 2 * 1.0001
 
 
+def full_range(x: Tensor, bits: int, signed: bool) -> float:
+    """Return the scale at which nothing is clipped."""
+    low, high = quantizers.code_range(bits, signed)
+    return max(float(x.max()) / high, float(x.min()) / low if low else 0.0)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", BITS[1:])
+def test_the_histogram_gives_the_scale_of_the_values_themselves(bits: int, signed: bool) -> None:
+    x = weights(40, 1000)
+    x = (x if signed else x.relu()) ** 3  # long tails, as after a residual sum
+    ours = quantizers.histogram_mse_scale(x, bits, signed)
+    exact = quantizers.mse_scale(x, bits, signed, per_channel=False, steps=100)
+    assert ours.shape == ()
+    # near its minimum the error is flat: at most the next point of the grid, and 1 %
+    assert abs(float(ours - exact)) <= 1.01 * full_range(x, bits, signed) / 100
+    found, least = (error(x.reshape(1, -1), s, bits, signed) for s in (ours, exact))
+    assert float(found) <= 1.01 * float(least)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, math.nan, math.inf])
+def test_a_large_sample_without_a_histogram(value: float) -> None:
+    scale = quantizers.histogram_mse_scale(torch.full((1 << 16,), value), 4, signed=False)
+    exact = quantizers.mse_scale(torch.full((1, 2), value), 4, False, False, steps=100)
+    assert torch.equal(scale, exact) or math.isnan(float(exact))
+
+
 # ------------------------------------------------------------------------------ the two modules
 
 
@@ -350,7 +377,7 @@ def test_act_quantizer_asks_for_calibration_then_takes_the_best_scale() -> None:
         values, *_ = quantizer(part)
         assert torch.equal(values, part)  # unchanged while observing
     quantizer.settle_()
-    expected = quantizers.mse_scale(torch.cat(parts)[None], 4, False, per_channel=False)
+    expected = quantizers.mse_scale(torch.cat(parts)[None], 4, False, per_channel=False, steps=100)
     assert torch.equal(quantizer.scale, expected)
     assert bool(quantizer.calibrated)
     values, *_ = quantizer(parts[0])
@@ -362,3 +389,46 @@ def test_act_quantizer_that_saw_nothing_stays_uncalibrated() -> None:
     quantizer.observing = True
     quantizer.settle_()
     assert not bool(quantizer.calibrated)
+
+
+def test_act_quantizer_samples_all_columns_of_an_image() -> None:
+    # brightness grows from column to column; every 32nd value would lie in the first column
+    x = torch.arange(1.0, 33.0).expand(128, 16, 32, 32)
+    quantizer = ActQuantizer(8, signed=False)
+    quantizer.observing = True
+    quantizer(x)
+    again = ActQuantizer(8, signed=False)
+    again.observing = True
+    again(x)
+    seen = quantizer._seen[0]
+    assert seen.shape == (quantizer.sample_size,)
+    assert torch.equal(seen, again._seen[0])
+    # 65,536 draws: five standard deviations of a mean of uniform values
+    assert float(seen.mean()) == pytest.approx(16.5, abs=5 * 9.23 / 256)
+    assert set(seen.tolist()) == set(range(1, 33))
+
+
+def test_loading_an_uncalibrated_state_asks_for_calibration_again() -> None:
+    quantizer = ActQuantizer(4, signed=False)
+    fresh = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+    quantizer.observing = True
+    quantizer(weights(100).relu())
+    quantizer.settle_()
+    quantizer(torch.ones(3))
+    quantizer.load_state_dict(fresh)
+    with pytest.raises(RunError, match="calibrated before use"):
+        quantizer(torch.ones(3))
+
+
+def test_both_ways_to_the_scalar_scales_gradient_agree() -> None:
+    # a GPU takes the way of the channels' scales; here one channel stands for the tensor
+    x, g = weights(2, 3, 4, 4), weights(2, 3, 4, 4, seed=1)
+    found = []
+    for shape in ((), (1, 1, 1, 1)):
+        leaf = x.clone().requires_grad_()
+        scale = torch.full(shape, 0.2, requires_grad=True)
+        quantizers.quantize(leaf, scale, 3, True).backward(g)
+        found.append((leaf.grad, scale.grad.reshape(())))
+    assert torch.equal(found[0][0], found[1][0])
+    # float32 sums of 96 terms
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import hw
+from sdq.calibration import calibrate_
 from sdq.checkpoint import Checkpoint, load_tensors
 from sdq.config import QuantConfig, SearchConfig
 from sdq.cost import Budget
@@ -20,7 +21,7 @@ from sdq.errors import RequestError, RunError
 from sdq.gradient_search import LOG_PRICE_RANGE, BitwidthSearch, Prices
 from sdq.policy import BitwidthPolicy
 from sdq.projection import SLACK
-from sdq.quant_model import QuantModel, calibrate_, quantize
+from sdq.quant_model import QuantModel, quantize
 from sdq.search import search, uniform_policy
 from sdq.search_problem import SearchProblem
 from sdq.search_space import SearchSpace

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdq import plugins
+from sdq.apply_policy import apply_policy_
 from sdq.batches import Augmentation, Batches, Normalization
 from sdq.checkpoint import load_tensors
 from sdq.cli.options import numbers
@@ -17,7 +18,7 @@ from sdq.config import QuantConfig
 from sdq.data import DataOptions, ImageSet, Splits, open_data
 from sdq.errors import RequestError
 from sdq.policy import BitwidthPolicy
-from sdq.quant_model import QuantModel, apply_policy_, quantize
+from sdq.quant_model import QuantModel, quantize
 from sdq.run_folder import RunFolder, fingerprint
 
 
@@ -88,6 +89,14 @@ class Inputs:
                 "add one, or give images without splits and --split 0.7,0.1,0.2"
             )
         return self.plain(part)
+
+    def calibration(self) -> Batches:
+        """Return training images, not augmented, of all classes from the first batch on."""
+        request = self.request
+        return Batches(
+            self.splits.train, self.normalization, batch_size=request.batch_size, shuffle=True,
+            seed=request.seed,
+        )  # fmt: skip
 
     def plain(self, part: ImageSet) -> Batches:
         """Return a part in order, not augmented."""

@@ -9,6 +9,8 @@ import typer
 from torch import nn
 
 import hw
+from sdq.apply_policy import apply_policy_
+from sdq.calibration import calibrate_
 from sdq.cli import inputs as inp
 from sdq.cli import options, processes
 from sdq.cli.plan import Limits, Plan, make_plan, make_quant_config
@@ -21,12 +23,10 @@ from sdq.finetune import finetune_
 from sdq.metrics import agreement, classification_metrics, predict
 from sdq.parallel import open_fabric
 from sdq.policy import BitwidthPolicy
-from sdq.projection import check_reachable
-from sdq.quant_model import QuantModel, apply_policy_, calibrate_
+from sdq.quant_model import QuantModel
 from sdq.quant_model import quantize as quantize_model
 from sdq.run_folder import RunFolder, check_new
-from sdq.search import search
-from sdq.search_space import SearchSpace
+from sdq.search import check_search, search
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -97,11 +97,10 @@ def prepare(source: Source, plan: Plan) -> QuantModel:
     inp.check_logits(network, inputs.sample, len(inputs.splits.class_names))
     qmodel = quantize_model(network, plan.quant, sample=inputs.sample)
     if plan.budget is not None:
-        space = SearchSpace.of(qmodel, plan.search.granularity)
-        check_reachable(plan.budget.constraints(space))
+        check_search(qmodel, plan.budget, plan.search, plan.method)
     if plan.given_policy is not None:
         apply_policy_(copy.deepcopy(qmodel), BitwidthPolicy.load(Path(plan.given_policy)))
-    calibrate_(qmodel, inputs.plain(inputs.splits.train))
+    calibrate_(qmodel, inputs.calibration())
     return qmodel
 
 
@@ -136,7 +135,7 @@ def run_quantize(
     policy = find_policy(qmodel, source, plan, run, fabric, watch)
     apply_policy_(qmodel, policy)
     if not qmodel.calibrated:  # activations whose bits were learned have new quantizers
-        calibrate_(qmodel, source.inputs.plain(source.inputs.splits.train))
+        calibrate_(qmodel, source.inputs.calibration())
     document = run.read_json("run.json")
     identity = {
         "request": document["request"],

@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdq.quant_model import apply_policy_, in_float
+from sdq.apply_policy import apply_policy_
+from sdq.calibration import in_float
 from sdq.search_problem import SearchProblem
+
+CHOOSES_ACTS, CHOOSES_CHANNELS = False, False
 
 BATCHES = 2
 """Batches on which the divergence is measured."""
@@ -21,8 +24,6 @@ BATCHES = 2
 
 def choose(problem: SearchProblem) -> list[int]:
     """Return what is left when the budget is met."""
-    problem.refuse_acts("greedy")
-    problem.refuse_channels("greedy")
     measure = _Divergence(problem)
     units, constraints = problem.space.units, problem.constraints
     picks = [len(unit.choices) - 1 for unit in units]

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdq.batches import generator
-from sdq.quant_model import in_float
+from sdq.calibration import in_float
 from sdq.search_problem import SearchProblem
+
+CHOOSES_ACTS, CHOOSES_CHANNELS = False, True
 
 PROBES, BATCHES = 4, 4
 """Random vectors a batch, and batches: the trace of a layer settles to some percent."""
@@ -21,7 +23,6 @@ PROBES, BATCHES = 4, 4
 
 def choose(problem: SearchProblem) -> list[int]:
     """Return the candidates of least total sensitivity within the budget."""
-    problem.refuse_acts("hessian")
     traces = hessian_traces(problem)
     utilities = []
     for unit in problem.space.units:

@@ -9,6 +9,8 @@ Source: the idea of Yang and Jin, "FracBits", AAAI 2021, https://arxiv.org/abs/2
 from sdq.gradient_search import learn
 from sdq.search_problem import SearchProblem
 
+CHOOSES_ACTS, CHOOSES_CHANNELS = True, True
+
 
 def choose(problem: SearchProblem) -> list[int]:
     """Return the candidates of greatest weight in the mixture, within the budget."""

@@ -5,6 +5,8 @@ import torch
 from sdq.batches import generator
 from sdq.search_problem import SearchProblem
 
+CHOOSES_ACTS, CHOOSES_CHANNELS = True, True
+
 
 def choose(problem: SearchProblem) -> list[int]:
     """Return the candidates within the budget whose random utilities sum to most."""

@@ -7,6 +7,8 @@ Source: Huang et al., "SDQ: Stochastic Differentiable Quantization with Mixed Pr
 from sdq.gradient_search import learn
 from sdq.search_problem import SearchProblem
 
+CHOOSES_ACTS, CHOOSES_CHANNELS = True, True
+
 
 def choose(problem: SearchProblem) -> list[int]:
     """Return the most probable candidates within the budget."""

@@ -3,6 +3,8 @@
 from sdq.errors import RequestError
 from sdq.search_problem import SearchProblem
 
+CHOOSES_ACTS, CHOOSES_CHANNELS = True, True
+
 
 def choose(problem: SearchProblem) -> list[int]:
     """Return for every unit its highest candidate that is at most the one common bitwidth.

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 import hw
 from sdq import plugins
+from sdq.apply_policy import apply_policy_
+from sdq.calibration import calibrate_
 from sdq.config import QuantConfig
 from sdq.policy import BitwidthPolicy
-from sdq.quant_model import QuantModel, apply_policy_, calibrate_, quantize
+from sdq.quant_model import QuantModel, quantize
 
 MODELS = plugins.names("sdq.models")
 TARGETS = plugins.names("hw.targets")

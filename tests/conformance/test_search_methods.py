@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdq import plugins
+from sdq.apply_policy import apply_policy_
+from sdq.calibration import calibrate_, in_float
 from sdq.config import QuantConfig, SearchConfig
 from sdq.cost import Budget
 from sdq.errors import RequestError
 from sdq.policy import BitwidthPolicy
-from sdq.quant_model import QuantModel, apply_policy_, calibrate_, in_float, quantize
+from sdq.quant_model import QuantModel, quantize
 from sdq.search import search
 from sdq.search_methods import greedy, hessian
 from sdq.search_problem import SearchProblem

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdq.apply_policy import apply_policy_
+from sdq.calibration import calibrate_
 from sdq.config import QuantConfig
 from sdq.policy import FLOAT_BITS
-from sdq.quant_model import QuantModel, apply_policy_, calibrate_, quantize
+from sdq.quant_model import QuantModel, quantize
 
 CHOICES = (1, 2, 3, 4, 6, 8)
 

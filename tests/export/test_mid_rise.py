@@ -9,8 +9,8 @@ from onnx import numpy_helper
 import export
 from export import graph
 from export.format import expected_bits, load_format
+from sdq.apply_policy import apply_policy_
 from sdq.errors import RunError
-from sdq.quant_model import apply_policy_
 
 FORMATS = ("onnx", "qonnx")
 KINDS = ("dorefa", "entropy")
