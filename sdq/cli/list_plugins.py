@@ -15,6 +15,7 @@ PACKAGES = {
     "methods": "fl.methods",
     "formats": "export.formats",
     "targets": "hw.targets",
+    "search_methods": "sdq.search_methods",
 }
 
 
@@ -22,7 +23,7 @@ def list_plugins(
     kind: Annotated[str, typer.Argument(help=", ".join(PACKAGES))],
     json_: options.Json = False,
 ) -> None:
-    """List models, datasets, methods, formats or targets.
+    """List models, datasets, methods, formats, targets or search methods.
 
     Example: `sdq list models`
     """

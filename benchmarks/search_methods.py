@@ -1,0 +1,226 @@
+"""SDQ beside other ways to choose bitwidths, and beside itself with parts taken away.
+
+Every variant starts from the same float network, gets the same budget, the same images and the same
+fine-tuning. A variant is a search method, with settings of phase 1 or 2 changed if wished:
+
+    sdq    sdq;search.distill=false    sdq;train.bin_weight=0    hessian    uniform
+
+The table has accuracy, what the policy costs, and the search's seconds. Each finished variant is
+kept in ``--out``; interrupted, the command goes on where it stopped.
+
+    python benchmarks/search_methods.py --data cifar10 --data-root DIR --weights F.safetensors \
+        --bits 1.5,2 --seeds 0,1,2 --out runs/methods --table benchmarks/results/NAME.md
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import sdq
+from sdq.batches import Augmentation, Batches, Normalization, generator
+from sdq.checkpoint import load_tensors, save_tensors
+from sdq.data import DataOptions, Splits, open_data
+from sdq.parallel import open_fabric
+from sdq.plugins import load
+
+FIGURES = ("accuracy", "balanced_accuracy", "auc")
+METHODS = "sdq,interpolate,hessian,greedy,random,uniform"
+
+
+def main() -> None:
+    """Run what is missing and write the table."""
+    options = arguments()
+    fabric = open_fabric(options.device)
+    splits = open_data(options.data, DataOptions(root=options.data_root))
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for seed in map(int, options.seeds.split(",")):
+        bench = Bench(options, splits, seed, fabric)
+        rows.append({"variant": "float", "bits": 32.0, "seed": seed, **bench.float_figures()})
+        for bits in map(float, options.bits.split(",")):
+            for variant in options.variants.split(","):
+                rows.append(bench.figures(variant, bits))
+                print(json.dumps(rows[-1]), flush=True)
+    write(options, rows)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--weights", type=Path, help="float weights to start from")
+    parser.add_argument("--mean", default=None, help="with --weights: their normalisation")
+    parser.add_argument("--std", default=None)
+    parser.add_argument("--float-epochs", type=int, default=20)
+    parser.add_argument("--float-lr", type=float, default=1e-3)
+    parser.add_argument("--train-images", type=int, default=0, help="a part of them; 0: all")
+    parser.add_argument("--bits", default="2")
+    parser.add_argument("--act-bits", type=int, default=4)
+    parser.add_argument("--search-epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--variants", default=METHODS)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", type=Path, required=True)
+    return parser.parse_args()
+
+
+class Bench:
+    """Everything of one seed."""
+
+    def __init__(self, options: argparse.Namespace, splits: Splits, seed: int, fabric: Any) -> None:
+        self.options, self.seed, self.fabric = options, seed, fabric
+        train = splits.train
+        if options.train_images:
+            order = torch.randperm(len(train), generator=generator(0, "part of the images"))
+            train = train.subset(order[: options.train_images].sort().values)
+        if options.mean:
+            self.normalization = Normalization(numbers(options.mean), numbers(options.std))
+        else:
+            self.normalization = Normalization.of(splits.train)
+        flips = Augmentation(splits.horizontal_flip, splits.vertical_flip)
+        self.loader = Batches(train, self.normalization, shuffle=True, seed=seed, augment=flips)
+        self.plain = Batches(train, self.normalization, shuffle=True, seed=seed)
+        assert splits.test is not None
+        self.test = Batches(splits.test, self.normalization, batch_size=500)
+        self.sample = torch.zeros(1, *splits.image_shape)
+        self.classes = len(splits.class_names)
+        self.network = self.float_network()
+
+    def float_network(self) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(generator(self.seed, "weights").initial_seed())
+            network: nn.Module = load("sdq.models", self.options.model).build(self.classes)
+        file = self.options.out / f"float-{self.seed}.safetensors"
+        if not file.exists():
+            if self.options.weights:
+                network.load_state_dict(load_tensors(self.options.weights)[0])
+            config = sdq.TrainConfig(
+                epochs=self.options.float_epochs, lr=self.options.float_lr, seed=self.seed
+            )
+            sdq.train_(network, self.loader, config, fabric=self.fabric)
+            save_tensors(file, network.state_dict())
+        network.load_state_dict(load_tensors(file)[0])
+        return network.to(self.fabric.device)
+
+    def float_figures(self) -> dict[str, Any]:
+        found = sdq.evaluate(self.network, self.test)
+        return {key: found[key] for key in FIGURES}
+
+    def figures(self, variant: str, bits: float) -> dict[str, Any]:
+        file = self.options.out / f"{variant.replace(';', '+')}-{bits:g}-{self.seed}.json"
+        if file.exists():
+            known: dict[str, Any] = json.loads(file.read_text())
+            return known
+        method, search, train = settings(variant)
+        config = sdq.QuantConfig(act_bits=self.options.act_bits)
+        qmodel = sdq.quantize(self.network, config, sample=self.sample.to(self.fabric.device))
+        sdq.calibrate_(qmodel, self.plain)
+        spent: list[float] = []
+        start = time.perf_counter()
+        policy = sdq.search(
+            qmodel, self.loader, budget=sdq.Budget(avg_weight_bits=bits), teacher=self.network,
+            config=sdq.SearchConfig(epochs=self.options.search_epochs, seed=self.seed, **search),
+            method=method, fabric=self.fabric, watch=lambda r: spent.append(r.loss),
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        sdq.apply_policy_(qmodel, policy)
+        if not qmodel.calibrated:
+            sdq.calibrate_(qmodel, self.plain)
+        tuning = sdq.TrainConfig(**{"epochs": self.options.epochs, "seed": self.seed, **train})
+        sdq.finetune_(qmodel, self.loader, teacher=self.network, config=tuning, fabric=self.fabric)
+        found = sdq.evaluate(qmodel, self.test)
+        # the second half: the first is still falling
+        half = spent[len(spent) // 2 :]
+        row = {
+            "variant": variant, "bits": bits, "seed": self.seed,
+            **{key: found[key] for key in FIGURES},
+            "average_bits": policy.avg_weight_bits, "weight_bytes": policy.weight_bytes,
+            "search_seconds": seconds,
+            "search_loss_deviation": statistics.pstdev(half) if half else None,
+            "policy": [b.weight_bits for b in policy],
+        }  # fmt: skip
+        file.write_text(json.dumps(row))
+        return row
+
+
+def settings(variant: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Read ``method;search.key=value;train.key=value``."""
+    method, *changes = variant.split(";")
+    found: dict[str, dict[str, Any]] = {"search": {}, "train": {}}
+    for change in changes:
+        path, _, value = change.partition("=")
+        phase, _, key = path.partition(".")
+        found[phase][key] = value if value.isalpha() and value not in WORDS else json.loads(value)
+    return method, found["search"], found["train"]
+
+
+WORDS = ("true", "false", "null")
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the table as Markdown."""
+    part = f"{options.train_images:,} of its training images, " if options.train_images else ""
+    start = "published float weights, then " if options.weights else ""
+    lines = [
+        f"# Ways to choose bitwidths: {options.model} on {options.data}",
+        "",
+        f"Seeds {options.seeds}; {part}test split; mean ± standard deviation over seeds. {start}"
+        f"{options.float_epochs} epochs of float training, {options.search_epochs} of search "
+        f"(where a method trains), {options.epochs} of fine-tuning, {options.act_bits}-bit "
+        f"activations, first and last layer at 8 bits. torch {torch.__version__}, device {options.device}.",
+        "",
+        "`budget` is the mean of the searched layers' weight bits, `bits` what the policy has. "
+        "`deviation` is that of the loss over the steps of the search's second half.",
+        "",
+        "| variant | budget | " + " | ".join(FIGURES) + " | bits | bytes | seconds | deviation |",
+        "|---|---|" + "---|" * (len(FIGURES) + 4),
+    ]
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["variant"], row["bits"]), []).append(row)
+    for (variant, bits), found in groups.items():
+        cells = [spread([row[key] for row in found]) for key in FIGURES]
+        if variant == "float":
+            lines.append(f"| float | 32 | {' | '.join(cells)} | 32 | | | |")
+            continue
+        seconds = statistics.mean(row["search_seconds"] for row in found)
+        deviations = [row["search_loss_deviation"] for row in found]
+        deviation = f"{statistics.mean(deviations):.3f}" if None not in deviations else ""
+        lines.append(
+            f"| {variant} | {bits:g} | {' | '.join(cells)} | "
+            f"{max(row['average_bits'] for row in found):.3f} | "
+            f"{max(row['weight_bytes'] for row in found):,.0f} | {seconds:.0f} | {deviation} |"
+        )
+    lines += ["", "Policies (bits of each layer in order; one list a seed):", ""]
+    for (variant, bits), found in groups.items():
+        if variant != "float":
+            lists = "; ".join("".join(map(str, row["policy"])) for row in found)
+            lines.append(f"- {variant}, {bits:g}: {lists}")
+    options.table.parent.mkdir(parents=True, exist_ok=True)
+    options.table.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def spread(values: list[float]) -> str:
+    """Return mean ± standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+
+
+if __name__ == "__main__":
+    main()
