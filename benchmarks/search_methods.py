@@ -182,7 +182,8 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         f"Seeds {options.seeds}; {part}test split; mean ± standard deviation over seeds. {start}"
         f"{options.float_epochs} epochs of float training, {options.search_epochs} of search "
         f"(where a method trains), {options.epochs} of fine-tuning, {options.act_bits}-bit "
-        f"activations, first and last layer at 8 bits. torch {torch.__version__}, device {options.device}.",
+        f"activations, first and last layer at 8 bits. torch {torch.__version__}, "
+        f"device {options.device}.",
         "",
         "`budget` is the mean of the searched layers' weight bits, `bits` what the policy has. "
         "`deviation` is that of the loss over the steps of the search's second half.",

@@ -20,7 +20,7 @@ NAMES = [
     ("trian", "unknown verb 'trian'; did you mean 'train'?"),
     ("xyz", "Known: cost, demo, evaluate, export, list, quantize, search, train"),
     ("--jsno", "No such option '--jsno'"),
-    ("list model", "did you mean 'models'? Known: datasets, formats, methods, models, targets"),
+    ("list model", "did you mean 'models'? Known: datasets, formats, methods, models"),
     ("list", "Missing argument 'KIND'"),
     ("train --model mpl --data synthetic_derm", "did you mean 'mlp'? Known: mlp, resnet20"),
     ("train --model mlp --data synthetic_drm", "did you mean 'synthetic_derm'?"),
