@@ -123,9 +123,10 @@ class BitwidthSearch:
                 return picks
         return None
 
-    def _insert_(self) -> list[StochasticWeightQuantizer]:
-        """Put stochastic quantizers into the model; return those of weights."""
-        qmodel, found = self.problem.qmodel, []
+    def _insert_(self) -> list[tuple[StochasticWeightQuantizer, str]]:
+        """Put stochastic quantizers into the model; return those of weights and their layers."""
+        qmodel = self.problem.qmodel
+        found: list[tuple[StochasticWeightQuantizer, str]] = []
         rows: dict[int, list[int]] = {}
         for u, unit in enumerate(self.space.units):
             if not unit.is_act:
@@ -142,7 +143,7 @@ class BitwidthSearch:
                 units,
             )
             qmodel.set_weight_quantizer_(name, quantizer)
-            found.append(quantizer)
+            found.append((quantizer, name))
         acts = {unit.name: (u, unit.choices) for u, unit in enumerate(self.space.units)
                 if unit.is_act}  # fmt: skip
         if acts:
@@ -218,7 +219,7 @@ class BitwidthSearch:
         """
         theta = self.bits.theta
         total, count = theta.new_zeros(len(self.bits)), theta.new_zeros(len(self.bits))
-        for quantizer in self.quantizers:
+        for quantizer, _ in self.quantizers:
             value = getattr(quantizer, what)()
             size = float(quantizer.weights_per_unit)
             index = torch.tensor(quantizer.units, device=theta.device)
@@ -243,6 +244,37 @@ class BitwidthSearch:
         if len(self.task_losses) % max(self.steps // config.epochs // SNAPSHOTS, 1) == 0:
             expected = self.bits.expected_bits().detach().tolist()
             self.trajectory.append([round(progress, 4), *(round(b, 3) for b in expected)])
+
+    def utilities(self) -> list[list[float]]:
+        """Return what each candidate of each unit is worth against its lowest one."""
+        if self.config.decide == "log_odds":
+            return self.bits.utilities()
+        gains, visits = (x.double().cpu() for x in self.bits.gains())
+        found = []
+        for u, errors in enumerate(self._errors()):
+            drops = errors[:-1] - errors[1:]
+            seen = visits[u, 1 : len(errors)]
+            # one sensitivity a unit, by least squares over the steps it tried
+            weight = (seen * drops.square()).sum().clamp_min(1e-300)
+            sensitivity = (seen * drops * gains[u, 1 : len(errors)]).sum() / weight
+            found.append((sensitivity.clamp_min(0) * (errors[0] - errors)).tolist())
+        return found
+
+    @torch.no_grad()
+    def _errors(self) -> list[Tensor]:
+        """Return the squared error of each candidate of each unit, up to a factor a unit."""
+        found = [
+            torch.tensor([4.0**-b for b in unit.choices], dtype=torch.float64)
+            if unit.is_act
+            else torch.zeros(len(unit.choices), dtype=torch.float64)
+            for unit in self.space.units
+        ]
+        qmodel = self.problem.qmodel
+        for quantizer, name in self.quantizers:
+            squares = quantizer.squared_errors(qmodel.weight(name)).double().cpu()
+            for row, u in enumerate(quantizer.units):
+                found[u] += squares[:, row]
+        return found
 
     def describe(self) -> dict[str, Any]:
         """Return task loss, price, budget use, and each unit's active bitwidth and beta."""
@@ -286,4 +318,4 @@ def learn(problem: SearchProblem, mixing: Mixing) -> list[int]:
         objective, problem.loader, loop, phase="search", fabric=problem.fabric,
         checkpoint=problem.checkpoint, watch=problem.watch,
     )  # fmt: skip
-    return problem.project(objective.bits.utilities())
+    return problem.project(objective.utilities())

@@ -89,6 +89,11 @@ def check_search(
             f"search: method {method} measures one unit after another, and single channels are "
             "too many; use --granularity layer"
         )
+    if config.granularity == "channel" and qmodel.config.weight_scale != "per_channel":
+        raise RequestError(
+            "search: granularity channel must stand with per_channel scales: channels of different "
+            f"bitwidths have scales of their own, got {qmodel.config.weight_scale}"
+        )
     constraints = budget.constraints(space)
     check_reachable(constraints)
     return space, constraints

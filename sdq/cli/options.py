@@ -141,6 +141,13 @@ LayerChoices = Annotated[
     list[str] | None,
     typer.Option(help="'PATTERN=1,2,4': candidates of the layers that match. Repeatable."),
 ]
+ConfigPath = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSON file with fields of the configurations that have no option of their own: "
+        '{"quant": {...}, "search": {...}, "train": {...}}.'
+    ),
+]
 Target = Annotated[
     str | None, typer.Option(help="A device (see `sdq list targets`), for --latency-ms.")
 ]

@@ -1,17 +1,23 @@
 """From the options of ``sdq quantize`` and ``sdq search`` to what is to be done."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
 
 import hw
 from sdq import plugins
 from sdq.cli import options
 from sdq.cli.teacher import TeacherRequest
-from sdq.config import QuantConfig, SearchConfig, TrainConfig
+from sdq.config import Config, QuantConfig, SearchConfig, TrainConfig
 from sdq.cost import Budget, CostFn
 from sdq.errors import RequestError
 from sdq.policy import FLOAT_BITS
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,6 @@ def make_quant_config(
     weight_scale: options.ScaleGranularity,
     scale: options.ScaleKind,
     weight_quantizer: options.QuantizerKind,
-    granularity: options.GranularityName,
     target: str | None,
 ) -> QuantConfig:
     """Check the options of quantization and gather them.
@@ -102,11 +107,6 @@ def make_quant_config(
     Raises:
         RequestError: a value out of range, or bits that the target has not.
     """
-    if granularity == "channel" and weight_scale != "per_channel":
-        raise RequestError(
-            "--granularity: channel must stand with --weight-scale per_channel: channels of "
-            f"different bitwidths have scales of their own, got {weight_scale}"
-        )
     pins = []
     for pattern, value in options.rules(pin, "--pin"):
         bits = options.integers(value, "--pin")
@@ -180,3 +180,64 @@ def make_plan(
     if any(v is not None for v in given):
         raise RequestError("--policy: must stand without a budget, got both; drop one")
     return Plan(quant, None, search_method, search, train, str(policy), limits.target, teacher)
+
+
+FIELDS: dict[str, dict[str, str]] = {
+    "quant": {
+        "bit_choices": "choices", "act_bits": "act_bits", "act_choices": "act_choices",
+        "first_last_bits": "first_last_bits", "pins": "pin", "layer_choices": "layer_choices",
+        "weight_scale": "weight_scale", "restrict_scale": "scale",
+        "weight_quantizer": "weight_quantizer",
+    },
+    "search": {"granularity": "granularity", "epochs": "search_epochs", "seed": "seed"},
+    "train": {
+        name: name
+        for name in (
+            "epochs", "lr", "weight_decay", "optimizer", "schedule", "bin_weight", "bin_reduction",
+            "distill", "ema_decay", "bn_batches", "select", "seed",
+        )
+    },
+}  # fmt: skip
+"""Of the fields of a configuration file, those that options set as well."""
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """Fields of configurations, read from a file; they stand in the place of options' defaults."""
+
+    sections: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path | None) -> "ConfigFile":
+        """Read ``{"quant": {...}, "search": {...}, "train": {...}}``; each part may be absent.
+
+        Raises:
+            RequestError: no such file, not such an object, or a field that was also given as an
+                option.
+        """
+        if path is None:
+            return cls({})
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise RequestError(f"--config: {path} must be a JSON file, but: {error}") from None
+        known = ", ".join(FIELDS)
+        if not isinstance(document, dict) or not set(document) <= set(FIELDS):
+            got = sorted(document) if isinstance(document, dict) else type(document).__name__
+            raise RequestError(f"--config: {path} must have the parts {known}, got {got}")
+        context = click.get_current_context()
+        for part, fields in document.items():
+            if not isinstance(fields, dict):
+                raise RequestError(f"--config: {path}: {part} must be an object, got {fields!r}")
+            for field in fields:
+                option = FIELDS[part].get(field, "")
+                if context.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+                    raise RequestError(
+                        f"--config: {part}.{field} must be given once, but stands in {path} and "
+                        f"as --{option.replace('_', '-')}; drop one"
+                    )
+        return cls(document)
+
+    def changed(self, part: str, config: AnyConfig) -> AnyConfig:
+        """Return a configuration with the file's fields in it; RequestError names a wrong one."""
+        return config.replaced(**self.sections.get(part, {}))

@@ -13,7 +13,7 @@ from sdq.apply_policy import apply_policy_
 from sdq.calibration import calibrate_
 from sdq.cli import inputs as inp
 from sdq.cli import options, processes
-from sdq.cli.plan import Limits, Plan, make_plan, make_quant_config
+from sdq.cli.plan import ConfigFile, Limits, Plan, make_plan, make_quant_config
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.teacher import TeacherRequest, open_teacher
 from sdq.cli.train import summary
@@ -211,6 +211,7 @@ def quantize(
     weight_quantizer: options.WeightQuantizer = "lsq",
     search_method: options.SearchMethod = "sdq",
     search_epochs: options.SearchEpochs = 4,
+    config: options.ConfigPath = None,
     epochs: Annotated[int, typer.Option(min=0, help="Passes of fine-tuning (phase 2).")] = 12,
     lr: Annotated[
         float, typer.Option(callback=options.finite, help="Peak learning rate of fine-tuning.")
@@ -260,22 +261,26 @@ def quantize(
 
     Example: `sdq quantize --from f --data dermamnist --data-root DIR --bits 2.0 --out q`
     """
+    file = ConfigFile.read(config)
     tuning = TrainConfig(
         epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule,
         bin_weight=bin_weight, bin_reduction=bin_reduction, distill=distill, ema_decay=ema_decay,
         bn_batches=bn_batches, select=select, seed=seed,
     )  # fmt: skip
+    tuning = file.changed("train", tuning)
     asked_teacher = TeacherRequest.of(teacher, teacher_model, teacher_weights, distill=distill)
     quant = make_quant_config(
         choices=choices, act_bits=act_bits, act_choices=act_choices,
         learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
         layer_choices=layer_choices, weight_scale=weight_scale, scale=scale,
-        weight_quantizer=weight_quantizer,         granularity=granularity, target=target,
+        weight_quantizer=weight_quantizer, target=target,
     )  # fmt: skip
+    quant = file.changed("quant", quant)
     limits = Limits(
         bits, weight_kb, bops_g, latency_ms, target, float(act_bits) if learn_act_bits else None
     )
     searching = SearchConfig(granularity=granularity, epochs=search_epochs, seed=seed)
+    searching = file.changed("search", searching)
     plan = make_plan(
         quant,
         limits,

@@ -2,7 +2,7 @@
 
 from sdq.cli import inputs as inp
 from sdq.cli import options, processes
-from sdq.cli.plan import Limits, make_plan, make_quant_config
+from sdq.cli.plan import ConfigFile, Limits, make_plan, make_quant_config
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.quantize import (
     asked_for,
@@ -40,6 +40,7 @@ def search(
     weight_quantizer: options.WeightQuantizer = "lsq",
     search_method: options.SearchMethod = "sdq",
     search_epochs: options.SearchEpochs = 4,
+    config: options.ConfigPath = None,
     data_root: options.DataRoot = None,
     batch_size: options.BatchSize = 128,
     image_size: options.ImageSize = None,
@@ -59,16 +60,19 @@ def search(
 
     Example: `sdq search --from f --data dermamnist --data-root DIR --bits 2.0 --out s`
     """
+    file = ConfigFile.read(config)
     quant = make_quant_config(
         choices=choices, act_bits=act_bits, act_choices=act_choices,
         learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
         layer_choices=layer_choices, weight_scale=weight_scale, scale=scale,
-        weight_quantizer=weight_quantizer,         granularity=granularity, target=target,
+        weight_quantizer=weight_quantizer, target=target,
     )  # fmt: skip
+    quant = file.changed("quant", quant)
     limits = Limits(
         bits, weight_kb, bops_g, latency_ms, target, float(act_bits) if learn_act_bits else None
     )
     searching = SearchConfig(granularity=granularity, epochs=search_epochs, seed=seed)
+    searching = file.changed("search", searching)
     plan = make_plan(quant, limits, search_method=search_method, search=searching, train=None)
     fabric = open_fabric(device, devices, precision)
     request = inp.DataRequest(

@@ -111,6 +111,17 @@ def sdq() -> Callable[..., Done]:
     return call
 
 
+CONFIGS = {
+    "cut": '{"search": {',
+    "part": '{"x": {}}',
+    "field": '{"search": {"warmth": 1}}',
+    "value": '{"search": {"temperature": -1}}',
+    "twice": '{"quant": {"act_bits": 8}}',
+    "good": '{"quant": {"act_bits": 8, "input_bits": 6}, "train": {"warmup": 0.2},'
+    ' "search": {"regularizer": "cost", "end_temperature": 0.5}}',
+}
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a good data set, a trained and a quantized run, and everything bad."""
@@ -131,6 +142,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "text.npz").write_text("hello")
     (home / "models.py").write_text(USER_MODELS)
     (home / "syntax.py").write_text("def f(:\n")
+    for name, text in CONFIGS.items():
+        (home / f"{name}.json").write_text(text)
 
     data = f"--data {home / 'ok.npz'} --quiet"
     must(f"train --model mlp {data} --epochs 2 --out", home / "float")

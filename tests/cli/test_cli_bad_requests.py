@@ -90,11 +90,22 @@ NUMBERS = [
     *_both("--bits 2 --pin nothing=4", "pattern 'nothing' must match a layer, but matches none"),
     *_both("--bits 2 --layer-choices layers.1=a", "--layer-choices: must be integers separated"),
     *_both("--bits 2 --layer-choices layers.*=4,2", "must be ascending bitwidths"),
+    *_both("--bits 2 --config nowhere.json", "--config: nowhere.json must be a JSON file"),
+    *_both("--bits 2 --config {f}/cut.json", "cut.json must be a JSON file"),
+    *_both(
+        "--bits 2 --config {f}/part.json", "must have the parts quant, search, train, got ['x']"
+    ),
+    *_both("--bits 2 --config {f}/field.json", "SearchConfig.warmth: extra inputs are not"),
+    *_both("--bits 2 --config {f}/value.json", "SearchConfig.temperature: input should be greater"),
+    *_both("--bits 2 --config {f}/twice.json --act-bits 4", "quant.act_bits must be given once"),
     *_both("--latency-ms 1", "--latency-ms: must stand with --target"),
     *_both("--latency-ms 1e-9 --target bit_fusion", "latency_s must be at least"),
     *_both("--latency-ms 1 --target bitfusion", "did you mean 'bit_fusion'?"),
     *_both("--bits 2 --learn-act-bits --act-choices 4,9", "bitwidths from 2 to 8, or 16"),
-    *_both("--bits 2 --granularity channel --weight-scale per_tensor", "--granularity: channel"),
+    *_both(
+        "--bits 2 --granularity channel --weight-scale per_tensor",
+        "search: granularity channel must",
+    ),
     *_both("--bits 2 --granularity row", "'row' is not one of 'network', 'block'"),
     *_both("--bits 2 --learn-act-bits --search-method greedy", "chooses weight bitwidths only"),
     *_both("--bits 2 --first-last-bits 9", "must be at most 8, or 32 for float, got 9"),

@@ -42,6 +42,7 @@ def read(path):
         ("methods", set()),
         ("formats", {"onnx", "qonnx"}),
         ("targets", {"bit_fusion"}),
+        ("search_methods", {"sdq", "hessian"}),
     ],
 )
 def test_list(sdq, kind, some):
