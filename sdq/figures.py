@@ -21,6 +21,9 @@ STYLES = ("-", "--", ":", "-.")
 LABEL_INCHES = 0.15
 """Height of a line of text of 8 points, and a gap."""
 
+MOST_NUMBERS = 65
+"""Layers up to which the bars are wide enough for a number each."""
+
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Return ascending heights at least ``gap`` apart, as near to the wanted ones as can be.
@@ -72,9 +75,11 @@ def trajectory_figure(course: Trajectory, depth: int) -> Figure:
     steered = [100 * p for p in course.price_progress]
     use, price = panels[-2:]
     for i, (name, series) in enumerate(course.budget_use.items()):
-        style = {"color": BLUE, "ls": STYLES[i % len(STYLES)], "marker": ".", "ms": 4}
-        use.plot(steered, [100 * x for x in series], label=name, **style)
-        price.plot(steered, course.lambda_q[name], label=name, **style)
+        for axes, values in ((use, [100 * x for x in series]), (price, course.lambda_q[name])):
+            axes.plot(
+                steered, values, color=(BLUE, ORANGE)[i % 2], ls=STYLES[i % len(STYLES)],
+                marker=".", ms=4, clip_on=False, label=name,
+            )  # fmt: skip
     use.axhline(100, color=BLACK, lw=0.8)
     use.set_ylabel("expected cost\n(% of budget)")
     use.legend(loc="best", ncols=len(course.budget_use))
@@ -131,8 +136,9 @@ def bits_figure(policy: BitwidthPolicy) -> Figure:
         text = "float" if layer.weight_bits == FLOAT_BITS else f"{shown[i]:.3g}"
         colour = "white" if layer.searched else BLACK
         box = {"pad": 0.6, "lw": 0, "fc": BLUE if layer.searched else GREY}
-        top.annotate(text, (i, 0), (0, 4), textcoords="offset points", ha="center",
-                     color=colour, bbox=box)  # fmt: skip
+        if len(layers) <= MOST_NUMBERS:
+            top.annotate(text, (i, 0), (0, 4), textcoords="offset points", ha="center",
+                         color=colour, bbox=box)  # fmt: skip
         if layer.channel_bits is not None:
             least, most = min(layer.channel_bits), max(layer.channel_bits)
             top.vlines(i, least, most, color=BLACK, lw=1, label="channels, least to most")
@@ -149,7 +155,7 @@ def bits_figure(policy: BitwidthPolicy) -> Figure:
     top.yaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = top.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))  # the channels of many layers have one label
-    top.legend(once.values(), once.keys(), loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+    top.legend(once.values(), once.keys(), loc="lower left", bbox_to_anchor=(0, 1), ncols=5)
     figure.suptitle("Bits of each layer, first to last", x=0.01, ha="left")
     below.bar(at, [b.num_weights for b in layers], color=GREY, edgecolor="white")
     below.set_yscale("log")

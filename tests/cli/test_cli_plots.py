@@ -1,5 +1,6 @@
 """The plots of a run: which there are, that they are whole, and what happens without."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,19 @@ def are_whole(run):
 def test_plots_of_a_quantized_run(derm):
     assert drawn(derm / "quantized") == SEARCHED
     are_whole(derm / "quantized")
+
+
+def test_the_log_has_prices_where_it_has_bits(derm):
+    lines = (derm / "quantized" / "log.jsonl").read_text().splitlines()
+    (record,) = [x for x in map(json.loads, lines) if x["phase"] == "search"]
+    bits, prices = record["trajectory"], record["price_trajectory"]
+    assert [x[0] for x in bits] == [x[0] for x in prices]
+    assert all(len(x) == 3 and min(x) > 0 for x in prices)  # progress, use and price of one budget
+    assert bits[-1][0] == 1.0
+    assert prices[-1][1:] == pytest.approx(
+        [record["budget_use"]["average weight bits"], record["lambda_q"]["average weight bits"]],
+        rel=1e-3,  # the log has four digits
+    )
 
 
 def test_drawn_again_they_are_the_same(derm, tmp_path):
