@@ -74,7 +74,7 @@ def draw(run_folder: Path) -> tuple[Path, ...]:
 
 def _figures(run: RunFolder) -> Iterator[tuple[str, "Figure"]]:
     """Yield the figures that can be made of a run, by name."""
-    from sdq import figures, weight_figures
+    from sdq import figures, trajectory_figure, weight_figures
 
     policy = BitwidthPolicy.load(run.path / "policy.json")
     config = QuantConfig(**run.read_json("run.json")["quant"])
@@ -87,7 +87,7 @@ def _figures(run: RunFolder) -> Iterator[tuple[str, "Figure"]]:
         raise RequestError(f"{log}: must have JSON in every line, {error}") from None
     course = trajectory(records, policy)
     if course is not None:
-        yield "trajectory", figures.trajectory_figure(course, len(policy))
+        yield "trajectory", trajectory_figure.trajectory_figure(course, len(policy))
     before = weight_levels.before(run.read_tensors("float.safetensors"), policy, config)
     after: dict[str, weight_levels.Quantized] = {}
     if (run.path / "model.safetensors").exists():  # `sdq search` does not fine-tune

@@ -7,6 +7,7 @@ import pytest
 from sdq.errors import RunError
 from sdq.policy import BitwidthPolicy, LayerBits
 from sdq.trajectory import Line, trajectory
+from sdq.trajectory_figure import spread
 
 POLICY = BitwidthPolicy(
     (
@@ -98,3 +99,18 @@ def test_a_log_of_another_network_is_noticed(
 ) -> None:
     with pytest.raises(RunError, match=message):
         trajectory([record(1, units, points)], POLICY)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "low", "high", "expected"),
+    [
+        ([1.0, 1.0, 1.0, 3.0], 0.0, 4.0, [0.5, 1.0, 1.5, 3.0]),
+        ([0.0, 0.0, 4.0, 4.0], 0.0, 4.0, [0.0, 0.5, 3.5, 4.0]),
+        ([2.0, 2.0, 2.0], 2.0, 2.0, [2.0, 2.5, 3.0]),  # no room: upwards
+        ([], 0.0, 1.0, []),
+    ],
+)
+def test_names_are_spread_around_their_lines(
+    wanted: list[float], low: float, high: float, expected: list[float]
+) -> None:
+    assert spread(wanted, 0.5, low, high) == expected
