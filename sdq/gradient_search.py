@@ -107,6 +107,7 @@ class BitwidthSearch:
         self.bitwidth_lr = config.bitwidth_lr or 12 * one_pair / steps
         self.task_losses: list[float] = []
         self.trajectory: list[list[float]] = []
+        self.price_trajectory: list[list[float]] = []
         self.usage = torch.full((len(self.costs),), math.nan)
         if not config.train_weights:
             for name, parameter in problem.qmodel.named_parameters():
@@ -232,6 +233,7 @@ class BitwidthSearch:
         self.bits.generator = generator(self.config.seed, "gumbel", epoch)
         self.task_losses.clear()
         self.trajectory.clear()
+        self.price_trajectory.clear()
 
     def after_step(self, progress: float) -> None:
         """Leave decided pairs, steer the price, cool down."""
@@ -244,6 +246,10 @@ class BitwidthSearch:
         if len(self.task_losses) % max(self.steps // config.epochs // SNAPSHOTS, 1) == 0:
             expected = self.bits.expected_bits().detach().tolist()
             self.trajectory.append([round(progress, 4), *(round(b, 3) for b in expected)])
+            steered = [*self.usage.tolist(), *self.prices().tolist()]
+            self.price_trajectory.append(
+                [round(progress, 4), *(float(f"{x:.4g}") for x in steered)]
+            )
 
     def utilities(self) -> list[list[float]]:
         """Return what each candidate of each unit is worth against its lowest one."""
@@ -291,6 +297,7 @@ class BitwidthSearch:
             "budget_use": {c.name: float(u) for c, u in zip(limits, self.usage, strict=True)},
             "bits_and_beta": units,
             "trajectory": [list(point) for point in self.trajectory],
+            "price_trajectory": [list(point) for point in self.price_trajectory],
         }
 
 

@@ -9,6 +9,7 @@
 ``metrics.json``          what the result is worth
 ``log.jsonl``             one record an epoch
 ``checkpoints/``          one file a phase
+``plots/``                quantized and searched runs: pictures of them; see :mod:`sdq.plots`
 ========================  =====================================================================
 
 Every file is written whole or not at all.

@@ -4,6 +4,7 @@ A unit is the weight of a layer, of a block of layers or of the whole network, o
 of a layer, or a quantized activation.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -69,9 +70,8 @@ class SearchSpace:
                 else (None,)
             )
         ]
-        units = [
-            replace(u, name=f"{u.name}[{u.channel}]") if u.channel is not None else u for u in units
-        ]
+        twice = Counter(name for name, _ in groups)
+        units = [replace(unit, name=_unit_name(unit, twice[unit.name] > 1)) for unit in units]
         for path, readers in qmodel.searched_acts().items():
             assert qmodel.config.act_choices is not None
             members = [index[name] for name in readers]
@@ -104,6 +104,12 @@ class SearchSpace:
         for i, each in channels.items():
             chosen[i] = replace(chosen[i], weight_bits=max(each), channel_bits=tuple(each))
         return BitwidthPolicy(tuple(chosen))
+
+
+def _unit_name(unit: Unit, shared: bool) -> str:
+    """Return a unit's own name, where a block has units of different choices or channels."""
+    choices = f" ({','.join(map(str, unit.choices))})" if shared else ""
+    return unit.name + choices + (f"[{unit.channel}]" if unit.channel is not None else "")
 
 
 def _group(name: str, granularity: Granularity) -> str:

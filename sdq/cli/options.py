@@ -85,6 +85,9 @@ Augment = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")]
 Json = Annotated[bool, typer.Option("--json", help="End standard output with one JSON line.")]
+Plots = Annotated[
+    bool, typer.Option("--plots/--no-plots", help="Draw what the run did, into OUT/plots.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no tables.")]
 
 Weights = Annotated[

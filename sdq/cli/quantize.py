@@ -14,6 +14,7 @@ from sdq.calibration import calibrate_
 from sdq.cli import inputs as inp
 from sdq.cli import options, processes
 from sdq.cli.plan import ConfigFile, Limits, Plan, make_plan, make_quant_config
+from sdq.cli.plotting import draw_plots
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.teacher import TeacherRequest, open_teacher
 from sdq.cli.train import summary
@@ -253,6 +254,7 @@ def quantize(
     device: options.Device = "auto",
     devices: options.Devices = 1,
     precision: options.Precision = "32",
+    plots: options.Plots = True,
     resume: options.Resume = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
@@ -307,6 +309,7 @@ def quantize(
     with run, Watch(run, quiet=quiet) as watch:
         metrics = run_quantize(run, source, plan, qmodel, fabric, watch, seed, network)
         processes.end(fabric)
+        draw_plots(run, wanted=plots and fabric.is_global_zero)
     weights_count = sum(b.num_weights for b in BitwidthPolicy.load(out / "policy.json"))
     show_table(f"{data}: {out}", rows(metrics, 4.0 * weights_count), quiet=quiet)
     if json_:

@@ -3,6 +3,7 @@
 from sdq.cli import inputs as inp
 from sdq.cli import options, processes
 from sdq.cli.plan import ConfigFile, Limits, make_plan, make_quant_config
+from sdq.cli.plotting import draw_plots
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.quantize import (
     asked_for,
@@ -52,6 +53,7 @@ def search(
     device: options.Device = "auto",
     devices: options.Devices = 1,
     precision: options.Precision = "32",
+    plots: options.Plots = True,
     resume: options.Resume = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
@@ -92,6 +94,7 @@ def search(
         policy = find_policy(qmodel, source, plan, run, fabric, watch)
         run.update(status="done")
         processes.end(fabric)
+        draw_plots(run, wanted=plots and fabric.is_global_zero)
     rows = [
         {"layer": b.name, "weights": b.num_weights, "weight bits": b.weight_bits,
          "act bits": b.act_bits, "searched": "yes" if b.searched else "no"}

@@ -75,8 +75,14 @@ class Done:
         return json.loads(self.out.splitlines()[-1])
 
 
-def call(command: str, *more: object) -> Done:
-    """Run ``sdq`` in this process; ``command`` is split at spaces, ``more`` is not."""
+def call(command: str, *more: object, plots: bool = False) -> Done:
+    """Run ``sdq`` in this process; ``command`` is split at spaces, ``more`` is not.
+
+    Plots take seconds, and few tests are about them: the others run with ``--no-plots``.
+    """
+    arguments = [*command.split(), *map(str, more)]
+    if not plots and arguments[:1] in (["quantize"], ["search"]):
+        arguments.append("--no-plots")
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
@@ -84,12 +90,12 @@ def call(command: str, *more: object) -> Done:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # as sdq.cli.main.run does
-        code = main([*command.split(), *map(str, more)])
+        code = main(arguments)
     return Done(code, out.getvalue(), err.getvalue())
 
 
-def must(command: str, *more: object) -> Done:
-    done = call(command, *more)
+def must(command: str, *more: object, plots: bool = False) -> Done:
+    done = call(command, *more, plots=plots)
     assert done.code == 0, done.err
     return done
 
@@ -197,5 +203,6 @@ def derm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"quantize --from {home / 'float'} --data synthetic_derm --search-epochs 1 --epochs 1 "
         "--bits 2 --quiet --out",
         home / "quantized",
+        plots=True,
     )
     return home

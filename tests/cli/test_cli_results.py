@@ -93,7 +93,7 @@ def test_quantize(derm):
     run = derm / "quantized"
     assert {p.name for p in run.iterdir()} == {
         ".lock", "checkpoints", "float.safetensors", "layers.json", "log.jsonl", "metrics.json",
-        "model.safetensors", "policy.json", "run.json",
+        "model.safetensors", "plots", "policy.json", "run.json",
     }  # fmt: skip
     metrics = read(run / "metrics.json")
     assert set(metrics) == {"float", "quantized"} | COSTS | TRAINED
@@ -119,7 +119,7 @@ def test_quantize(derm):
 def test_nothing_in_a_run_is_a_pickle(derm):
     for path in derm.rglob("*"):
         if path.is_file() and path.name != ".lock":
-            assert path.suffix in (".json", ".jsonl", ".safetensors"), path
+            assert path.suffix in (".json", ".jsonl", ".safetensors", ".png"), path
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,16 @@ def test_units_of_a_block_move_together(
     assert all(len(found) == 1 for found in bits.values())
 
 
+def test_units_have_names_of_their_own(toy: Callable[..., nn.Module], sample: Tensor) -> None:
+    config = QuantConfig(layer_choices=(("wide", (1, 2)), ("deep", (2, 4))))
+    qmodel = quantize(toy(), config, sample=sample)
+    for granularity in ("network", "block", "layer", "channel"):
+        names = [unit.name for unit in SearchSpace.of(qmodel, granularity).units]
+        assert len(set(names)) == len(names)
+    named = {unit.name for unit in SearchSpace.of(qmodel, "network").units}
+    assert named == {"network (1,2)", "network (2,4)", "network (1,2,3,4,6,8)"}
+
+
 def test_cost_functions_and_products_of_bits_as_budgets(
     toy: Callable[..., nn.Module], sample: Tensor, batches: Callable[..., list[Batch]]
 ) -> None:

@@ -1,0 +1,136 @@
+"""Weights among the levels of their quantizers: relative errors, and histograms in steps."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdq.channel_bits import ChannelWeightQuantizer
+from sdq.config import QuantConfig
+from sdq.learned_scale import WeightQuantizer
+from sdq.policy import FLOAT_BITS, BitwidthPolicy, LayerBits
+from sdq.quant_model import new_weight_quantizer
+
+FINE, COARSE = 12, 6
+"""Bins of a step in a narrow and a wide histogram; even, so that levels at whole and at half steps
+lie in the middle of a bin."""
+
+NARROW, WIDEST = 5, 8
+"""Steps on each side of zero: of a narrow histogram at most, and of any. Levels beyond are not
+shown, for more of them could not be told apart."""
+
+Quantizer = WeightQuantizer | ChannelWeightQuantizer
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A layer's master weight and its quantizer."""
+
+    weight: Tensor
+    quantizer: Quantizer
+
+    def relative_error(self) -> float:
+        """Return ``||Q(w) - w|| / ||w||``; 0 for a weight that is all zero."""
+        with torch.no_grad():
+            error = (self.quantizer(self.weight)[0] - self.weight).norm()
+        return float(error / self.weight.norm()) if bool(self.weight.any()) else 0.0
+
+    def in_steps(self) -> tuple[Tensor, Tensor]:
+        """Return all positions among the levels, and the level of each, flat, in steps."""
+        with torch.no_grad():
+            found = [q.in_steps(w) for q, w in self.quantizer.parts(self.weight)]
+        position, level = zip(*((p.reshape(-1), x.reshape(-1)) for p, x in found), strict=True)
+        return torch.cat(position), torch.cat(level)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How the weights of a layer lie among the levels.
+
+    Args:
+        layer: name and bits.
+        edges: of the bins, in steps, one more than there are bins.
+        levels: within the edges to which weights are rounded, in steps.
+        before: percent of the float weights per step, in each bin.
+        after: percent of the fine-tuned weights per step; None where there are none.
+    """
+
+    layer: LayerBits
+    edges: tuple[float, ...]
+    levels: tuple[float, ...]
+    before: tuple[float, ...]
+    after: tuple[float, ...] | None
+
+
+def before(
+    tensors: Mapping[str, Tensor], policy: BitwidthPolicy, config: QuantConfig
+) -> dict[str, Quantized]:
+    """Return the float weights with the quantizers that fine-tuning starts from, by layer.
+
+    Args:
+        tensors: of the float network.
+        policy: what bits the layers have; layers in float are left out.
+        config: the configuration of quantization.
+    """
+    weights = {b.name: tensors.get(f"{b.name}.weight") for b in policy}
+    return {
+        b.name: Quantized(weight, _new(weight, b, config))
+        for b in policy
+        if b.weight_bits != FLOAT_BITS and (weight := weights[b.name]) is not None
+    }
+
+
+def after(
+    tensors: Mapping[str, Tensor], policy: BitwidthPolicy, config: QuantConfig
+) -> dict[str, Quantized]:
+    """Return the fine-tuned weights with their learned quantizers, by layer; as :func:`before`.
+
+    Args:
+        tensors: of the quantized network.
+        policy: what bits the layers have.
+        config: the configuration of quantization.
+    """
+    plain = {name.removeprefix("net."): tensor for name, tensor in tensors.items()}
+    found = before(plain, policy, config)
+    for name, layer in found.items():
+        prefix = f"{name}.weight_quant.tensor_quant."
+        own = {k.removeprefix(prefix): v for k, v in plain.items() if k.startswith(prefix)}
+        layer.quantizer.load_state_dict(own)
+    return found
+
+
+def _new(weight: Tensor, layer: LayerBits, config: QuantConfig) -> Quantizer:
+    """Return the quantizer that a layer gets under a policy, as sdq.apply_policy_ has it."""
+    if not layer.searched:
+        config = config.replaced(weight_quantizer="lsq", weight_magnitude="learned")
+    if layer.channel_bits is None:
+        return new_weight_quantizer(weight, layer.weight_bits, config)
+    return ChannelWeightQuantizer(
+        weight, layer.channel_bits, lambda w, b: new_weight_quantizer(w, b, config)
+    )
+
+
+def histogram(layer: LayerBits, first: Quantized, last: Quantized | None) -> Histogram:
+    """Return the histogram of a layer's weights before and after fine-tuning."""
+    both = [x.in_steps() for x in (first, last) if x is not None]
+    reach = int(max(float(torch.cat(pair).abs().max()) for pair in both)) + 1
+    per_step, reach = FINE if reach <= NARROW else COARSE, min(reach, WIDEST)
+    half = reach * per_step
+    # bins are centred at multiples of their width: no level falls on an edge
+    edges = (torch.arange(-half, half + 2) - 0.5) / per_step
+    levels = torch.cat([level for _, level in both]).unique()
+    shares = [_percent(position, edges, per_step) for position, _ in both]
+    return Histogram(
+        layer,
+        tuple(edges.tolist()),
+        tuple(x for x in levels.tolist() if abs(x) <= reach),
+        shares[0],
+        shares[1] if last is not None else None,
+    )
+
+
+def _percent(positions: Tensor, edges: Tensor, per_step: int) -> tuple[float, ...]:
+    """Return the percentage of all positions per step in each bin; some may lie in none."""
+    count = torch.bincount(torch.bucketize(positions, edges), minlength=len(edges) + 1)
+    return tuple((100 * per_step * count[1 : len(edges)] / len(positions)).tolist())
