@@ -151,6 +151,14 @@ QuantizerKind = Literal["lsq", "dorefa", "entropy"]
 WeightQuantizer = Annotated[QuantizerKind, typer.Option(help="Of the searched layers' weights.")]
 SearchEpochs = Annotated[int, typer.Option(min=1, help="Passes of phase 1.")]
 
+Ptq = Annotated[
+    bool,
+    typer.Option(
+        "--ptq", help="After training: learn how to round from a few images; no labels, no phase 2."
+    ),
+]
+PtqImages = Annotated[int, typer.Option(min=1, help="Training images that --ptq looks at.")]
+
 
 def numbers(text: str, option: str) -> tuple[float, ...]:
     """Read ``1,2.5`` as numbers; RequestError naming the option if it is anything else."""

@@ -8,7 +8,7 @@ import hw
 from sdq import plugins
 from sdq.cli import options
 from sdq.cli.teacher import TeacherRequest
-from sdq.config import QuantConfig, SearchConfig, TrainConfig
+from sdq.config import PtqConfig, QuantConfig, SearchConfig, TrainConfig
 from sdq.cost import Budget, CostFn
 from sdq.errors import RequestError
 from sdq.policy import FLOAT_BITS
@@ -27,6 +27,8 @@ class Plan:
     target: str | None = None
     teacher: TeacherRequest | None = None
     """Of phase 2, if it is not the float network."""
+    ptq: PtqConfig | None = None
+    """Quantization after training, in place of phase 2."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what is asked, for ``run.json``."""
@@ -42,6 +44,7 @@ class Plan:
             "train": self.train.model_dump() if self.train else None,
             "policy": self.given_policy,
             "teacher": vars(self.teacher) if self.teacher else None,
+            "ptq": self.ptq.model_dump() if self.ptq else None,
         }
 
 
@@ -165,6 +168,7 @@ def make_plan(
     train: TrainConfig | None,
     policy: Path | None = None,
     teacher: TeacherRequest | None = None,
+    ptq: PtqConfig | None = None,
 ) -> Plan:
     """Check the options of a run and gather them.
 
@@ -174,9 +178,9 @@ def make_plan(
     plugins.load("sdq.search_methods", search_method)
     if policy is None:
         return Plan(
-            quant, limits.budget(), search_method, search, train, None, limits.target, teacher
+            quant, limits.budget(), search_method, search, train, None, limits.target, teacher, ptq
         )
     given = (limits.bits, limits.weight_kb, limits.bops_g, limits.latency_ms)
     if any(v is not None for v in given):
         raise RequestError("--policy: must stand without a budget, got both; drop one")
-    return Plan(quant, None, search_method, search, train, str(policy), limits.target, teacher)
+    return Plan(quant, None, search_method, search, train, str(policy), limits.target, teacher, ptq)
