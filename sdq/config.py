@@ -243,7 +243,7 @@ class PtqConfig(Config):
     Args:
         images: at most so many are used.
         rounding: ``learned``, or to the ``nearest`` level.
-        steps: optimizer steps a block.
+        steps: optimizer steps a block; 0 is ``nearest``.
         batch_size: images a step.
         lr: of the rounding variables (Adam).
         act_lr: of the activation scales, relative to their first values; 0: as calibrated.
@@ -258,7 +258,7 @@ class PtqConfig(Config):
 
     images: Annotated[int, Field(ge=1)] = 512
     rounding: Literal["learned", "nearest"] = "learned"
-    steps: Annotated[int, Field(ge=1)] = 500
+    steps: Annotated[int, Field(ge=0)] = 500
     batch_size: Annotated[int, Field(ge=1)] = 32
     lr: Annotated[float, Field(gt=0)] = 1e-2
     act_lr: Annotated[float, Field(ge=0)] = 0.0

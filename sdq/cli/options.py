@@ -158,6 +158,7 @@ Ptq = Annotated[
     ),
 ]
 PtqImages = Annotated[int, typer.Option(min=1, help="Training images that --ptq looks at.")]
+PtqSteps = Annotated[int, typer.Option(min=0, help="Of --ptq, a block; 0 rounds to nearest.")]
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

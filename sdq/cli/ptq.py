@@ -34,15 +34,19 @@ def given(context: typer.Context, parameter: str) -> bool:
     return source is not None and source.name != "DEFAULT"
 
 
-def make_ptq(context: typer.Context, ptq: bool, images: int, seed: int) -> PtqConfig | None:
+def make_ptq(
+    context: typer.Context, ptq: bool, images: int, steps: int, seed: int
+) -> PtqConfig | None:
     """Return what ``--ptq`` asks for, or None without it.
 
     Raises:
         RequestError: an option of training stands beside it, or its own stands without it.
     """
     if not ptq:
-        if given(context, "ptq_images"):
-            raise RequestError("--ptq-images: must stand with --ptq; add it, or drop this")
+        for name in ("ptq_images", "ptq_steps"):
+            if given(context, name):
+                option = f"--{name.replace('_', '-')}"
+                raise RequestError(f"{option}: must stand with --ptq; add it, or drop this")
         return None
     for name in OF_TRAINING:
         if given(context, name):
@@ -51,7 +55,7 @@ def make_ptq(context: typer.Context, ptq: bool, images: int, seed: int) -> PtqCo
                 f"{option}: must stand without --ptq, which trains nothing and runs in one "
                 "process; drop one of the two"
             )
-    return PtqConfig(images=images, seed=seed)
+    return PtqConfig(images=images, steps=steps, seed=seed)
 
 
 def search_of(

@@ -18,7 +18,7 @@ from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.ptq import make_ptq, round_, search_of, unlabelled
 from sdq.cli.teacher import TeacherRequest, open_teacher
 from sdq.cli.train import summary
-from sdq.config import SearchConfig, TrainConfig
+from sdq.config import PtqConfig, SearchConfig, TrainConfig
 from sdq.errors import RequestError
 from sdq.finetune import finetune_
 from sdq.metrics import agreement, classification_metrics, predict
@@ -272,7 +272,8 @@ def quantize(
     bn_batches: options.BnBatches = options.TRAINING.bn_batches,
     select: options.Select = options.TRAINING.select,
     ptq: options.Ptq = False,
-    ptq_images: options.PtqImages = 512,
+    ptq_images: options.PtqImages = PtqConfig().images,
+    ptq_steps: options.PtqSteps = PtqConfig().steps,
     data_root: options.DataRoot = None,
     batch_size: options.BatchSize = 128,
     image_size: options.ImageSize = None,
@@ -292,7 +293,7 @@ def quantize(
 
     Example: `sdq quantize --from f --data dermamnist --data-root DIR --bits 2.0 --out q`
     """
-    after_training = make_ptq(context, ptq, ptq_images, seed)
+    after_training = make_ptq(context, ptq, ptq_images, ptq_steps, seed)
     tuning = TrainConfig(
         epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule,
         bin_weight=bin_weight, bin_reduction=bin_reduction, distill=distill, ema_decay=ema_decay,
