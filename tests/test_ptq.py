@@ -281,6 +281,18 @@ def test_weights_behind_a_transform_are_refused(quantized, images, kind):
         ptq_(quantized(2, weight_quantizer=kind), images)
 
 
+@pytest.mark.parametrize("config", [{}, {"weight_scale": "per_tensor"}])
+def test_activation_scales_can_be_learned(quantized, images, config):
+    qmodel = quantized(4, act_bits=2, **config)
+    before = {path: float(q.scale.detach()) for path, q in qmodel.act_quantizers().items()}
+    fixed = copy.deepcopy(qmodel)
+    reports = ptq_(qmodel, images, QUICK.replaced(act_lr=1e-2))
+    assert any(
+        float(q.scale.detach()) != before[path] for path, q in qmodel.act_quantizers().items()
+    )
+    assert sum(r.error for r in reports) < sum(r.error for r in ptq_(fixed, images, QUICK))
+
+
 def test_no_images_are_refused(quantized, images):
     with pytest.raises(RequestError, match="images must be at least 1"):
         ptq_(quantized(), images[:0])

@@ -27,6 +27,14 @@ OF_TRAINING = (
 SEARCH_BATCH = 32
 """Images a step of a search: a few hundred images have few steps otherwise."""
 
+SEARCH_METHOD = "hessian"
+"""With soft labels: as good as any where weights are not trained, and the quickest
+(benchmarks/results/ptq.md); it chooses no activation bits, and where these are asked for it is
+``sdq``."""
+
+SEARCH_EPOCHS = 12
+"""Of a search by gradient: 200 steps with 512 images."""
+
 
 def given(context: typer.Context, parameter: str) -> bool:
     """Tell whether an option was given on the command line, and not left at its default."""
@@ -59,17 +67,15 @@ def make_ptq(
 
 
 def search_of(
-    context: typer.Context, search: SearchConfig, method: str
+    context: typer.Context, search: SearchConfig, method: str, *, learn_act_bits: bool
 ) -> tuple[SearchConfig, str]:
     """Return search and method as ``--ptq`` has them where the command line leaves them open."""
     search = search.replaced(train_weights=False)
     if not given(context, "search_epochs"):
-        search = search.replaced(epochs=PTQ_SEARCH_EPOCHS)
-    return search, method if given(context, "search_method") else PTQ_SEARCH_METHOD
-
-
-PTQ_SEARCH_EPOCHS = 12
-PTQ_SEARCH_METHOD = "greedy"
+        search = search.replaced(epochs=SEARCH_EPOCHS)
+    if given(context, "search_method"):
+        return search, method
+    return search, "sdq" if learn_act_bits else SEARCH_METHOD
 
 
 def calibration_images(inputs: inp.Inputs, count: int) -> Tensor:

@@ -311,7 +311,9 @@ def quantize(
     )
     searching = SearchConfig(granularity=granularity, epochs=search_epochs, seed=seed)
     if after_training is not None:
-        searching, search_method = search_of(context, searching, search_method)
+        searching, search_method = search_of(
+            context, searching, search_method, learn_act_bits=learn_act_bits
+        )
     plan = make_plan(
         quant,
         limits,
