@@ -258,9 +258,9 @@ class PtqConfig(Config):
 
     images: Annotated[int, Field(ge=1)] = 512
     rounding: Literal["learned", "nearest"] = "learned"
-    steps: Annotated[int, Field(ge=0)] = 500
+    steps: Annotated[int, Field(ge=0)] = 200
     batch_size: Annotated[int, Field(ge=1)] = 32
-    lr: Annotated[float, Field(gt=0)] = 1e-2
+    lr: Annotated[float, Field(gt=0)] = 5e-2
     act_lr: Annotated[float, Field(ge=0)] = 0.0
     round_weight: Annotated[float, Field(ge=0)] = 0.01
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
