@@ -85,9 +85,10 @@ def run_seed(options: argparse.Namespace, seed: int, done: list[dict[str, Any]])
                 start = clock()
                 if steps:
                     sdq.ptq_(qmodel, images, config)
+                rounding_s = clock() - start
                 note(
                     bits=bits, method=method, steps=steps, **measured(qmodel), search_s=search_s,
-                    rounding_s=clock() - start if steps else 0.0,
+                    rounding_s=rounding_s,
                     policy=[b.weight_bits for b in policy if b.searched],
                     average=policy.avg_weight_bits,
                 )  # fmt: skip

@@ -28,9 +28,9 @@ SEARCH_BATCH = 32
 """Images a step of a search: a few hundred images have few steps otherwise."""
 
 SEARCH_METHOD = "hessian"
-"""With soft labels: before any rounding is learned it is nearer to the float network than ``greedy``
-and ``sdq`` without training (docs/method.md), and quicker. It chooses no activation bits; where
-these are asked for it is ``sdq``."""
+"""With soft labels: before rounding is learned, nearer to the float network than ``greedy`` and
+``sdq`` without training (docs/method.md). It chooses no activation bits; where these are asked for
+it is ``sdq``."""
 
 SEARCH_EPOCHS = 12
 """Of a search by gradient: 200 steps with 512 images."""
