@@ -13,7 +13,7 @@ import warnings
 from sdq._guard import foreign_module
 from sdq.apply_policy import apply_policy_
 from sdq.calibration import calibrate_
-from sdq.config import QuantConfig, SearchConfig, TrainConfig
+from sdq.config import PtqConfig, QuantConfig, SearchConfig, TrainConfig
 from sdq.cost import Budget
 from sdq.errors import RequestError, RunError
 from sdq.finetune import finetune_
@@ -22,6 +22,7 @@ from sdq.metrics import evaluate
 from sdq.outcome import Trained
 from sdq.parallel import open_fabric
 from sdq.policy import BitwidthPolicy, LayerBits
+from sdq.ptq import ptq_
 from sdq.quant_model import QuantModel, quantize
 from sdq.search import search, uniform_policy
 from sdq.train import train_
@@ -34,6 +35,7 @@ __all__ = [
     "Budget",
     "LayerBits",
     "LayerSpec",
+    "PtqConfig",
     "QuantConfig",
     "QuantModel",
     "RequestError",
@@ -46,6 +48,7 @@ __all__ = [
     "evaluate",
     "finetune_",
     "open_fabric",
+    "ptq_",
     "quantize",
     "search",
     "train_",

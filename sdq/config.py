@@ -238,3 +238,36 @@ class SearchConfig(Config):
     distill: bool = True
     settle: Annotated[float, Field(ge=0, lt=0.9)] = 0.5
     seed: int = 0
+
+
+class PtqConfig(Config):
+    """Quantization after training, from a few hundred images without labels.
+
+    Args:
+        images: at most so many are used.
+        rounding: ``learned``, or to the ``nearest`` level.
+        steps: optimizer steps a block; 0 is ``nearest``.
+        batch_size: images a step.
+        lr: of the rounding variables (Adam).
+        act_lr: of the activation scales, relative to their first values; 0: as calibrated.
+        round_weight: lambda, what the regularizer counts beside the error. Source: AdaRound's
+            released code, 0.01, with an error summed over channels as here.
+        warmup: share of the steps before the regularizer acts.
+        beta_start: exponent of the regularizer when it begins to act.
+        beta_end: at the end, reached along a cosine.
+        batch_norm: estimate each block's normalisation statistics anew after its rounding.
+        seed: of the images of each step.
+    """
+
+    images: Annotated[int, Field(ge=1)] = 512
+    rounding: Literal["learned", "nearest"] = "learned"
+    steps: Annotated[int, Field(ge=0)] = 200
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    lr: Annotated[float, Field(gt=0)] = 5e-2
+    act_lr: Annotated[float, Field(ge=0)] = 0.0
+    round_weight: Annotated[float, Field(ge=0)] = 0.01
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    beta_start: Annotated[float, Field(ge=1)] = 20.0
+    beta_end: Annotated[float, Field(ge=1)] = 2.0
+    batch_norm: bool = False
+    seed: int = 0

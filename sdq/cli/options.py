@@ -148,7 +148,7 @@ ConfigPath = Annotated[
     Path | None,
     typer.Option(
         help="JSON file with fields of the configurations that have no option of their own: "
-        '{"quant": {...}, "search": {...}, "train": {...}}.'
+        '{"quant": {...}, "search": {...}, "train": {...}, "ptq": {...}}.'
     ),
 ]
 Target = Annotated[
@@ -160,6 +160,15 @@ LatencyMs = Annotated[
 QuantizerKind = Literal["lsq", "dorefa", "entropy"]
 WeightQuantizer = Annotated[QuantizerKind, typer.Option(help="Of the searched layers' weights.")]
 SearchEpochs = Annotated[int, typer.Option(min=1, help="Passes of phase 1.")]
+
+Ptq = Annotated[
+    bool,
+    typer.Option(
+        "--ptq", help="After training: learn how to round from a few images; no labels, no phase 2."
+    ),
+]
+PtqImages = Annotated[int, typer.Option(min=1, help="Training images that --ptq looks at.")]
+PtqSteps = Annotated[int, typer.Option(min=0, help="Of --ptq, a block; 0 rounds to nearest.")]
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ import hw
 from sdq import plugins
 from sdq.cli import options
 from sdq.cli.teacher import TeacherRequest
-from sdq.config import Config, QuantConfig, SearchConfig, TrainConfig
+from sdq.config import Config, PtqConfig, QuantConfig, SearchConfig, TrainConfig
 from sdq.cost import Budget, CostFn
 from sdq.errors import RequestError
 from sdq.policy import FLOAT_BITS
@@ -33,6 +33,8 @@ class Plan:
     target: str | None = None
     teacher: TeacherRequest | None = None
     """Of phase 2, if it is not the float network."""
+    ptq: PtqConfig | None = None
+    """Quantization after training, in place of phase 2."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what is asked, for ``run.json``."""
@@ -48,6 +50,7 @@ class Plan:
             "train": self.train.model_dump() if self.train else None,
             "policy": self.given_policy,
             "teacher": vars(self.teacher) if self.teacher else None,
+            "ptq": self.ptq.model_dump() if self.ptq else None,
         }
 
 
@@ -165,6 +168,7 @@ def make_plan(
     train: TrainConfig | None,
     policy: Path | None = None,
     teacher: TeacherRequest | None = None,
+    ptq: PtqConfig | None = None,
 ) -> Plan:
     """Check the options of a run and gather them.
 
@@ -174,12 +178,12 @@ def make_plan(
     plugins.load("sdq.search_methods", search_method)
     if policy is None:
         return Plan(
-            quant, limits.budget(), search_method, search, train, None, limits.target, teacher
+            quant, limits.budget(), search_method, search, train, None, limits.target, teacher, ptq
         )
     given = (limits.bits, limits.weight_kb, limits.bops_g, limits.latency_ms)
     if any(v is not None for v in given):
         raise RequestError("--policy: must stand without a budget, got both; drop one")
-    return Plan(quant, None, search_method, search, train, str(policy), limits.target, teacher)
+    return Plan(quant, None, search_method, search, train, str(policy), limits.target, teacher, ptq)
 
 
 FIELDS: dict[str, dict[str, str]] = {
@@ -189,6 +193,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "weight_scale": "weight_scale", "restrict_scale": "scale",
         "weight_quantizer": "weight_quantizer",
     },
+    "ptq": {"images": "ptq_images", "steps": "ptq_steps", "seed": "seed"},
     "search": {"granularity": "granularity", "epochs": "search_epochs", "seed": "seed"},
     "train": {
         name: name
@@ -209,7 +214,7 @@ class ConfigFile:
 
     @classmethod
     def read(cls, path: Path | None) -> "ConfigFile":
-        """Read ``{"quant": {...}, "search": {...}, "train": {...}}``; each part may be absent.
+        """Read ``{"quant": {...}, "search": {...}, "train": {...}, "ptq": {...}}``, or some of it.
 
         Raises:
             RequestError: no such file, not such an object, or a field that was also given as an
@@ -237,6 +242,11 @@ class ConfigFile:
                         f"as --{option.replace('_', '-')}; drop one"
                     )
         return cls(document)
+
+    def refuse(self, part: str, why: str) -> None:
+        """Raise RequestError if the file has this part."""
+        if part in self.sections:
+            raise RequestError(f"--config: {part} {why}; drop it")
 
     def changed(self, part: str, config: AnyConfig) -> AnyConfig:
         """Return a configuration with the file's fields in it; RequestError names a wrong one."""

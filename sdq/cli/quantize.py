@@ -16,14 +16,16 @@ from sdq.cli import options, processes
 from sdq.cli.plan import ConfigFile, Limits, Plan, make_plan, make_quant_config
 from sdq.cli.plotting import draw_plots
 from sdq.cli.progress import Watch, show_json, show_table
+from sdq.cli.ptq import make_ptq, round_, search_of, unlabelled
 from sdq.cli.teacher import TeacherRequest, open_teacher
 from sdq.cli.train import summary
-from sdq.config import SearchConfig, TrainConfig
+from sdq.config import PtqConfig, SearchConfig, TrainConfig
 from sdq.errors import RequestError
 from sdq.finetune import finetune_
 from sdq.metrics import agreement, classification_metrics, predict
 from sdq.parallel import open_fabric
 from sdq.policy import BitwidthPolicy
+from sdq.ptq import check_ptq
 from sdq.quant_model import QuantModel
 from sdq.quant_model import quantize as quantize_model
 from sdq.run_folder import RunFolder, check_new
@@ -31,6 +33,8 @@ from sdq.search import check_search, search
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+    from sdq.train import Loader
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,18 @@ def open_source(
     return Source(inp.load_float_file(model, weights, inputs), described, inputs)
 
 
+def training_data(source: Source, plan: Plan) -> "Loader":
+    """Return what bits are learned from: the training set, or with ``--ptq`` images alone."""
+    if plan.ptq is None:
+        return source.inputs.train
+    return unlabelled(source.network, source.inputs, plan.ptq)
+
+
+def calibration_data(source: Source, plan: Plan) -> "Loader":
+    """Return what the scales of activations are taken from."""
+    return source.inputs.calibration() if plan.ptq is None else training_data(source, plan)
+
+
 def find_policy(
     qmodel: QuantModel, source: Source, plan: Plan, run: RunFolder, fabric: "Fabric", watch: Watch
 ) -> BitwidthPolicy:
@@ -83,7 +99,7 @@ def find_policy(
         document = run.read_json("run.json")
         identity = {"request": document["request"], "data": document["data"]["fingerprint"]}
         policy = search(
-            qmodel, source.inputs.train, budget=plan.budget, teacher=source.network,
+            qmodel, training_data(source, plan), budget=plan.budget, teacher=source.network,
             config=plan.search, method=plan.method, fabric=fabric, watch=watch,
             checkpoint=run.checkpoint("search", identity),
         )  # fmt: skip
@@ -101,7 +117,9 @@ def prepare(source: Source, plan: Plan) -> QuantModel:
         check_search(qmodel, plan.budget, plan.search, plan.method)
     if plan.given_policy is not None:
         apply_policy_(copy.deepcopy(qmodel), BitwidthPolicy.load(Path(plan.given_policy)))
-    calibrate_(qmodel, inputs.calibration())
+    if plan.ptq is not None:
+        check_ptq(qmodel, plan.ptq)
+    calibrate_(qmodel, calibration_data(source, plan))
     return qmodel
 
 
@@ -136,7 +154,11 @@ def run_quantize(
     policy = find_policy(qmodel, source, plan, run, fabric, watch)
     apply_policy_(qmodel, policy)
     if not qmodel.calibrated:  # activations whose bits were learned have new quantizers
-        calibrate_(qmodel, source.inputs.calibration())
+        calibrate_(qmodel, calibration_data(source, plan))
+    if plan.ptq is not None:
+        # not checkpointed: it takes minutes, and ends the same when it is done again
+        found = round_(qmodel, source.inputs, plan.ptq, fabric, watch)
+        return finish(run, source, qmodel, found)
     document = run.read_json("run.json")
     identity = {
         "request": document["request"],
@@ -148,9 +170,16 @@ def run_quantize(
         validation=source.inputs.validation, fabric=fabric,
         checkpoint=run.checkpoint("finetune", identity), watch=watch,
     )  # fmt: skip
+    return finish(run, source, qmodel, trained.to_json())
+
+
+def finish(
+    run: RunFolder, source: Source, qmodel: QuantModel, found: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the network and what it is worth, and return the metrics."""
     qmodel.cpu()
     run.write_tensors("model.safetensors", qmodel.state_dict())
-    metrics = {**measure(qmodel, source), **trained.to_json()}
+    metrics = {**measure(qmodel, source), **found}
     run.write_json("metrics.json", metrics)
     run.update(status="done")
     return metrics
@@ -186,6 +215,7 @@ def rows(metrics: dict[str, Any], float_bytes: float) -> list[dict[str, object]]
 
 
 def quantize(
+    context: typer.Context,
     data: options.Data,
     out: options.Out,
     model: options.Model = None,
@@ -243,6 +273,9 @@ def quantize(
     ema_decay: options.EmaDecay = options.TRAINING.ema_decay,
     bn_batches: options.BnBatches = options.TRAINING.bn_batches,
     select: options.Select = options.TRAINING.select,
+    ptq: options.Ptq = False,
+    ptq_images: options.PtqImages = PtqConfig().images,
+    ptq_steps: options.PtqSteps = PtqConfig().steps,
     data_root: options.DataRoot = None,
     batch_size: options.BatchSize = 128,
     image_size: options.ImageSize = None,
@@ -264,6 +297,10 @@ def quantize(
     Example: `sdq quantize --from f --data dermamnist --data-root DIR --bits 2.0 --out q`
     """
     file = ConfigFile.read(config)
+    after_training = make_ptq(context, ptq, ptq_images, ptq_steps, seed)
+    if after_training is not None:
+        file.refuse("train", "must be absent beside --ptq, which trains nothing")
+        after_training = file.changed("ptq", after_training)
     tuning = TrainConfig(
         epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule,
         bin_weight=bin_weight, bin_reduction=bin_reduction, distill=distill, ema_decay=ema_decay,
@@ -282,15 +319,20 @@ def quantize(
         bits, weight_kb, bops_g, latency_ms, target, float(act_bits) if learn_act_bits else None
     )
     searching = SearchConfig(granularity=granularity, epochs=search_epochs, seed=seed)
+    if after_training is not None:
+        searching, search_method = search_of(
+            context, searching, search_method, learn_act_bits=learn_act_bits
+        )
     searching = file.changed("search", searching)
     plan = make_plan(
         quant,
         limits,
         search_method=search_method,
         search=searching,
-        train=tuning,
+        train=tuning if after_training is None else None,
         policy=policy,
-        teacher=asked_teacher,
+        teacher=asked_teacher if after_training is None else None,
+        ptq=after_training,
     )
     fabric = open_fabric(device, devices, precision)
     request = inp.DataRequest(
@@ -302,7 +344,7 @@ def quantize(
     asked = asked_for("quantize", model, weights, from_, source.inputs.request, plan)
     asked |= {"devices": devices, "precision": precision}
     # whatever is wrong with the request shows before a folder is made
-    network = open_teacher(asked_teacher, source.inputs) if asked_teacher else None
+    network = open_teacher(plan.teacher, source.inputs) if plan.teacher else None
     qmodel = prepare(source, plan)
     run = processes.begin(fabric, out, asked, resume=resume)
     quiet, json_ = quiet or not fabric.is_global_zero, json_ and fabric.is_global_zero

@@ -93,7 +93,8 @@ NUMBERS = [
     *_both("--bits 2 --config nowhere.json", "--config: nowhere.json must be a JSON file"),
     *_both("--bits 2 --config {f}/cut.json", "cut.json must be a JSON file"),
     *_both(
-        "--bits 2 --config {f}/part.json", "must have the parts quant, search, train, got ['x']"
+        "--bits 2 --config {f}/part.json",
+        "must have the parts quant, ptq, search, train, got ['x']",
     ),
     *_both("--bits 2 --config {f}/field.json", "SearchConfig.warmth: extra inputs are not"),
     *_both("--bits 2 --config {f}/value.json", "SearchConfig.temperature: input should be greater"),

@@ -18,6 +18,7 @@ SEARCH = "search --from {f}/float --data {f}/ok.npz --bits 2 --search-epochs 2 -
 QUANTIZE = (
     "quantize --from {f}/float --data {f}/ok.npz --bits 2 --search-epochs 2 --epochs 2 --quiet"
 )
+PTQ = "quantize --from {f}/float --data {f}/ok.npz --bits 2 --ptq --ptq-steps 3 --quiet"
 RESULTS = ("policy.json", "model.safetensors", "metrics.json", "float.safetensors", "layers.json")
 
 
@@ -44,6 +45,7 @@ def same(run: Path, undisturbed: Path) -> None:
         pytest.param(TRAIN, id="train"),
         pytest.param(SEARCH, id="search", marks=pytest.mark.slow),
         pytest.param(f"{QUANTIZE} --ema-decay 0.9 --bn-batches 2", id="quantize"),
+        pytest.param(PTQ, id="ptq", marks=pytest.mark.slow),
     ],
 )
 def test_killed_in_any_write_a_run_goes_on(sdq, files, tmp_path, monkeypatch, command):

@@ -1,0 +1,104 @@
+"""``sdq quantize --ptq``: a few hundred images, no labels, no training."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from sdq.cli import inputs as inp
+from sdq.cli.progress import Watch
+from sdq.config import PtqConfig, SearchConfig
+from sdq.errors import RequestError
+from sdq.ptq import ptq_, soft_labelled
+from sdq.quant_model import QuantModel
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+OF_TRAINING = (
+    "epochs", "lr", "weight_decay", "optimizer", "schedule", "bin_weight", "bin_reduction",
+    "teacher", "teacher_model", "teacher_weights", "distill", "ema_decay", "bn_batches", "select",
+    "devices", "precision",
+)  # fmt: skip
+"""Parameters of ``sdq quantize`` that mean nothing where nothing is trained."""
+
+SEARCH_BATCH = 32
+"""Images a step of a search: a few hundred images have few steps otherwise."""
+
+SEARCH_METHOD = "hessian"
+"""With soft labels: before rounding is learned, nearer to the float network than ``greedy`` and
+``sdq`` without training (docs/method.md). It chooses no activation bits; where these are asked for
+it is ``sdq``."""
+
+SEARCH_EPOCHS = 12
+"""Of a search by gradient: 200 steps with 512 images."""
+
+
+def given(context: typer.Context, parameter: str) -> bool:
+    """Tell whether an option was given on the command line, and not left at its default."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name != "DEFAULT"
+
+
+def make_ptq(
+    context: typer.Context, ptq: bool, images: int, steps: int, seed: int
+) -> PtqConfig | None:
+    """Return what ``--ptq`` asks for, or None without it.
+
+    Raises:
+        RequestError: an option of training stands beside it, or its own stands without it.
+    """
+    if not ptq:
+        for name in ("ptq_images", "ptq_steps"):
+            if given(context, name):
+                option = f"--{name.replace('_', '-')}"
+                raise RequestError(f"{option}: must stand with --ptq; add it, or drop this")
+        return None
+    for name in OF_TRAINING:
+        if given(context, name):
+            option = "--no-distill" if name == "distill" else f"--{name.replace('_', '-')}"
+            raise RequestError(
+                f"{option}: must stand without --ptq, which trains nothing and runs in one "
+                "process; drop one of the two"
+            )
+    return PtqConfig(images=images, steps=steps, seed=seed)
+
+
+def search_of(
+    context: typer.Context, search: SearchConfig, method: str, *, learn_act_bits: bool
+) -> tuple[SearchConfig, str]:
+    """Return search and method as ``--ptq`` has them where the command line leaves them open."""
+    search = search.replaced(train_weights=False)
+    if not given(context, "search_epochs"):
+        search = search.replaced(epochs=SEARCH_EPOCHS)
+    if given(context, "search_method"):
+        return search, method
+    return search, "sdq" if learn_act_bits else SEARCH_METHOD
+
+
+def calibration_images(inputs: inp.Inputs, count: int) -> Tensor:
+    """Return training images ``(N, C, H, W)``, not augmented; their labels go no further."""
+    found: list[Tensor] = []
+    for images, _ in inputs.calibration():
+        found.append(images)
+        if sum(map(len, found)) >= count:
+            break
+    return torch.cat(found)[:count]
+
+
+def unlabelled(
+    network: nn.Module, inputs: inp.Inputs, ptq: PtqConfig
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the calibration images as batches with the float network's soft labels."""
+    return soft_labelled(network, calibration_images(inputs, ptq.images), SEARCH_BATCH)
+
+
+def round_(
+    qmodel: QuantModel, inputs: inp.Inputs, ptq: PtqConfig, fabric: "Fabric", watch: Watch
+) -> dict[str, Any]:
+    """Quantize in place, and return what ``metrics.json`` says of the blocks."""
+    qmodel.to(fabric.device)
+    reports = ptq_(qmodel, calibration_images(inputs, ptq.images), ptq, watch=watch)
+    return {"blocks": [asdict(report) for report in reports]}
