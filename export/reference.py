@@ -26,7 +26,8 @@ class Reference:
     def __init__(self, qmodel: QuantModel) -> None:
         self.single = copy.deepcopy(qmodel).cpu().eval()
         self.double = _in_float64(self.single)
-        self.names = list(self.single.act_quantizers())
+        self.bits = {name: q.bits for name, q in self.single.act_quantizers().items()}
+        self.names = list(self.bits)
 
     @torch.no_grad()
     def float32(self, images: Tensor) -> Trace:

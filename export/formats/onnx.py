@@ -4,7 +4,10 @@ Weights of every bitwidth are int8 initializers followed by a Clip to their rang
 is codes -1 and +1 with a Clip to (-1, 1), because ONNX has no binary type. Quantizers without a
 level at zero have odd codes, with a Clip to -(2^b - 1) and 2^b - 1; at 8 bits these reach to 255,
 beyond int8, and ``c = 2 q + 1`` is stored as ``q``, with an Add of 1/2 after the DequantizeLinear.
-Activations are quantized to 8-bit integers and clipped to theirs. The batch size is free.
+Where the channels of a weight have bits of their own, those of one bitwidth are an initializer with
+a Clip, and are put together before the DequantizeLinear (:mod:`export.channels`).
+Activations are quantized to 8-bit integers and clipped to theirs; more bits are refused. The batch
+size is free.
 
 onnxruntime runs the file as it stands; with all optimisations on it fuses parts of it into integer
 kernels, which round in other places: the two are judged apart. On x86 processors without VNNI its
@@ -32,7 +35,7 @@ from export.float64 import Interpreter
 from export.format import Bits, QuantizerInFile, Runner, Trace
 from export.tracing import trace
 from sdq.batches import Normalization
-from sdq.errors import RunError
+from sdq.errors import RequestError, RunError
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 
@@ -67,8 +70,15 @@ def write(
     """Write the network; see :func:`export.write` for the arguments.
 
     Raises:
+        RequestError: activations of more than 8 bits.
         RunError: the exporter failed, or its graph is not valid ONNX.
     """
+    for name, quantizer in qmodel.act_quantizers().items():
+        if quantizer.bits > 8:  # in 16 bits QuantizeLinear has opset 21, and no integer kernels
+            raise RequestError(
+                f"export: {name}: bits of activations in the onnx format must be at most 8, or "
+                f"32 for float, got {quantizer.bits}; use the format qonnx, or other bits"
+            )
     model = trace(qmodel, "qcdq", sample)
     if preprocessing is not None:
         graph.prepend_preprocessing_(model, preprocessing)

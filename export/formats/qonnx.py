@@ -5,6 +5,9 @@ bit: BipolarQuant). Odd codes ``c = 2 q + 1``, of quantizers without a level at 
 node of signed ``q`` with a zero point of -1/2 and twice the scale; its weights lie in the middle
 between two borders, so that no rounding decides on them.
 
+Where the channels of a weight have bits of their own, those of one bitwidth have a node, and a
+Concat and a Gather put them together (:mod:`export.channels`).
+
 The batch size in the file is free. qonnx's own executor wants every shape fixed: it is given a
 copy in memory with the batch filled in, the file keeps its free batch. For the same reason the
 file has no shapes for the tensors in between; tools that need them infer them
