@@ -4,6 +4,7 @@ That two outputs lie closer together than the runtimes differ explains nothing: 
 a decision differs, by arithmetic. An exception is explained by where it began.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -67,7 +68,7 @@ class Tally:
     def _explain(self, image: Tensor, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         self.exceptions += 1
         output, before = self.reference.replay(image, ours)
-        distance = first_flip_distance(self.reference.names, ours, theirs, before)
+        distance = first_flip_distance(self.reference.bits, ours, theirs, before)
         if distance is not None:
             self.explained += distance <= TIE
             self.tie_distance = max(self.tie_distance or 0.0, distance)
@@ -101,7 +102,10 @@ def decisions(output: Tensor) -> Tensor:
 
 
 def first_flip_distance(
-    names: list[str], ours: dict[str, Tensor], theirs: dict[str, Tensor], before: dict[str, Tensor]
+    bits: Mapping[str, int],
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    before: dict[str, Tensor],
 ) -> float | None:
     """Return how far from a rounding boundary the first codes that flipped were, in codes.
 
@@ -110,23 +114,25 @@ def first_flip_distance(
     codes, or something else than rounding is at work.
 
     Args:
-        names: of the quantizers, in execution order.
+        bits: of the quantizers by name, in execution order.
         ours: PyTorch's codes.
         theirs: the runtime's codes.
         before: PyTorch's inputs over scale, in float64.
 
     Returns:
         The largest distance among the codes that flipped there, in codes; a code that moved by
-        more than one counts its whole way. None if no code differs.
+        more than one counts its whole way. Float32 errs in proportion to the largest code, so of
+        wider codes than 8 bits it is that in 8 of their bits. None if no code differs.
     """
-    for name in names:
+    for name, width in bits.items():
         moved = ours[name] != theirs[name]
         if moved.any():
             low = torch.minimum(ours[name], theirs[name])[moved].double()
             high = torch.maximum(ours[name], theirs[name])[moved].double()
             value = before[name][moved]
             # between neighbours there is one boundary, and it is nearest to both
-            return float(torch.maximum((value - low - 0.5).abs(), (value - high + 0.5).abs()).max())
+            far = torch.maximum((value - low - 0.5).abs(), (value - high + 0.5).abs()).max()
+            return float(far) / 2 ** max(width - 8, 0)
     return None
 
 

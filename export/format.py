@@ -19,16 +19,20 @@ from torch import Tensor
 
 from sdq import plugins
 from sdq.batches import Normalization
+from sdq.channel_bits import SettledQuantizer
 from sdq.checkpoint import write_bytes_atomically
 from sdq.errors import RequestError, RunError
-from sdq.learned_scale import WeightQuantizer
-from sdq.policy import FLOAT_BITS
+from sdq.policy import FLOAT_BITS, LayerBits
 from sdq.quant_model import QuantModel
 
 SCHEMA = "sdq.export/1"
 RECORD = "export.json"
 RESERVED = ("schema", "format", "policy", "normalization")
 """Metadata keys that the file fills in itself."""
+
+
+Bits = int | tuple[int, ...]
+"""A bitwidth; or one for each output channel of a weight, where they differ."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +45,7 @@ class QuantizerInFile:
         codes: of a weight, in the shape PyTorch gives it ``(K, ...)``; None for an activation.
     """
 
-    bits: int
+    bits: Bits
     scale: Tensor
     codes: Tensor | None = None
 
@@ -87,7 +91,7 @@ class Format(Protocol):
     ) -> None:
         """Write the network to ``path``; ``qmodel`` is left as it is."""
 
-    def bits(self, path: Path) -> dict[str, int]:
+    def bits(self, path: Path) -> dict[str, Bits]:
         """Return the bits of each layer's weight and of each activation quantizer, by name.
 
         They follow from the file's nodes and constants, not from its metadata; 32 is float.
@@ -125,8 +129,8 @@ class ExportResult:
     format: str
     path: Path
     sha256: str
-    weight_bits: Mapping[str, int]
-    act_bits: Mapping[str, int]
+    weight_bits: Mapping[str, Bits]
+    act_bits: Mapping[str, Bits]
     file_bytes: int
 
     def to_json(self) -> dict[str, Any]:
@@ -136,7 +140,7 @@ class ExportResult:
             "file": self.path.name,
             "sha256": self.sha256,
             "file_bytes": self.file_bytes,
-            "weight_bits": dict(self.weight_bits),
+            "weight_bits": {name: _plain(bits) for name, bits in self.weight_bits.items()},
             "act_bits": dict(self.act_bits),
         }
 
@@ -153,10 +157,30 @@ def load_format(name_or_format: "str | Format") -> tuple[str, Format]:
     return module.__name__.rpartition(".")[2], cast(Format, module)
 
 
-def expected_bits(qmodel: QuantModel) -> dict[str, int]:
+def expected_bits(qmodel: QuantModel) -> dict[str, Bits]:
     """Return the bits a file of this network must have: of the policy, and of its activations."""
-    weights = {bits.name: bits.weight_bits for bits in qmodel.policy}
+    weights = {bits.name: _expected(bits) for bits in qmodel.policy}
     return weights | {name: q.bits for name, q in qmodel.act_quantizers().items()}
+
+
+def _expected(layer: LayerBits) -> Bits:
+    each = layer.channel_bits
+    return layer.weight_bits if each is None or len(set(each)) == 1 else each
+
+
+def _plain(bits: Bits) -> int | list[int]:
+    return bits if isinstance(bits, int) else list(bits)
+
+
+def settled(qmodel: QuantModel, name: str) -> SettledQuantizer:
+    """Return what quantizes a layer's weight; RequestError while a search does."""
+    quantizer = qmodel.weight_quantizer(name)
+    if not isinstance(quantizer, SettledQuantizer):
+        raise RequestError(
+            f"export: layer {name}: bits must be settled, got a "
+            f"{type(quantizer).__name__}; finish the search, then sdq.apply_policy_"
+        )
+    return quantizer
 
 
 def write(
@@ -284,20 +308,15 @@ def _check_network(qmodel: QuantModel) -> None:
         )
     for bits in qmodel.policy:
         if bits.weight_bits != FLOAT_BITS:
-            quantizer = qmodel.weight_quantizer(bits.name)
-            if not isinstance(quantizer, WeightQuantizer):
-                raise RequestError(
-                    f"export: layer {bits.name}: bits must be settled, got a "
-                    f"{type(quantizer).__name__}; finish the search, then sdq.apply_policy_"
-                )
+            settled(qmodel, bits.name)
 
 
-def _check_bits(found: Mapping[str, int], expected: Mapping[str, int]) -> None:
+def _check_bits(found: Mapping[str, Bits], expected: Mapping[str, Bits]) -> None:
     for name in [*expected, *found]:
         if found.get(name) != expected.get(name):
             raise RunError(
-                f"export: {name}: bits in the file must be {expected.get(name)}, as in the "
-                f"policy, got {found.get(name)}; nothing was written"
+                f"export: {name}: bits in the file must be {expected.get(name)!r:.100}, as in the "
+                f"policy, got {found.get(name)!r:.100}; nothing was written"
             )
 
 

@@ -136,11 +136,14 @@ def output_channels_first(node: onnx.NodeProto, weight: np.ndarray, transposed: 
     return weight if as_torch != transposed else weight.T
 
 
-def bits_of_range(where: str, low: int, high: int, codes: np.ndarray | None = None) -> int:
+def bits_of_range(
+    where: str, low: int, high: int, codes: np.ndarray | None = None, *, halved: bool = False
+) -> int:
     """Return the bitwidth that has these lowest and highest codes.
 
     A range that is symmetric, -1 to 1 or -3 to 3 or the like, is of odd codes alone (2^b codes,
-    at one bit -1 and +1); where there are even ones it is two bits without the lowest code.
+    at one bit -1 and +1); where there are even ones it is two bits without the lowest code. With
+    ``halved`` the codes ``2 q + 1`` are stored as ``q``, at one bit -1 and 0.
 
     Raises:
         RunError: no bitwidth has this range.
@@ -149,6 +152,8 @@ def bits_of_range(where: str, low: int, high: int, codes: np.ndarray | None = No
     for bits in range(1, 9):
         if odd and (low, high) == (-highest_odd_code(bits), highest_odd_code(bits)):
             return bits
+    if halved and (low, high) == (-1, 0):
+        return 1
     if (low, high) == (-1, 1):
         return 2
     for bits in range(2, 9):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from export.format import Trace
-from sdq.learned_scale import ActQuantizer, Quantized, WeightQuantizer
+from export.format import Trace, settled
+from sdq.learned_scale import ActQuantizer, Quantized
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 
@@ -26,7 +26,8 @@ class Reference:
     def __init__(self, qmodel: QuantModel) -> None:
         self.single = copy.deepcopy(qmodel).cpu().eval()
         self.double = _in_float64(self.single)
-        self.names = list(self.single.act_quantizers())
+        self.bits = {name: q.bits for name, q in self.single.act_quantizers().items()}
+        self.names = list(self.bits)
 
     @torch.no_grad()
     def float32(self, images: Tensor) -> Trace:
@@ -67,10 +68,9 @@ class Reference:
         """Return a layer's weight codes ``(K, ...)`` and scales, or None if it is float."""
         if self.single.policy[name].weight_bits == FLOAT_BITS:
             return None
-        quantizer = self.single.weight_quantizer(name)
-        assert isinstance(quantizer, WeightQuantizer)
+        quantizer = settled(self.single, name)
         codes = quantizer.codes(self.single.weight(name))
-        return codes.short(), quantizer.scale.detach().reshape(-1)
+        return codes.int(), quantizer.scale.detach().reshape(-1)
 
     def output_step(self) -> float | None:
         """Return input scale times the smallest weight scale of the last layer, if it has both."""
@@ -89,9 +89,7 @@ def _in_float64(qmodel: QuantModel) -> QuantModel:
     for bits in qmodel.policy:
         if bits.weight_bits == FLOAT_BITS:
             continue
-        single, quantizer = qmodel.weight_quantizer(bits.name), double.weight_quantizer(bits.name)
-        assert isinstance(single, WeightQuantizer)
-        assert isinstance(quantizer, WeightQuantizer)
+        single, quantizer = settled(qmodel, bits.name), settled(double, bits.name)
         codes = single.codes(qmodel.weight(bits.name))
         with torch.no_grad():
             double.weight(bits.name).copy_(codes.double() * quantizer.scale)
@@ -104,7 +102,7 @@ def _traced(qmodel: QuantModel, images: Tensor) -> Trace:
 
     def record(name: str) -> Callable[..., None]:
         def hook(module: ActQuantizer, inputs: tuple[Tensor], output: Quantized) -> None:
-            codes[name] = module.codes(inputs[0]).short()
+            codes[name] = module.codes(inputs[0]).int()
 
         return hook
 

@@ -19,10 +19,12 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export import graph
+from export import channels, graph
 from export.float64 import fold_constants_
+from export.format import settled
+from sdq.channel_bits import ChannelWeightQuantizer, SettledQuantizer
 from sdq.errors import RequestError, RunError
-from sdq.learned_scale import Quantized, WeightQuantizer
+from sdq.learned_scale import Quantized
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 
@@ -57,6 +59,8 @@ def trace(qmodel: QuantModel, dialect: Dialect, sample: Tensor) -> onnx.ModelPro
     example = sample[:1].detach().float().cpu()
     _check_sample(clone, example)
     freeze_weights_(clone)
+    split = channels.parts(clone)
+    _state_one_bitwidth_(clone)
     halved = _state_odd_codes_(clone, dialect)
     names = _label_(clone)
     model = _run_exporter(clone, dialect, example)
@@ -65,6 +69,12 @@ def trace(qmodel: QuantModel, dialect: Dialect, sample: Tensor) -> onnx.ModelPro
     graph.merge_twins_(model)
     if dialect == "qcdq":
         graph.add_half_a_step_(model, halved)
+    for layer, parts in split.items():
+        if dialect == "qcdq":
+            channels.split_codes_(model, layer, parts, layer in halved)
+        else:
+            channels.split_weights_(model, layer, parts)
+    graph.remove_unused_(model)
     return model
 
 
@@ -80,9 +90,7 @@ def freeze_weights_(qmodel: QuantModel) -> None:
     for bits in qmodel.policy:
         if bits.weight_bits == FLOAT_BITS:
             continue
-        quantizer = qmodel.weight_quantizer(bits.name)
-        assert isinstance(quantizer, WeightQuantizer)
-        weight = qmodel.weight(bits.name)
+        quantizer, weight = settled(qmodel, bits.name), qmodel.weight(bits.name)
         with torch.no_grad():
             weight.copy_(quantizer.codes(weight) * quantizer.scale)
         quantizer.freeze_()
@@ -94,13 +102,31 @@ class _Halved(nn.Module):
     ``q`` is a signed integer of the layer's own bits.
     """
 
-    def __init__(self, quantizer: WeightQuantizer) -> None:
+    def __init__(self, quantizer: SettledQuantizer) -> None:
         super().__init__()
         self.quantizer = quantizer
 
     def forward(self, weight: Tensor) -> Quantized:
         values, scale, zero_point, bit_width = self.quantizer(weight)
         return values, 2 * scale, zero_point - 0.5, bit_width
+
+
+def _state_one_bitwidth_(qmodel: QuantModel) -> None:
+    """Let quantizers of channels describe themselves in terms Brevitas has: one bitwidth.
+
+    That is theirs if all channels have the same. Else it is 8, which is no claim: the weight is
+    exported whole, without a Clip, and gets its quantizers afterwards.
+    """
+    for bits in qmodel.policy:
+        if bits.channel_bits is None:
+            continue
+        quantizer = settled(qmodel, bits.name)
+        assert isinstance(quantizer, ChannelWeightQuantizer)
+        if len(quantizer.channels) == 1:
+            ((part, _),) = quantizer.parts(qmodel.weight(bits.name))
+            qmodel.set_weight_quantizer_(bits.name, part)
+        else:
+            quantizer.bit_width = quantizer.bit_width.new_tensor(8.0)
 
 
 def _state_odd_codes_(qmodel: QuantModel, dialect: Dialect) -> list[str]:
@@ -116,8 +142,13 @@ def _state_odd_codes_(qmodel: QuantModel, dialect: Dialect) -> list[str]:
     for bits in qmodel.policy:
         if bits.weight_bits == FLOAT_BITS:
             continue
-        quantizer = qmodel.weight_quantizer(bits.name)
-        assert isinstance(quantizer, WeightQuantizer)
+        quantizer = settled(qmodel, bits.name)
+        if isinstance(quantizer, ChannelWeightQuantizer):
+            parts = [part for part, _ in quantizer.parts(qmodel.weight(bits.name))]
+            if dialect == "qcdq" and any(part.odd and part.bits == 8 for part in parts):
+                qmodel.set_weight_quantizer_(bits.name, _Halved(quantizer))
+                halved.append(bits.name)
+            continue
         if not quantizer.odd or (dialect == "qonnx" and bits.weight_bits == 1):
             continue
         if dialect == "qcdq" and bits.weight_bits < 8:

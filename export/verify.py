@@ -176,7 +176,9 @@ def _compare_quantizers(
     for name in expected:
         if bits[name] != expected[name]:
             count.different.setdefault(name, 0)
-            reasons.append(f"{name}: the file has {bits[name]} bits, the policy {expected[name]}")
+            reasons.append(
+                f"{name}: the file has {bits[name]!r:.100} bits, the policy {expected[name]!r:.100}"
+            )
         if name not in found:
             continue
         weight = reference.weight(name) if found[name].codes is not None else None

@@ -10,17 +10,21 @@ Source: Yao et al., "HAWQ-V3", ICML 2021, https://arxiv.org/abs/2011.10680; van 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from sdq.layers import LayerSpec
-from sdq.policy import BitwidthPolicy
+from sdq.policy import BitwidthPolicy, LayerBits
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer's cost. Biases and scales count as parameters but not as weight bytes."""
+    """One layer's cost. Biases and scales count as parameters but not as weight bytes.
+
+    Where its channels differ in bits, ``weight_bits`` is their mean.
+    """
 
     name: str
-    weight_bits: int
+    weight_bits: float
     act_bits: int
     macs: int
     params: int
@@ -37,12 +41,16 @@ def layer_costs(layers: Sequence[LayerSpec], policy: BitwidthPolicy) -> list[Lay
     """
     return [
         LayerCost(
-            spec.name, bits.weight_bits, bits.act_bits, spec.macs, spec.num_params,
+            spec.name, _mean(bits), bits.act_bits, spec.macs, spec.num_params,
             bits.total_weight_bits / 8,
             spec.macs * bits.total_weight_bits * bits.act_bits // spec.num_weights,
         )
         for spec, bits in zip(layers, policy, strict=True)
     ]  # fmt: skip
+
+
+def _mean(bits: LayerBits) -> float:
+    return bits.weight_bits if bits.channel_bits is None else mean(bits.channel_bits)
 
 
 def total_bops(layers: Sequence[LayerSpec], policy: BitwidthPolicy) -> int:

@@ -38,7 +38,11 @@ class Target(Protocol):
         ...
 
     def cost(self, layers: Sequence[LayerSpec], policy: BitwidthPolicy) -> TargetCost:
-        """Return what the network costs under the policy."""
+        """Return what the network costs under the policy.
+
+        A layer whose channels differ in bits may cost more than its channels' share of
+        :meth:`latency_s`, so that a search by channels cannot hold a latency.
+        """
         ...
 
 

@@ -66,3 +66,13 @@ class ChannelWeightQuantizer(nn.Module):
         values = self._together({b: q[0] for b, q in pieces.items()}, weight)
         scale = self._together({b: q[1] for b, q in pieces.items()}, weight)
         return values, scale, scale.new_zeros(()), self.bit_width
+
+    def freeze_(self) -> None:
+        """From now on take weights that are codes times scale, and give them these codes."""
+        for bits in self.channels:
+            self._part(bits).freeze_()
+
+
+SettledQuantizer = WeightQuantizer | ChannelWeightQuantizer
+"""What quantizes a weight once its bits are settled: it has ``codes``, ``scale``, ``parts`` and
+``freeze_``, and its values are ``codes(weight) * scale``."""

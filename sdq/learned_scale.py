@@ -129,7 +129,7 @@ class ActQuantizer(_Quantizer):
     kept; :meth:`settle_` then takes the scale of least squared error.
 
     Args:
-        bits: 2 to 8.
+        bits: 2 to 8, or 16.
         signed: whether the tensor can be negative.
         restrict: the scale to powers of two, or not.
     """

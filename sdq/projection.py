@@ -153,6 +153,9 @@ class _Program:
             floor = least * constraint.divisor - constraint.fixed
             low[index] = (floor - 1e-9 * abs(floor)) / scale[index]
         limits = np.stack(self.costs) / scale[:, None]
+        largest = np.abs(objective).max(initial=0.0)
+        if 0 < largest < 1:  # the solver's gap is absolute too, and seconds would all be within it
+            objective = objective / largest
         # products of whole numbers are whole; said so, the solver rounds none of them away
         whole = np.ones(self.count)
         high = room / scale

@@ -214,3 +214,16 @@ def test_a_large_network_of_equal_layers_is_solved() -> None:
             break
     by_greedy = sum(u[k] for u, k in zip(utilities, greedy, strict=True))
     assert total(utilities, picks) >= by_greedy - 1e-6
+
+
+def test_a_cost_in_seconds_is_as_good_as_one_in_cycles() -> None:
+    """The solver's own gap is a millionth, which is a long time."""
+    cycles = ((1, 2, 4), (2, 4, 8), (4, 8, 16))
+    utilities = [[0.0, 1.0, 2.0]] * 4
+    for unit in (1.0, 2e-9):
+        table = tuple(tuple(c * unit for c in row) for row in cycles)
+        pairs = (Pair(0, 2, table), Pair(1, 3, table))
+        constraint = Constraint("latency", 10.5 * unit, 1, 0, ((0.0,) * 3,) * 4, pairs)
+        picks = project(utilities, [constraint])
+        assert constraint.cost(picks) == pytest.approx(10 * unit)  # 2 + 8
+        assert total(utilities, picks) == 4

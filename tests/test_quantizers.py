@@ -298,7 +298,7 @@ def full_range(x: Tensor, bits: int, signed: bool) -> float:
 
 
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("bits", BITS[1:])
+@pytest.mark.parametrize("bits", [*BITS[1:], 16])
 def test_the_histogram_gives_the_scale_of_the_values_themselves(bits: int, signed: bool) -> None:
     x = weights(40, 1000)
     x = (x if signed else x.relu()) ** 3  # long tails, as after a residual sum

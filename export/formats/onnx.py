@@ -4,7 +4,10 @@ Weights of every bitwidth are int8 initializers followed by a Clip to their rang
 is codes -1 and +1 with a Clip to (-1, 1), because ONNX has no binary type. Quantizers without a
 level at zero have odd codes, with a Clip to -(2^b - 1) and 2^b - 1; at 8 bits these reach to 255,
 beyond int8, and ``c = 2 q + 1`` is stored as ``q``, with an Add of 1/2 after the DequantizeLinear.
-Activations are quantized to 8-bit integers and clipped to theirs. The batch size is free.
+Where the channels of a weight have bits of their own, those of one bitwidth are an initializer with
+a Clip, and are put together before the DequantizeLinear (:mod:`export.channels`).
+Activations are quantized to 8-bit integers and clipped to theirs; more bits are refused. The batch
+size is free.
 
 onnxruntime runs the file as it stands; with all optimisations on it fuses parts of it into integer
 kernels, which round in other places: the two are judged apart. On x86 processors without VNNI its
@@ -27,12 +30,12 @@ import torch
 from onnx import helper
 from torch import Tensor
 
-from export import graph
+from export import channels, graph
 from export.float64 import Interpreter
-from export.format import QuantizerInFile, Runner, Trace
+from export.format import Bits, QuantizerInFile, Runner, Trace
 from export.tracing import trace
 from sdq.batches import Normalization
-from sdq.errors import RunError
+from sdq.errors import RequestError, RunError
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 
@@ -67,8 +70,15 @@ def write(
     """Write the network; see :func:`export.write` for the arguments.
 
     Raises:
+        RequestError: activations of more than 8 bits.
         RunError: the exporter failed, or its graph is not valid ONNX.
     """
+    for name, quantizer in qmodel.act_quantizers().items():
+        if quantizer.bits > 8:  # in 16 bits QuantizeLinear has opset 21, and no integer kernels
+            raise RequestError(
+                f"export: {name}: bits of activations in the onnx format must be at most 8, or "
+                f"32 for float, got {quantizer.bits}; use the format qonnx, or other bits"
+            )
     model = trace(qmodel, "qcdq", sample)
     if preprocessing is not None:
         graph.prepend_preprocessing_(model, preprocessing)
@@ -84,7 +94,7 @@ def metadata(path: Path) -> dict[str, str]:
     return graph.metadata(graph.load(path))
 
 
-def bits(path: Path) -> dict[str, int]:
+def bits(path: Path) -> dict[str, Bits]:
     """Return the bits of each layer's weight and each activation quantizer: from the Clips."""
     model = graph.load(path)
     floats = {
@@ -153,7 +163,7 @@ def open_runtime(path: Path, runtime: str, *, taps: bool) -> Runner:
         except Exception as error:
             raise RunError(f"{path}: onnxruntime cannot run it: {error}") from error
         output, *codes = (torch.from_numpy(x) for x in results)
-        return Trace(output, {k: v.short() for k, v in zip(tensors, codes, strict=True)})
+        return Trace(output, {k: v.int() for k, v in zip(tensors, codes, strict=True)})
 
     return once
 
@@ -166,7 +176,7 @@ def open_exact(path: Path) -> Runner:
 
     def once(inputs: Tensor) -> Trace:
         found = interpreter(inputs, tensors.values())
-        return Trace(found[interpreter.output], {k: found[v].short() for k, v in tensors.items()})
+        return Trace(found[interpreter.output], {k: found[v].int() for k, v in tensors.items()})
 
     return once
 
@@ -176,7 +186,7 @@ def _weight(
     node: onnx.NodeProto,
     dequantizer: onnx.NodeProto,
     transposed: bool,
-    values: dict[str, np.ndarray],
+    values: graph.Constants,
     makers: dict[str, onnx.NodeProto],
 ) -> QuantizerInFile:
     halved = dequantizer.op_type == "Mul"
@@ -186,18 +196,22 @@ def _weight(
         dequantizer = makers[add.input[0]]
         if float(values[add.input[1]]) != 0.5 or (values[dequantizer.input[1]] != 1).any():
             raise RunError(f"export: {layer}: the weight must be q + 1/2 times its scale")
-    clip = makers.get(dequantizer.input[0])
-    codes = values[clip.input[0] if clip is not None else dequantizer.input[0]]
-    low, high = _range(clip, codes.dtype, values)
-    codes = codes.clip(low, high)
-    zero = values[dequantizer.input[2]] if len(dequantizer.input) > 2 else np.zeros(1, codes.dtype)
-    if zero.any():
+    join = channels.Join.of(makers, values, dequantizer.input[0])
+    pieces, widths = [], []
+    for tensor in join.tensors:
+        clip = makers.get(tensor)
+        stored = values[clip.input[0] if clip is not None else tensor]
+        low, high = _range(clip, stored.dtype, values)
+        pieces.append(stored.clip(low, high))
+        widths.append(graph.bits_of_range(layer, low, high, pieces[-1], halved=halved))
+    codes = join(pieces)
+    if len(dequantizer.input) > 2 and values[dequantizer.input[2]].any():
         raise RunError(f"export: {layer}: the weight's zero point must be 0")
-    bits = graph.bits_of_range(layer, low, high, codes)
+    bits = join.bits(widths, pieces)
     if halved:  # q + 1/2 steps are 2 q + 1 code units of half a step
         codes, scale = 2 * codes.astype(np.int16) + 1, scale / 2
     as_torch = graph.output_channels_first(node, codes, transposed)
-    return QuantizerInFile(bits, graph.vector(scale), torch.from_numpy(np.array(as_torch)).short())
+    return QuantizerInFile(bits, graph.vector(scale), torch.from_numpy(np.array(as_torch)).int())
 
 
 def _range(

@@ -5,6 +5,9 @@ bit: BipolarQuant). Odd codes ``c = 2 q + 1``, of quantizers without a level at 
 node of signed ``q`` with a zero point of -1/2 and twice the scale; its weights lie in the middle
 between two borders, so that no rounding decides on them.
 
+Where the channels of a weight have bits of their own, those of one bitwidth have a node, and a
+Concat and a Gather put them together (:mod:`export.channels`).
+
 The batch size in the file is free. qonnx's own executor wants every shape fixed: it is given a
 copy in memory with the batch filled in, the file keeps its free batch. For the same reason the
 file has no shapes for the tensors in between; tools that need them infer them
@@ -22,9 +25,9 @@ import onnx
 import torch
 from torch import Tensor
 
-from export import graph
+from export import channels, graph
 from export.float64 import Interpreter
-from export.format import QuantizerInFile, Runner, Trace
+from export.format import Bits, QuantizerInFile, Runner, Trace
 from export.tracing import trace
 from sdq.batches import Normalization
 from sdq.errors import RunError
@@ -47,6 +50,7 @@ ADVICE: dict[str, str] = {}
 DOMAIN = "qonnx.custom_op.general"
 
 _QUANTIZERS = ("Quant", "BipolarQuant")
+_MAKERS = (*_QUANTIZERS, *channels.JOINS)
 
 
 def write(
@@ -73,14 +77,14 @@ def metadata(path: Path) -> dict[str, str]:
     return graph.metadata(graph.load(path))
 
 
-def bits(path: Path) -> dict[str, int]:
+def bits(path: Path) -> dict[str, Bits]:
     """Return the bits of each layer's weight and each activation quantizer: from Quant nodes."""
     model = graph.load(path)
     makers = graph.producers(model)
     floats = {
         name: FLOAT_BITS
         for name, node in graph.multiplications(model, graph.layers(model)).items()
-        if graph.weight_maker(makers, node, _QUANTIZERS)[0] is None
+        if graph.weight_maker(makers, node, _MAKERS)[0] is None
     }
     return {name: q.bits for name, q in quantizers(path).items()} | floats
 
@@ -96,19 +100,22 @@ def quantizers(path: Path) -> dict[str, QuantizerInFile]:
     values, makers = graph.constants(model), graph.producers(model)
     found = {}
     for layer, node in graph.multiplications(model, graph.layers(model)).items():
-        quantizer, transposed = graph.weight_maker(makers, node, _QUANTIZERS)
+        quantizer, transposed = graph.weight_maker(makers, node, _MAKERS)
         if quantizer is not None:
-            codes, unit = _codes(layer, quantizer, values)
-            as_torch = graph.output_channels_first(node, codes, transposed)
+            join = channels.Join.of(makers, values, quantizer.output[0])
+            pieces = [_quantizer(layer, makers, tensor) for tensor in join.tensors]
+            codes, units = zip(*(_codes(layer, x, values) for x in pieces), strict=True)
+            widths = [_bits(layer, x, values, 8) for x in pieces]
+            whole = graph.output_channels_first(node, join(list(codes)), transposed)
             found[layer] = QuantizerInFile(
-                _bits(layer, quantizer, values),
-                graph.vector(unit),
-                torch.from_numpy(np.array(as_torch)).short(),
+                join.bits(widths, list(codes)),
+                graph.vector(join(list(units))),
+                torch.from_numpy(np.array(whole)).int(),
             )
     for quantizer in _act_quantizers(model, values):
         name = quantizer.name.removesuffix(".quant")
         scale = graph.vector(values[quantizer.input[1]])
-        found[name] = QuantizerInFile(_bits(name, quantizer, values), scale)
+        found[name] = QuantizerInFile(_bits(name, quantizer, values, 16), scale)
     return found
 
 
@@ -136,7 +143,7 @@ def open_runtime(path: Path, runtime: str, *, taps: bool) -> Runner:
         except Exception as error:
             raise RunError(f"{path}: qonnx cannot run it: {error}") from error
         codes = {
-            name: torch.from_numpy(np.rint(context[tensor] / scale.numpy()).astype(np.int16))
+            name: torch.from_numpy(np.rint(context[tensor] / scale.numpy()).astype(np.int32))
             for name, (tensor, scale) in tensors.items()
         }
         return Trace(torch.from_numpy(context[file.graph.output[0].name]), codes)
@@ -153,7 +160,7 @@ def open_exact(path: Path) -> Runner:
     def once(inputs: Tensor) -> Trace:
         found = interpreter(inputs, [tensor for tensor, _ in tensors.values()])
         codes = {
-            name: torch.round(found[tensor] / scale.double()).short()
+            name: torch.round(found[tensor] / scale.double()).int()
             for name, (tensor, scale) in tensors.items()
         }
         return Trace(found[interpreter.output], codes)
@@ -191,12 +198,19 @@ def _with_batch(file: onnx.ModelProto, size: int) -> ModelWrapper:
     return wrapper
 
 
-def _bits(name: str, quantizer: onnx.NodeProto, values: dict[str, np.ndarray]) -> int:
+def _quantizer(layer: str, makers: Mapping[str, onnx.NodeProto], tensor: str) -> onnx.NodeProto:
+    maker = makers.get(tensor)
+    if maker is None or maker.op_type not in _QUANTIZERS:
+        raise RunError(f"export: {layer}: {tensor!r} must be made by a Quant or BipolarQuant")
+    return maker
+
+
+def _bits(name: str, quantizer: onnx.NodeProto, values: dict[str, np.ndarray], most: int) -> int:
     if quantizer.op_type == "BipolarQuant":
         return 1
     width = float(values[quantizer.input[3]])
-    if not (width.is_integer() and 2 <= width <= 8):
-        raise RunError(f"export: {name}: bits of its Quant node must be 2 to 8, got {width}")
+    if not (width.is_integer() and 2 <= width <= most):
+        raise RunError(f"export: {name}: bits of its Quant node must be 2 to {most}, got {width}")
     return int(width)
 
 

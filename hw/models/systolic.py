@@ -8,6 +8,7 @@ Source: Sharma et al., "Bit Fusion", ISCA 2018, https://arxiv.org/abs/1712.01507
 of their published simulator, compute only, without the memory system.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
@@ -41,14 +42,25 @@ class FusibleArray:
         ``ceil(K / M) * OH * OW * k^2 * ceil(C / (N * factor))`` for each group of channels, with
         ``factor = 8 / bits(w) * 8 / bits(a)``.
         """
-        factor = (8 / _fused(weight_bits)) * (8 / _fused(act_bits))
+        return self._cycles(spec, (weight_bits,) * spec.weight_shape[0], act_bits)
+
+    def _cycles(self, spec: LayerSpec, channel_bits: Sequence[int], act_bits: int) -> int:
+        """Return the cycles of one layer whose output channels have these weight bits.
+
+        The array is set to one width at a time, so the channels of each fused width are passes of
+        their own, with a ceiling of their own. Few channels of a width take as long as a full set
+        of columns: a layer's time is no sum over its channels.
+        """
         out_channels, in_channels = spec.weight_shape[:2]
         window = prod(spec.weight_shape[2:])
         # MACs = K * C/g * k^2 * positions * calls, so this counts every call of a shared layer
         positions = spec.macs // (out_channels * in_channels * window)
         groups = max(spec.in_shape[0] // in_channels, 1) if spec.kind != "linear" else 1
-        per_group = ceil(out_channels / groups / self.columns)
-        passes = groups * per_group * ceil(in_channels / (self.rows * factor))
+        share, passes = out_channels // groups, 0
+        for first in range(0, share * groups, share):
+            for width, count in Counter(map(_fused, channel_bits[first : first + share])).items():
+                factor = (8 / width) * (8 / _fused(act_bits))
+                passes += ceil(count / self.columns) * ceil(in_channels / (self.rows * factor))
         return passes * positions * window
 
     def latency_s(self, spec: LayerSpec, weight_bits: int, act_bits: int) -> float:
@@ -59,6 +71,8 @@ class FusibleArray:
         """Return the cycles of every layer and the latency of one sample."""
         cycles = tuple(
             self.cycles(spec, bits.weight_bits, bits.act_bits)
+            if bits.channel_bits is None
+            else self._cycles(spec, bits.channel_bits, bits.act_bits)
             for spec, bits in zip(layers, policy, strict=True)
         )
         return TargetCost(cycles, sum(cycles) / self.clock_hz)

@@ -107,7 +107,7 @@ BopsG = Annotated[
 ]
 Choices = Annotated[str, typer.Option(help="Candidate weight bitwidths, ascending, from 1..8.")]
 ActBits = Annotated[
-    int, typer.Option(help="Bits of activations entering searched layers: 2..8, or 32 for none.")
+    int, typer.Option(help="Bits of activations entering searched layers: 2..8, 16, or 32: none.")
 ]
 FirstLastBits = Annotated[
     int, typer.Option(help="Of the first and last layer; 0 searches them too, 32 leaves float.")

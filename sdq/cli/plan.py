@@ -173,9 +173,16 @@ def make_plan(
     """Check the options of a run and gather them.
 
     Raises:
-        RequestError: no budget (or a budget and a policy), or an unknown method.
+        RequestError: no budget (or a budget and a policy), a latency for single channels, or an
+            unknown method.
     """
     plugins.load("sdq.search_methods", search_method)
+    if limits.latency_ms is not None and search.granularity == "channel":
+        raise RequestError(
+            "--latency-ms: must stand with --granularity layer, block or network, got channel: a "
+            "device takes channels of one bitwidth at a time, so a layer's time is no sum over its "
+            "channels; budget --bits, --weight-kb or --bops-g instead"
+        )
     if policy is None:
         return Plan(
             quant, limits.budget(), search_method, search, train, None, limits.target, teacher, ptq

@@ -231,22 +231,26 @@ def test_float64_has_the_codes_of_float32_weights(network, images):
 
 
 def test_first_flip_distance_by_hand():
-    names = ["a", "b"]
+    bits = {"a": 4, "b": 8}
     same = {"a": torch.tensor([[1, 2]]), "b": torch.tensor([[3, 4]])}
     before = {
         "a": torch.tensor([[1.2, 2.2]], dtype=torch.float64),
         "b": torch.tensor([[3.4999, 4.1]], dtype=torch.float64),
     }
-    assert first_flip_distance(names, same, same, before) is None
+    assert first_flip_distance(bits, same, same, before) is None
     # 3 became 4, and 3.4999 is 0.0001 from the boundary 3.5
     tie = {"a": same["a"], "b": torch.tensor([[4, 4]])}
-    assert first_flip_distance(names, same, tie, before) == pytest.approx(1e-4, rel=1e-3)
+    assert first_flip_distance(bits, same, tie, before) == pytest.approx(1e-4, rel=1e-3)
     # 2 became 3 although 2.2 is 0.3 from 2.5: not a tie; what follows in b does not matter
     wrong = {"a": torch.tensor([[1, 3]]), "b": torch.tensor([[4, 4]])}
-    assert first_flip_distance(names, same, wrong, before) == pytest.approx(0.3)
+    assert first_flip_distance(bits, same, wrong, before) == pytest.approx(0.3)
     # a code that moved by two crossed two boundaries, one of them far
     far = {"a": same["a"], "b": torch.tensor([[5, 4]])}
-    assert first_flip_distance(names, same, far, before) == pytest.approx(1.0001, rel=1e-3)
+    assert first_flip_distance(bits, same, far, before) == pytest.approx(1.0001, rel=1e-3)
+    # a code of 16 bits is a 256th of one of 8
+    assert first_flip_distance({**bits, "b": 16}, same, far, before) == pytest.approx(
+        1.0001 / 256, rel=1e-3
+    )
 
 
 def test_decisions():

@@ -1,5 +1,7 @@
 """Cost models of devices: the formula of each family by hand."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -62,6 +64,32 @@ def test_a_network_is_the_sum_of_its_layers() -> None:
     assert cost.layer_cycles == (1152, 9216)
     assert cost.bottleneck == 1
     assert cost.latency_s == pytest.approx(10368 / 500e6, rel=1e-15)
+
+
+MIXES = [
+    # 64 x 64 channels, 64 positions, 9 taps: sets of at most 32 channels of one width
+    (conv(64, 64, 8), 8, [8] * 32 + [4] * 32, 64 * 9 * (4 + 2)),
+    (conv(64, 64, 8), 8, [8, 4] * 32, 64 * 9 * (4 + 2)),  # in any order
+    (conv(64, 64, 8), 8, [8] * 33 + [4] * 31, 64 * 9 * (2 * 4 + 2)),  # one too many for a set
+    (
+        conv(64, 64, 8),
+        8,
+        [4] * 30 + [3] * 2 + [2] * 31 + [1],
+        64 * 9 * (2 + 1),
+    ),  # 3 are as wide as 4
+    (conv(64, 64, 8), 8, [6] * 64, 2 * 64 * 9 * 4),  # as the layer of one bitwidth
+    (conv(64, 64, 8, groups=2), 8, [8] * 32 + [2] * 32, 64 * 9 * (2 + 1)),  # a width a group
+    (conv(64, 64, 8, groups=2), 8, [8, 2] * 32, 64 * 9 * 2 * (2 + 1)),  # two in each
+    (conv(64, 64, 8, groups=64), 8, [8, 2] * 32, 64 * 64 * 9),  # depthwise: one column at a time
+]
+
+
+@pytest.mark.parametrize(("spec", "act_bits", "channel_bits", "cycles"), MIXES)
+def test_channels_of_each_width_are_passes_of_their_own(spec, act_bits, channel_bits, cycles):
+    layer = LayerBits(
+        "x", max(channel_bits), act_bits, True, math.prod(spec.weight_shape), tuple(channel_bits)
+    )
+    assert TARGET.cost((spec,), BitwidthPolicy((layer,))).layer_cycles == (cycles,)
 
 
 def test_resnet20_on_bit_fusion_by_hand() -> None:
