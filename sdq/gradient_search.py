@@ -26,6 +26,11 @@ from sdq.train import Forward, fit, number_of_steps, weight_groups
 LOG_PRICE_RANGE = (math.log(1e-4), math.log(1e2))
 """Where the price may go. Beyond it the regularizer or the task has all the say anyway."""
 
+DAMPING = 3.0
+"""Of the log-price while the cost is off its plan by 10 % or more. The price's sum follows the cost
+with delay, for theta is a sum itself: without a part that acts at once the cost swings about the
+plan and ends up to 15 % beside it."""
+
 SNAPSHOTS = 20
 """Points of an epoch at which the expected bits are noted for the run's plots."""
 
@@ -44,14 +49,16 @@ class Prices(nn.Module):
     """
 
     log_price: Tensor
+    off: Tensor
     first_usage: Tensor
 
     def __init__(self, count: int, settle: float, steps: int, fixed: float | None = None) -> None:
         super().__init__()
         self.settle, self.fixed = settle, fixed
-        # the whole range can be crossed in a third of the steps
-        self.step = 3 * (LOG_PRICE_RANGE[1] - LOG_PRICE_RANGE[0]) / steps
+        # the whole range can be crossed in two thirds of the steps
+        self.step = 1.5 * (LOG_PRICE_RANGE[1] - LOG_PRICE_RANGE[0]) / steps
         self.register_buffer("log_price", torch.full((count,), math.log(1e-2)))
+        self.register_buffer("off", torch.zeros(count))
         self.register_buffer("first_usage", torch.full((count,), math.nan))
 
     def steer_(self, usage: Tensor, progress: float) -> None:
@@ -65,15 +72,15 @@ class Prices(nn.Module):
         first = self.first_usage
         planned = first + (1.0 - first) * min(progress / (1 - self.settle), 1.0)
         # proportional near the plan, full speed when 10 % off
-        off = 10 * (usage - planned) / planned
-        self.log_price += self.step * off.clamp(-1.0, 1.0)
+        self.off.copy_((10 * (usage - planned) / planned).clamp(-1.0, 1.0))
+        self.log_price += self.step * self.off
         self.log_price.clamp_(*LOG_PRICE_RANGE)
 
     def forward(self) -> Tensor:
         """Return lambda_Q of each constraint."""
         if self.fixed is not None:
             return torch.full_like(self.log_price, self.fixed)
-        return self.log_price.exp()
+        return (self.log_price + DAMPING * self.off).exp()
 
 
 class BitwidthSearch:

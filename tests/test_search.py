@@ -18,7 +18,7 @@ from sdq.checkpoint import Checkpoint, load_tensors
 from sdq.config import QuantConfig, SearchConfig
 from sdq.cost import Budget
 from sdq.errors import RequestError, RunError
-from sdq.gradient_search import LOG_PRICE_RANGE, BitwidthSearch, Prices
+from sdq.gradient_search import DAMPING, LOG_PRICE_RANGE, BitwidthSearch, Prices
 from sdq.policy import BitwidthPolicy
 from sdq.projection import SLACK
 from sdq.quant_model import QuantModel, quantize
@@ -359,28 +359,29 @@ def test_the_temperature_falls_along_an_exponential(qtoy: Callable[..., QuantMod
 
 def test_the_price_rises_above_the_plan_and_falls_below_it() -> None:
     prices = Prices(1, settle=0.5, steps=100)
+    assert float(prices()) == pytest.approx(1e-2, rel=1e-6)
 
-    def steer(usage: float, progress: float) -> float:
+    def steer(usage: float, progress: float) -> tuple[float, float]:
         prices.steer_(torch.tensor([usage]), progress)
-        return float(prices())
+        return float(prices.log_price), math.log(float(prices()))
 
     # the first usage defines the plan: 2 down to 1 over half the steps
-    assert steer(2.0, 0.01) == pytest.approx(1e-2 * math.exp(0.0198 * prices.step), rel=0.1)
+    steer(2.0, 0.01)
     assert float(prices.first_usage) == 2.0
     start = float(prices.log_price)
-    steer(1.5, 0.25)  # planned 1.5: on the plan
-    assert float(prices.log_price) == pytest.approx(start, abs=1e-6)
-    steer(1.9, 0.25)
-    step = 3 * (LOG_PRICE_RANGE[1] - LOG_PRICE_RANGE[0]) / 100
-    assert float(prices.log_price) == pytest.approx(start + step, rel=1e-5)  # more than 10 % off
-    steer(0.95, 0.9)  # planned 1: 5 % below, half speed
-    assert float(prices.log_price) == pytest.approx(start + step / 2, rel=1e-4)
-    for _ in range(200):
-        steer(9.0, 0.9)
-    assert float(prices()) == pytest.approx(1e2, rel=1e-5)
-    for _ in range(200):
-        steer(0.1, 0.9)
-    assert float(prices()) == pytest.approx(1e-4, rel=1e-5)
+    summed, acting = steer(1.5, 0.25)  # planned 1.5: on the plan
+    assert [summed, acting] == pytest.approx([start, start], abs=1e-6)
+    step = 1.5 * (LOG_PRICE_RANGE[1] - LOG_PRICE_RANGE[0]) / 100
+    summed, acting = steer(1.9, 0.25)  # more than 10 % off
+    assert summed == pytest.approx(start + step, rel=1e-5)
+    assert acting == pytest.approx(summed + DAMPING, rel=1e-5)
+    summed, acting = steer(0.95, 0.9)  # planned 1: 5 % below, half speed
+    assert summed == pytest.approx(start + step / 2, rel=1e-4)
+    assert acting == pytest.approx(summed - DAMPING / 2, rel=1e-4)
+    for usage, end in ((9.0, 1), (0.1, 0)):
+        for _ in range(200):
+            summed, _ = steer(usage, 0.9)
+        assert summed == pytest.approx(LOG_PRICE_RANGE[end], rel=1e-5)
 
 
 def test_a_fixed_lambda_is_not_steered() -> None:
