@@ -212,8 +212,6 @@ class SearchConfig(Config):
         lambda_q: weight of the regularizer; None lets the search steer it towards the budget.
         error_weight: lambda_e, what each layer's error counts beside the expected cost
             (``regularizer="cost"`` only).
-        decide: what the final policy maximises: the ``log_odds`` the bitwidth parameters have
-            learned, or the loss that bits were seen to save, the ``gain``.
         distill: use the teacher's soft labels, where a teacher is given; the paper has the task's
             own loss.
         settle: share of the steps at the end in which the price of bits only holds the budget.
@@ -234,7 +232,6 @@ class SearchConfig(Config):
     regularizer: Literal["error", "cost"] = "error"
     lambda_q: Annotated[float, Field(ge=0)] | None = None
     error_weight: Annotated[float, Field(ge=0)] = 1e-3
-    decide: Literal["log_odds", "gain"] = "log_odds"
     distill: bool = True
     settle: Annotated[float, Field(ge=0, lt=0.9)] = 0.5
     seed: int = 0

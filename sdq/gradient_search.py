@@ -131,10 +131,10 @@ class BitwidthSearch:
                 return picks
         return None
 
-    def _insert_(self) -> list[tuple[StochasticWeightQuantizer, str]]:
-        """Put stochastic quantizers into the model; return those of weights and their layers."""
+    def _insert_(self) -> list[StochasticWeightQuantizer]:
+        """Put stochastic quantizers into the model; return those of weights."""
         qmodel = self.problem.qmodel
-        found: list[tuple[StochasticWeightQuantizer, str]] = []
+        found: list[StochasticWeightQuantizer] = []
         rows: dict[int, list[int]] = {}
         for u, unit in enumerate(self.space.units):
             if not unit.is_act:
@@ -151,7 +151,7 @@ class BitwidthSearch:
                 units,
             )
             qmodel.set_weight_quantizer_(name, quantizer)
-            found.append((quantizer, name))
+            found.append(quantizer)
         acts = {unit.name: (u, unit.choices) for u, unit in enumerate(self.space.units)
                 if unit.is_act}  # fmt: skip
         if acts:
@@ -227,7 +227,7 @@ class BitwidthSearch:
         """
         theta = self.bits.theta
         total, count = theta.new_zeros(len(self.bits)), theta.new_zeros(len(self.bits))
-        for quantizer, _ in self.quantizers:
+        for quantizer in self.quantizers:
             value = getattr(quantizer, what)()
             size = float(quantizer.weights_per_unit)
             index = torch.tensor(quantizer.units, device=theta.device)
@@ -257,37 +257,6 @@ class BitwidthSearch:
             self.price_trajectory.append(
                 [round(progress, 4), *(float(f"{x:.4g}") for x in steered)]
             )
-
-    def utilities(self) -> list[list[float]]:
-        """Return what each candidate of each unit is worth against its lowest one."""
-        if self.config.decide == "log_odds":
-            return self.bits.utilities()
-        gains, visits = (x.double().cpu() for x in self.bits.gains())
-        found = []
-        for u, errors in enumerate(self._errors()):
-            drops = errors[:-1] - errors[1:]
-            seen = visits[u, 1 : len(errors)]
-            # one sensitivity a unit, by least squares over the steps it tried
-            weight = (seen * drops.square()).sum().clamp_min(1e-300)
-            sensitivity = (seen * drops * gains[u, 1 : len(errors)]).sum() / weight
-            found.append((sensitivity.clamp_min(0) * (errors[0] - errors)).tolist())
-        return found
-
-    @torch.no_grad()
-    def _errors(self) -> list[Tensor]:
-        """Return the squared error of each candidate of each unit, up to a factor a unit."""
-        found = [
-            torch.tensor([4.0**-b for b in unit.choices], dtype=torch.float64)
-            if unit.is_act
-            else torch.zeros(len(unit.choices), dtype=torch.float64)
-            for unit in self.space.units
-        ]
-        qmodel = self.problem.qmodel
-        for quantizer, name in self.quantizers:
-            squares = quantizer.squared_errors(qmodel.weight(name)).double().cpu()
-            for row, u in enumerate(quantizer.units):
-                found[u] += squares[:, row]
-        return found
 
     def describe(self) -> dict[str, Any]:
         """Return task loss, price, budget use, and each unit's active bitwidth and beta."""
@@ -332,4 +301,4 @@ def learn(problem: SearchProblem, mixing: Mixing) -> list[int]:
         objective, problem.loader, loop, phase="search", fabric=problem.fabric,
         checkpoint=problem.checkpoint, watch=problem.watch,
     )  # fmt: skip
-    return problem.project(objective.utilities())
+    return problem.project(objective.bits.utilities())

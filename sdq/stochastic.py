@@ -92,8 +92,6 @@ class BitwidthParameters(nn.Module):
     level: Tensor
     bits: Tensor
     top: Tensor
-    slopes: Tensor
-    visits: Tensor
 
     def __init__(
         self,
@@ -123,9 +121,6 @@ class BitwidthParameters(nn.Module):
         bits = torch.tensor(padded, dtype=torch.float32)
         self.register_buffer("bits", bits.reshape(len(choices), -1), persistent=False)
         self.register_buffer("top", top, persistent=False)
-        # what a draw taught of the loss, by unit, step and side: see gains()
-        self.register_buffer("slopes", torch.zeros(len(choices), width, 2))
-        self.register_buffer("visits", torch.zeros(len(choices), width, 2))
         self._share: Tensor | None = None
         self.levels: list[int] = begin.tolist()
         """``level`` as numbers, as of the last draw or move: no wait for the device."""
@@ -177,30 +172,6 @@ class BitwidthParameters(nn.Module):
             uniform = torch.rand(len(self), generator=self.generator).clamp_(1e-6, 1 - 1e-6)
             draw = gumbel_bernoulli(self._active(), self.temperature, uniform.to(self.theta.device))
             self._share = torch.where(self.level > 0, draw, torch.ones_like(draw))
-        if self._share.requires_grad:
-            drawn = self._share.detach()
-            self._share.register_hook(lambda slope: self._note(drawn, slope))
-
-    @torch.no_grad()
-    def _note(self, share: Tensor, slope: Tensor) -> None:
-        """Note the loss's slope along Q_b(w) - Q_b'(w), on the side where the draw put it."""
-        at = (torch.arange(len(self), device=slope.device), self.level, (share > 0.5).long())
-        self.slopes[at] += slope
-        self.visits[at] += 1
-
-    def gains(self) -> tuple[Tensor, Tensor]:
-        r"""Return what each step between candidates was seen to take off the loss.
-
-        With the draw at the higher bitwidth the slope is that of the loss there, else that at the
-        lower one; the mean of the two is the difference of the losses, exactly where the loss is
-        quadratic in the weight (the trapezoid rule).
-
-        Returns:
-            ``(U, n)`` gains of the step up to each candidate, and how often it was tried.
-        """
-        means = self.slopes / self.visits.clamp_min(1)
-        sides = (self.visits > 0).to(means.dtype)
-        return -means.sum(2) / sides.sum(2).clamp_min(1), self.visits.sum(2)
 
     def share(self) -> Tensor:
         """Return the share of the higher bitwidth in this forward pass, ``(U,)``."""
@@ -298,16 +269,6 @@ class StochasticWeightQuantizer(nn.Module):
         errors = {k: steps * self._outputs[k][1] for k, steps in self._steps().items()}
         low = self._mean_square(self._select(errors, 1)).clamp_min(1e-12)
         return self._mean_square(self._select(errors, 0)) / low
-
-    def squared_errors(self, weight: Tensor) -> Tensor:
-        """Return the squared error of every candidate, ``(candidates, units)``."""
-        rows = []
-        for candidate in self.candidates:
-            assert isinstance(candidate, WeightQuantizer)
-            values, scale = candidate(weight)[:2]
-            error = candidate.residual(weight, values, scale) * scale
-            rows.append(error.square().reshape(len(self.units), -1).sum(1))
-        return torch.stack(rows)
 
     def _steps(self) -> dict[int, Tensor]:
         """Return each weight's rounding residual in steps, by candidate."""

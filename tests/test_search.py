@@ -269,10 +269,11 @@ def test_the_loss_is_the_task_s_plus_the_regularizer_priced_by_share_of_the_budg
     objective.bits.draw_()
     task = float(nn.functional.cross_entropy(qmodel(images), labels).detach())
     counts = [b.num_weights for b in qmodel.policy if b.searched]
-    quantizers = [quantizer for quantizer, _ in objective.quantizers]
     regularizer = sum(
         count / (2.0 * sum(counts)) * float(beta) * 12 * float(x.residual())
-        for count, beta, x in zip(counts, objective.bits.beta().detach(), quantizers, strict=True)
+        for count, beta, x in zip(
+            counts, objective.bits.beta().detach(), objective.quantizers, strict=True
+        )
     )
     loss = float(objective.loss(qmodel, images, labels).detach())
     assert loss == pytest.approx(task + 0.5 * regularizer, rel=1e-5)  # float32
@@ -304,7 +305,7 @@ def test_the_cost_regularizer_against_hand_numbers(
     qmodel(batches()[0][0])
     objective.prices.log_price.fill_(math.log(0.5))
     expected = 0.5 * (0.8 * 4 + 0.2 * 2) / 3.0  # all betas are at entry
-    errors = [float(q.relative_error()) for q, _ in objective.quantizers]
+    errors = [float(q.relative_error()) for q in objective.quantizers]
     expected += 0.25 * sum(0.8 * e + 0.2 for e in errors)
     assert float(objective.regularizer().detach()) == pytest.approx(expected, rel=1e-5)
 
