@@ -102,7 +102,9 @@ def one_seed(seed: int, bits: float) -> list[tuple[str, dict[str, object]]]:
             policy = sdq.search(
                 qmodel, loader, budget=budget, teacher=network,
                 config=sdq.SearchConfig(epochs=3, seed=seed, **settings),
-                watch=lambda r, use=use: use.append((r.end_of_epoch or {}).get("budget_use", 0)),
+                watch=lambda r, use=use: use.extend(
+                    (r.end_of_epoch or {}).get("budget_use", {}).values()
+                ),
             )  # fmt: skip
         seconds = time.perf_counter() - start
         sdq.apply_policy_(qmodel, policy)

@@ -30,8 +30,10 @@ from torch import Tensor, nn
 
 import sdq
 from sdq.finetune import FineTuning
+from sdq.gradient_search import BitwidthSearch
 from sdq.models import resnet20
-from sdq.search import BitwidthSearch
+from sdq.search_problem import SearchProblem
+from sdq.search_space import SearchSpace
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -158,10 +160,12 @@ def quantized(network: nn.Module, images: Tensor, labels: Tensor) -> sdq.QuantMo
 def phase1(network: nn.Module, images: Tensor, labels: Tensor, teacher: bool) -> Step:
     qmodel = quantized(network, images, labels)
     budget = sdq.Budget(avg_weight_bits=WEIGHT_BITS)
-    objective = BitwidthSearch(
-        qmodel, budget.constraints(qmodel.layers, qmodel.policy), sdq.SearchConfig(), STEPS,
+    space = SearchSpace.of(qmodel)
+    problem = SearchProblem(
+        qmodel, [(images, labels)], space, budget.constraints(space), sdq.SearchConfig(),
         channels_last(network, images) if teacher else None,
     )  # fmt: skip
+    objective = BitwidthSearch(problem, "draw", STEPS)
     return with_objective(objective, images, labels, 0)
 
 
