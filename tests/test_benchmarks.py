@@ -10,6 +10,7 @@ import pytest
 SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # typer imports what click deprecates
 @pytest.mark.skipif(importlib.util.find_spec("brevitas") is None, reason="brevitas is absent")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_finds_what_it_imports(script: Path) -> None:
