@@ -42,6 +42,14 @@ Bits = Annotated[int, Field(ge=1, le=8)]
 ActBits = Annotated[int, Field(ge=2, le=16)]
 
 
+ScaleGranularity = Literal["per_tensor", "per_channel"]
+ScaleKind = Literal["float", "power_of_two"]
+WeightQuantizerKind = Literal["lsq", "dorefa", "entropy"]
+OptimizerKind = Literal["adamw", "sgd"]
+Granularity = Literal["network", "block", "layer", "channel"]
+BinReduction = Literal["mean", "sum"]
+
+
 class QuantConfig(Config):
     """How a network is quantized.
 
@@ -75,9 +83,9 @@ class QuantConfig(Config):
     first_last_bits: Annotated[int, Field(ge=1, le=32)] | None = 8
     pins: tuple[tuple[str, Annotated[int, Field(ge=1, le=32)]], ...] = ()
     layer_choices: tuple[tuple[str, tuple[Bits, ...]], ...] = ()
-    weight_scale: Literal["per_tensor", "per_channel"] = "per_channel"
-    restrict_scale: Literal["float", "power_of_two"] = "float"
-    weight_quantizer: Literal["lsq", "dorefa", "entropy"] = "lsq"
+    weight_scale: ScaleGranularity = "per_channel"
+    restrict_scale: ScaleKind = "float"
+    weight_quantizer: WeightQuantizerKind = "lsq"
     weight_magnitude: Literal["learned", "paper"] = "learned"
 
     @field_validator("bit_choices", "act_choices")
@@ -171,11 +179,11 @@ class TrainConfig(Config):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     schedule: Schedule = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: OptimizerKind = "adamw"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     bin_weight: Annotated[float, Field(ge=0)] = 0.1
     bin_warmup: Annotated[float, Field(ge=0, le=1)] = 0.25
-    bin_reduction: Literal["mean", "sum"] = "mean"
+    bin_reduction: BinReduction = "mean"
     distill: bool = True
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     bn_batches: Annotated[int, Field(ge=0)] = 0
@@ -218,7 +226,7 @@ class SearchConfig(Config):
         seed: of batch order, augmentation, dropout and the Gumbel draws.
     """
 
-    granularity: Literal["network", "block", "layer", "channel"] = "layer"
+    granularity: Granularity = "layer"
     epochs: Annotated[int, Field(ge=1)] = 4
     lr: Annotated[float, Field(gt=0)] = 1e-3
     train_weights: bool = True

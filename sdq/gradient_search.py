@@ -1,6 +1,7 @@
 """Bitwidths learned by gradient: the objective of phase 1 and the prices of bits."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -99,7 +100,6 @@ class BitwidthSearch:
             [unit.choices for unit in self.space.units],
             start=self._start(), entry_beta=config.entry_beta, mixing=mixing,
         )  # fmt: skip
-        self.bits.temperature = config.temperature
         self.quantizers = self._insert_()
         width = self.bits.bits.shape[1]
         self.costs = nn.ModuleList(ExpectedCost(c, width) for c in problem.constraints)
@@ -200,7 +200,7 @@ class BitwidthSearch:
         :math:`\overline{r^2} = 1/12`, hence the 12; activations count with exactly that.
 
         ``cost``: lambda_Q times the expected cost over the budget, plus lambda_e times the sum of
-        each layer's expected error over that of its lower bitwidth.
+        each layer's expected weight error over that of its lower bitwidth.
 
         Several constraints have a price each, and their regularizers are added.
 
@@ -212,32 +212,35 @@ class BitwidthSearch:
         priced, beta = (prices * costs).sum(), self.bits.beta()
         movable = (self.bits.level > 0).to(beta.dtype)
         if self.config.regularizer == "cost":
-            error = beta * self._per_unit("relative_error") + (1 - beta)
+            # activations, whose tensors are not looked at, have an error of 1: no gradient
+            errors = self._per_unit(StochasticWeightQuantizer.relative_error, of_acts=1.0)
+            error = beta * errors + (1 - beta)
             return priced + self.config.error_weight * (movable * error).sum()
         (slope,) = torch.autograd.grad(priced, probabilities)
         higher = slope.gather(1, self.bits.level[:, None])[:, 0]
         lower = slope.gather(1, (self.bits.level - 1).clamp_min(0)[:, None])[:, 0]
-        residual = 12 * self._per_unit("residual")
-        return (movable * (higher - lower) * self.bits.beta() * residual).sum()
+        # activations count as rounding noise, without a look at the tensors
+        residual = 12 * self._per_unit(StochasticWeightQuantizer.residual, of_acts=1 / 12)
+        return (movable * (higher - lower) * beta * residual).sum()
 
-    def _per_unit(self, what: str) -> Tensor:
-        """Return a figure of the weight quantizers for every unit, weighted by weights.
-
-        Activations have one twelfth: rounding noise, without looking at the tensors.
-        """
+    def _per_unit(
+        self, figure: Callable[[StochasticWeightQuantizer], Tensor], of_acts: float
+    ) -> Tensor:
+        """Return a figure of the weight quantizers for every unit, weighted by weights."""
         theta = self.bits.theta
         total, count = theta.new_zeros(len(self.bits)), theta.new_zeros(len(self.bits))
         for quantizer in self.quantizers:
-            value = getattr(quantizer, what)()
+            value = figure(quantizer)
             size = float(quantizer.weights_per_unit)
             index = torch.tensor(quantizer.units, device=theta.device)
             total = total.index_add(0, index, value.to(theta.dtype) * size)
             count = count.index_add(0, index, torch.full_like(value, size).to(theta.dtype))
-        return torch.where(count > 0, total / count.clamp_min(1), torch.full_like(total, 1 / 12))
+        return torch.where(count > 0, total / count.clamp_min(1), torch.full_like(total, of_acts))
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Give the draws of this epoch their own generator."""
         self.bits.generator = generator(self.config.seed, "gumbel", epoch)
+        self._cool(epoch / epochs)  # a resumed search is not at the temperature it began with
         self.task_losses.clear()
         self.trajectory.clear()
         self.price_trajectory.clear()
@@ -247,9 +250,7 @@ class BitwidthSearch:
         config = self.config
         self.bits.move_(config.decay_threshold, config.rise_threshold)
         self.prices.steer_(self.usage, progress)
-        if config.end_temperature is not None:
-            ratio = config.end_temperature / config.temperature
-            self.bits.temperature = config.temperature * ratio**progress
+        self._cool(progress)
         if len(self.task_losses) % max(self.steps // config.epochs // SNAPSHOTS, 1) == 0:
             expected = self.bits.expected_bits().detach().tolist()
             self.trajectory.append([round(progress, 4), *(round(b, 3) for b in expected)])
@@ -257,6 +258,10 @@ class BitwidthSearch:
             self.price_trajectory.append(
                 [round(progress, 4), *(float(f"{x:.4g}") for x in steered)]
             )
+
+    def _cool(self, progress: float) -> None:
+        first, last = self.config.temperature, self.config.end_temperature
+        self.bits.temperature = first * ((last or first) / first) ** progress
 
     def describe(self) -> dict[str, Any]:
         """Return task loss, price, budget use, and each unit's active bitwidth and beta."""

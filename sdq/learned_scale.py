@@ -4,19 +4,17 @@ Each returns the four tensors Brevitas's layers expect of a quantizer: the quant
 scale, the zero point (always 0) and the bitwidth. Brevitas itself is not needed here.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sdq import quantizers
+from sdq.config import ScaleKind
 from sdq.errors import RunError
 
 Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
 """Values, scale, zero point, bitwidth."""
-
-Restriction = Literal["float", "power_of_two"]
-
 
 SMALLEST_GAIN = 1e-2
 """A learned scale may shrink to this share of its first value, not to zero or below."""
@@ -33,7 +31,7 @@ class _Quantizer(nn.Module):
     zero_point: Tensor
     bit_width: Tensor
 
-    def __init__(self, bits: int, signed: bool, restrict: Restriction, scale: Tensor) -> None:
+    def __init__(self, bits: int, signed: bool, restrict: ScaleKind, scale: Tensor) -> None:
         super().__init__()
         self.bits, self.signed, self.restrict = bits, signed, restrict
         self.register_buffer("base", scale)
@@ -77,7 +75,7 @@ class WeightQuantizer(_Quantizer):
     """
 
     def __init__(
-        self, weight: Tensor, bits: int, per_channel: bool, restrict: Restriction = "float"
+        self, weight: Tensor, bits: int, per_channel: bool, restrict: ScaleKind = "float"
     ) -> None:
         scale = self._first_scale(weight, bits, per_channel)
         super().__init__(bits, True, restrict, scale)
@@ -138,7 +136,7 @@ class ActQuantizer(_Quantizer):
     sample_size = 1 << 16
     """Values kept of a batch: enough for a scale to 2 % (5 % of 8 bits, whose ends are rare)."""
 
-    def __init__(self, bits: int, signed: bool, restrict: Restriction = "float") -> None:
+    def __init__(self, bits: int, signed: bool, restrict: ScaleKind = "float") -> None:
         super().__init__(bits, signed, restrict, torch.ones(()))
         self.register_buffer("calibrated", torch.tensor(False))
         self.observing = False

@@ -1,11 +1,12 @@
 """Losses of phase 2: distillation from the float model, and entropy-aware bin regularization."""
 
 import copy
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sdq.config import BinReduction
 
 
 def distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -38,9 +39,7 @@ class Teacher:
         return distillation(student_logits, targets)
 
 
-def bin_regularization(
-    position: Tensor, level: Tensor, reduction: Literal["mean", "sum"] = "mean"
-) -> Tensor:
+def bin_regularization(position: Tensor, level: Tensor, reduction: BinReduction = "mean") -> Tensor:
     r"""Return the entropy-aware bin regularization of one layer.
 
     .. math:: L_{EBR} = \sum_n \big[(\overline{v_n} - q_n)^2 + \mathrm{Var}(v_n)\big]

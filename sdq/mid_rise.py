@@ -11,14 +11,17 @@ quarter of bell-shaped weights at 2 bits, which would never return) and those of
 besides; see :func:`sdq.quantizers.dorefa` and :func:`sdq.quantizers.entropy`.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
 from sdq import quantizers
-from sdq.learned_scale import Quantized, Restriction, WeightQuantizer
+from sdq.config import ScaleKind
+from sdq.learned_scale import Quantized, WeightQuantizer
 
 
-class MidRiseQuantizer(WeightQuantizer):
+class MidRiseQuantizer(WeightQuantizer, ABC):
     """Weights at the odd codes ``-(2^b - 1)`` to ``2^b - 1`` times a scale.
 
     Args:
@@ -34,7 +37,7 @@ class MidRiseQuantizer(WeightQuantizer):
         weight: Tensor,
         bits: int,
         per_channel: bool,
-        restrict: Restriction = "float",
+        restrict: ScaleKind = "float",
         *,
         paper: bool = False,
     ) -> None:
@@ -49,13 +52,13 @@ class MidRiseQuantizer(WeightQuantizer):
             codes = quantizers.odd_codes(self._transformed(weight, bits, per_channel), bits)
         return quantizers.least_squares_scale(weight, codes, per_channel)
 
+    @abstractmethod
     def _transformed(self, weight: Tensor, bits: int, per_channel: bool) -> Tensor:
         """Return weights in code units, differentiable."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _paper_scale(self, weight: Tensor) -> Tensor:
         """Return the scale with which the levels have the paper's size."""
-        raise NotImplementedError
 
     @property
     def odd(self) -> bool:

@@ -7,15 +7,14 @@ of a layer, or a quantized activation.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from sdq.config import Granularity
 from sdq.layers import LayerSpec
 from sdq.policy import BitwidthPolicy
 
 if TYPE_CHECKING:  # it needs brevitas, and this file does not
     from sdq.quant_model import QuantModel
-
-Granularity = Literal["network", "block", "layer", "channel"]
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,6 @@ class SearchSpace:
             members = [index[name] for name in readers]
             units.append(Unit(path, qmodel.config.act_choices, tuple(members), is_act=True))
         return cls(qmodel.layers, qmodel.policy, tuple(units))
-
-    @property
-    def weight_units(self) -> tuple[Unit, ...]:
-        """The units that decide weight bitwidths."""
-        return tuple(unit for unit in self.units if not unit.is_act)
 
     @property
     def act_units(self) -> tuple[Unit, ...]:

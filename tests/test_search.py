@@ -186,7 +186,7 @@ def test_a_resumed_search_ends_bit_for_bit_where_the_undisturbed_one_does(
     qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]], tmp_path: Path,
     epoch: int, step: int | None, start: str,
 ) -> None:  # fmt: skip
-    config = SearchConfig(epochs=3, lr=3e-3, start=start)
+    config = SearchConfig(epochs=3, lr=3e-3, start=start, end_temperature=0.3)
     whole = traced(qtoy(), batches(count=3), tmp_path / "whole.safetensors", config)
 
     def stop(report: StepReport) -> None:

@@ -2,9 +2,11 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
+import click
 import typer
+from click.core import ParameterSource
 
 from sdq import config
 from sdq.errors import RequestError
@@ -16,6 +18,12 @@ def finite(option: typer.CallbackParam, value: float) -> float:
     if not math.isfinite(value):
         raise RequestError(f"{option.opts[0]}: must be a finite number, got {value!r}")
     return value
+
+
+def given(parameter: str) -> bool:
+    """Tell whether an option of the running verb was given, and not left at its default."""
+    source = click.get_current_context().get_parameter_source(parameter)
+    return source is not None and source is not ParameterSource.DEFAULT
 
 
 Model = Annotated[
@@ -48,8 +56,7 @@ Precision = Annotated[
 TRAINING = config.TrainConfig()
 """Whose defaults are those of the options below."""
 
-OptimizerKind = Literal["adamw", "sgd"]
-Optimizer = Annotated[OptimizerKind, typer.Option(help="sgd has Nesterov momentum 0.9.")]
+Optimizer = Annotated[config.OptimizerKind, typer.Option(help="sgd has Nesterov momentum 0.9.")]
 WeightDecay = Annotated[
     float, typer.Option(callback=finite, help="Decoupled; not on scales, biases and batch norm.")
 ]
@@ -112,18 +119,18 @@ ActBits = Annotated[
 FirstLastBits = Annotated[
     int, typer.Option(help="Of the first and last layer; 0 searches them too, 32 leaves float.")
 ]
-ScaleGranularity = Literal["per_tensor", "per_channel"]
-ScaleKind = Literal["float", "power_of_two"]
-GranularityName = Literal["network", "block", "layer", "channel"]
-WeightScale = Annotated[ScaleGranularity, typer.Option(help="One scale a tensor or a channel.")]
-Scale = Annotated[ScaleKind, typer.Option(help="What a scale may be.")]
+WeightScale = Annotated[
+    config.ScaleGranularity, typer.Option(help="One scale a tensor or a channel.")
+]
+Scale = Annotated[config.ScaleKind, typer.Option(help="What a scale may be.")]
 SearchMethod = Annotated[
     str,
     typer.Option(
-        help="How the bitwidths are chosen: sdq, uniform, random, interpolate, hessian, greedy."
+        help="How the bitwidths are chosen: sdq, or what it is compared with "
+        "(see `sdq list search_methods`)."
     ),
 ]
-Granularity = Annotated[GranularityName, typer.Option(help="What gets a bitwidth of its own.")]
+Granularity = Annotated[config.Granularity, typer.Option(help="What gets a bitwidth of its own.")]
 LearnActBits = Annotated[
     bool,
     typer.Option(
@@ -157,8 +164,9 @@ Target = Annotated[
 LatencyMs = Annotated[
     float | None, typer.Option(help="Budget: milliseconds of one sample on --target.")
 ]
-QuantizerKind = Literal["lsq", "dorefa", "entropy"]
-WeightQuantizer = Annotated[QuantizerKind, typer.Option(help="Of the searched layers' weights.")]
+WeightQuantizer = Annotated[
+    config.WeightQuantizerKind, typer.Option(help="Of the searched layers' weights.")
+]
 SearchEpochs = Annotated[int, typer.Option(min=1, help="Passes of phase 1.")]
 
 Ptq = Annotated[

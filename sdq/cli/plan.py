@@ -1,15 +1,12 @@
 """From the options of ``sdq quantize`` and ``sdq search`` to what is to be done."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import click
-from click.core import ParameterSource
-
 import hw
-from sdq import plugins
+from sdq import config, plugins
 from sdq.cli import options
 from sdq.cli.teacher import TeacherRequest
 from sdq.config import Config, PtqConfig, QuantConfig, SearchConfig, TrainConfig
@@ -91,7 +88,9 @@ class Limits:
         )
 
 
-def make_quant_config(
+def make_quantization(
+    file: "ConfigFile",
+    limits: Limits,
     *,
     choices: str,
     act_bits: int,
@@ -100,12 +99,11 @@ def make_quant_config(
     first_last_bits: int,
     pin: list[str] | None,
     layer_choices: list[str] | None,
-    weight_scale: options.ScaleGranularity,
-    scale: options.ScaleKind,
-    weight_quantizer: options.QuantizerKind,
-    target: str | None,
-) -> QuantConfig:
-    """Check the options of quantization and gather them.
+    weight_scale: config.ScaleGranularity,
+    scale: config.ScaleKind,
+    weight_quantizer: config.WeightQuantizerKind,
+) -> tuple[QuantConfig, Limits]:
+    """Return how the network is quantized, with what that adds to the limits.
 
     Raises:
         RequestError: a value out of range, or bits that the target has not.
@@ -120,21 +118,9 @@ def make_quant_config(
         (pattern, options.integers(value, "--layer-choices"))
         for pattern, value in options.rules(layer_choices, "--layer-choices")
     ]
-    widths = options.integers(choices, "--choices")
     acts = options.integers(act_choices, "--act-choices")
-    if target is not None:
-        device = hw.target(target)
-        widths = legal(widths, device.weight_bits, "--choices", target)
-        if learn_act_bits:
-            acts = legal(acts, device.act_bits, "--act-choices", target)
-        else:
-            legal((act_bits,), (*device.act_bits, FLOAT_BITS), "--act-bits", target)
-        special = [
-            (name, legal(bits, device.weight_bits, "--layer-choices", target))
-            for name, bits in special
-        ]
-    return QuantConfig(
-        bit_choices=widths,
+    quant = QuantConfig(
+        bit_choices=options.integers(choices, "--choices"),
         act_bits=act_bits,
         act_choices=acts if learn_act_bits else None,
         first_last_bits=first_last_bits or None,
@@ -144,19 +130,44 @@ def make_quant_config(
         restrict_scale=scale,
         weight_quantizer=weight_quantizer,
     )
+    quant = file.changed("quant", quant)
+    if limits.target is not None:
+        quant = on_target(quant, limits.target)
+    if quant.act_choices is not None:  # where they are learned, --act-bits is what they may cost
+        limits = replace(limits, avg_act_bits=float(quant.act_bits))
+    return quant, limits
 
 
-def legal(
-    asked: tuple[int, ...], known: tuple[int, ...], option: str, target: str
-) -> tuple[int, ...]:
-    """Return those bitwidths that a target computes with; RequestError if there is none."""
-    found = tuple(bits for bits in asked if bits in known)
-    if not found:
-        raise RequestError(
-            f"{option}: must have bits that {target} computes with ({', '.join(map(str, known))}), "
-            f"got {', '.join(map(str, asked))}"
-        )
-    return found
+def on_target(quant: QuantConfig, target: str) -> QuantConfig:
+    """Return the configuration with the bitwidths that a target computes with.
+
+    Raises:
+        RequestError: of those asked for somewhere it has none.
+    """
+    device = hw.target(target)
+
+    def legal(asked: tuple[int, ...], known: tuple[int, ...], option: str) -> tuple[int, ...]:
+        found = tuple(bits for bits in asked if bits in known)
+        if not found:
+            raise RequestError(
+                f"{option}: must have bits that {target} computes with "
+                f"({', '.join(map(str, known))}), got {', '.join(map(str, asked))}"
+            )
+        return found
+
+    acts = quant.act_choices
+    if acts is None:
+        legal((quant.act_bits,), (*device.act_bits, FLOAT_BITS), "--act-bits")
+    else:
+        acts = legal(acts, device.act_bits, "--act-choices")
+    return quant.replaced(
+        bit_choices=legal(quant.bit_choices, device.weight_bits, "--choices"),
+        act_choices=acts,
+        layer_choices=tuple(
+            (pattern, legal(bits, device.weight_bits, "--layer-choices"))
+            for pattern, bits in quant.layer_choices
+        ),
+    )
 
 
 def make_plan(
@@ -220,12 +231,16 @@ class ConfigFile:
     sections: dict[str, dict[str, Any]]
 
     @classmethod
-    def read(cls, path: Path | None) -> "ConfigFile":
-        """Read ``{"quant": {...}, "search": {...}, "train": {...}, "ptq": {...}}``, or some of it.
+    def read(cls, path: Path | None, *known: str) -> "ConfigFile":
+        """Read ``{"quant": {...}, "search": {...}, ...}``.
+
+        Args:
+            path: of the file; None is a file without fields.
+            known: the parts that the request has a use for.
 
         Raises:
-            RequestError: no such file, not such an object, or a field that was also given as an
-                option.
+            RequestError: no such file, not such an object, a part that nothing would be done with,
+                or a field that was also given as an option.
         """
         if path is None:
             return cls({})
@@ -233,28 +248,23 @@ class ConfigFile:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise RequestError(f"--config: {path} must be a JSON file, but: {error}") from None
-        known = ", ".join(FIELDS)
-        if not isinstance(document, dict) or not set(document) <= set(FIELDS):
+        if not isinstance(document, dict) or not set(document) <= set(known):
             got = sorted(document) if isinstance(document, dict) else type(document).__name__
-            raise RequestError(f"--config: {path} must have the parts {known}, got {got}")
-        context = click.get_current_context()
+            raise RequestError(
+                f"--config: {path} must here have no parts but {', '.join(known)}, got {got}"
+            )
         for part, fields in document.items():
             if not isinstance(fields, dict):
                 raise RequestError(f"--config: {path}: {part} must be an object, got {fields!r}")
             for field in fields:
-                option = FIELDS[part].get(field, "")
-                if context.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+                option = FIELDS[part].get(field)
+                if option is not None and options.given(option):
                     raise RequestError(
                         f"--config: {part}.{field} must be given once, but stands in {path} and "
                         f"as --{option.replace('_', '-')}; drop one"
                     )
         return cls(document)
 
-    def refuse(self, part: str, why: str) -> None:
-        """Raise RequestError if the file has this part."""
-        if part in self.sections:
-            raise RequestError(f"--config: {part} {why}; drop it")
-
-    def changed(self, part: str, config: AnyConfig) -> AnyConfig:
+    def changed(self, part: str, before: AnyConfig) -> AnyConfig:
         """Return a configuration with the file's fields in it; RequestError names a wrong one."""
-        return config.replaced(**self.sections.get(part, {}))
+        return before.replaced(**self.sections.get(part, {}))

@@ -4,10 +4,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-import typer
 from torch import Tensor, nn
 
 from sdq.cli import inputs as inp
+from sdq.cli import options
 from sdq.cli.progress import Watch
 from sdq.config import PtqConfig, SearchConfig
 from sdq.errors import RequestError
@@ -36,15 +36,7 @@ SEARCH_EPOCHS = 12
 """Of a search by gradient: 200 steps with 512 images."""
 
 
-def given(context: typer.Context, parameter: str) -> bool:
-    """Tell whether an option was given on the command line, and not left at its default."""
-    source = context.get_parameter_source(parameter)
-    return source is not None and source.name != "DEFAULT"
-
-
-def make_ptq(
-    context: typer.Context, ptq: bool, images: int, steps: int, seed: int
-) -> PtqConfig | None:
+def make_ptq(ptq: bool, images: int, steps: int, seed: int) -> PtqConfig | None:
     """Return what ``--ptq`` asks for, or None without it.
 
     Raises:
@@ -52,12 +44,12 @@ def make_ptq(
     """
     if not ptq:
         for name in ("ptq_images", "ptq_steps"):
-            if given(context, name):
+            if options.given(name):
                 option = f"--{name.replace('_', '-')}"
                 raise RequestError(f"{option}: must stand with --ptq; add it, or drop this")
         return None
     for name in OF_TRAINING:
-        if given(context, name):
+        if options.given(name):
             option = "--no-distill" if name == "distill" else f"--{name.replace('_', '-')}"
             raise RequestError(
                 f"{option}: must stand without --ptq, which trains nothing and runs in one "
@@ -67,13 +59,13 @@ def make_ptq(
 
 
 def search_of(
-    context: typer.Context, search: SearchConfig, method: str, *, learn_act_bits: bool
+    search: SearchConfig, method: str, *, learn_act_bits: bool
 ) -> tuple[SearchConfig, str]:
     """Return search and method as ``--ptq`` has them where the command line leaves them open."""
     search = search.replaced(train_weights=False)
-    if not given(context, "search_epochs"):
+    if not options.given("search_epochs"):
         search = search.replaced(epochs=SEARCH_EPOCHS)
-    if given(context, "search_method"):
+    if options.given("search_method"):
         return search, method
     return search, "sdq" if learn_act_bits else SEARCH_METHOD
 

@@ -13,7 +13,7 @@ from sdq.apply_policy import apply_policy_
 from sdq.calibration import calibrate_
 from sdq.cli import inputs as inp
 from sdq.cli import options, processes
-from sdq.cli.plan import ConfigFile, Limits, Plan, make_plan, make_quant_config
+from sdq.cli.plan import ConfigFile, Limits, Plan, make_plan, make_quantization
 from sdq.cli.plotting import draw_plots
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.ptq import make_ptq, round_, search_of, unlabelled
@@ -215,7 +215,6 @@ def rows(metrics: dict[str, Any], float_bytes: float) -> list[dict[str, object]]
 
 
 def quantize(
-    context: typer.Context,
     data: options.Data,
     out: options.Out,
     model: options.Model = None,
@@ -296,10 +295,9 @@ def quantize(
 
     Example: `sdq quantize --from f --data dermamnist --data-root DIR --bits 2.0 --out q`
     """
-    file = ConfigFile.read(config)
-    after_training = make_ptq(context, ptq, ptq_images, ptq_steps, seed)
+    file = ConfigFile.read(config, "quant", "search", "ptq" if ptq else "train")
+    after_training = make_ptq(ptq, ptq_images, ptq_steps, seed)
     if after_training is not None:
-        file.refuse("train", "must be absent beside --ptq, which trains nothing")
         after_training = file.changed("ptq", after_training)
     tuning = TrainConfig(
         epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule,
@@ -308,21 +306,17 @@ def quantize(
     )  # fmt: skip
     tuning = file.changed("train", tuning)
     asked_teacher = TeacherRequest.of(teacher, teacher_model, teacher_weights, distill=distill)
-    quant = make_quant_config(
-        choices=choices, act_bits=act_bits, act_choices=act_choices,
+    limits = Limits(bits, weight_kb, bops_g, latency_ms, target)
+    quant, limits = make_quantization(
+        file, limits, choices=choices, act_bits=act_bits, act_choices=act_choices,
         learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
         layer_choices=layer_choices, weight_scale=weight_scale, scale=scale,
-        weight_quantizer=weight_quantizer, target=target,
+        weight_quantizer=weight_quantizer,
     )  # fmt: skip
-    quant = file.changed("quant", quant)
-    limits = Limits(
-        bits, weight_kb, bops_g, latency_ms, target, float(act_bits) if learn_act_bits else None
-    )
     searching = SearchConfig(granularity=granularity, epochs=search_epochs, seed=seed)
     if after_training is not None:
-        searching, search_method = search_of(
-            context, searching, search_method, learn_act_bits=learn_act_bits
-        )
+        learned = quant.act_choices is not None
+        searching, search_method = search_of(searching, search_method, learn_act_bits=learned)
     searching = file.changed("search", searching)
     plan = make_plan(
         quant,

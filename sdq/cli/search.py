@@ -2,7 +2,7 @@
 
 from sdq.cli import inputs as inp
 from sdq.cli import options, processes
-from sdq.cli.plan import ConfigFile, Limits, make_plan, make_quant_config
+from sdq.cli.plan import ConfigFile, Limits, make_plan, make_quantization
 from sdq.cli.plotting import draw_plots
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.quantize import (
@@ -62,17 +62,14 @@ def search(
 
     Example: `sdq search --from f --data dermamnist --data-root DIR --bits 2.0 --out s`
     """
-    file = ConfigFile.read(config)
-    quant = make_quant_config(
-        choices=choices, act_bits=act_bits, act_choices=act_choices,
+    file = ConfigFile.read(config, "quant", "search")
+    limits = Limits(bits, weight_kb, bops_g, latency_ms, target)
+    quant, limits = make_quantization(
+        file, limits, choices=choices, act_bits=act_bits, act_choices=act_choices,
         learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
         layer_choices=layer_choices, weight_scale=weight_scale, scale=scale,
-        weight_quantizer=weight_quantizer, target=target,
+        weight_quantizer=weight_quantizer,
     )  # fmt: skip
-    quant = file.changed("quant", quant)
-    limits = Limits(
-        bits, weight_kb, bops_g, latency_ms, target, float(act_bits) if learn_act_bits else None
-    )
     searching = SearchConfig(granularity=granularity, epochs=search_epochs, seed=seed)
     searching = file.changed("search", searching)
     plan = make_plan(quant, limits, search_method=search_method, search=searching, train=None)
@@ -96,7 +93,8 @@ def search(
         processes.end(fabric)
         draw_plots(run, wanted=plots and fabric.is_global_zero)
     rows = [
-        {"layer": b.name, "weights": b.num_weights, "weight bits": b.weight_bits,
+        {"layer": b.name, "weights": b.num_weights,
+         "weight bits": round(b.total_weight_bits / b.num_weights, 4),
          "act bits": b.act_bits, "searched": "yes" if b.searched else "no"}
         for b in policy
     ]  # fmt: skip

@@ -123,6 +123,8 @@ CONFIGS = {
     "field": '{"search": {"warmth": 1}}',
     "value": '{"search": {"temperature": -1}}',
     "twice": '{"quant": {"act_bits": 8}}',
+    "acts": '{"quant": {"act_bits": 3, "act_choices": [2, 4, 8]}}',
+    "training": '{"train": {"warmup": 0.2}}',
     "good": '{"quant": {"act_bits": 8, "input_bits": 6}, "train": {"warmup": 0.2},'
     ' "search": {"regularizer": "cost", "end_temperature": 0.5}}',
 }

@@ -9,6 +9,7 @@ from sdq.run_folder import RunFolder
 
 TRAIN = "train --model mlp --data {f}/ok.npz --epochs 1"
 QUANTIZE = "quantize --from {f}/float --data {f}/ok.npz --search-epochs 1 --epochs 1"
+POST = "quantize --from {f}/float --data {f}/ok.npz --ptq"
 SEARCH = "search --from {f}/float --data {f}/ok.npz --search-epochs 1"
 
 
@@ -93,9 +94,13 @@ NUMBERS = [
     *_both("--bits 2 --config nowhere.json", "--config: nowhere.json must be a JSON file"),
     *_both("--bits 2 --config {f}/cut.json", "cut.json must be a JSON file"),
     *_both(
-        "--bits 2 --config {f}/part.json",
-        "must have the parts quant, ptq, search, train, got ['x']",
+        "--bits 2 --config {f}/part.json", "part.json must here have no parts but quant, search"
     ),
+    (
+        f"{SEARCH} --bits 2 --config {{f}}/training.json",
+        "no parts but quant, search, got ['train']",
+    ),
+    (f"{POST} --bits 2 --config {{f}}/training.json", "no parts but quant, search, ptq, got"),
     *_both("--bits 2 --config {f}/field.json", "SearchConfig.warmth: extra inputs are not"),
     *_both("--bits 2 --config {f}/value.json", "SearchConfig.temperature: input should be greater"),
     *_both("--bits 2 --config {f}/twice.json --act-bits 4", "quant.act_bits must be given once"),

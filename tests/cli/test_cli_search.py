@@ -63,6 +63,13 @@ def test_learned_activations(sdq, files, tmp_path):
     assert run["request"]["budget"]["avg_act_bits"] == 4.0
 
 
+def test_learned_activations_of_a_configuration_file(sdq, files, tmp_path):
+    options = f"--bits 3 --config {files}/acts.json"
+    policy, run = searched(sdq, files, tmp_path / "s", options)
+    assert run["request"]["budget"]["avg_act_bits"] == 3.0
+    assert {b.act_bits for b in policy if b.searched} <= {2, 4, 8}
+
+
 def test_pins_and_choices(sdq, files, tmp_path):
     policy, _ = searched(
         sdq, files, tmp_path / "s", "--bits 2 --pin layers.4=6 --layer-choices layers.7=1,2"
