@@ -323,6 +323,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path)
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.repeats < 2:
+        parser.error("--repeats: must be at least 2, quartiles need them")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     sides = [int(side) for side in options.sides.split(",")]

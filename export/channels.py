@@ -22,7 +22,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from export import graph
-from export.format import Bits, settled
+from export.format import Bits
 from sdq.channel_bits import ChannelWeightQuantizer
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
@@ -55,7 +55,7 @@ def parts(qmodel: QuantModel) -> dict[str, list[Part]]:
     for bits in qmodel.policy:
         if bits.weight_bits == FLOAT_BITS:
             continue
-        quantizer = settled(qmodel, bits.name)
+        quantizer = qmodel.settled_quantizer(bits.name)
         if isinstance(quantizer, ChannelWeightQuantizer) and len(quantizer.channels) > 1:
             found[bits.name] = [
                 Part(

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from sdq import plugins
 from sdq.batches import Normalization
-from sdq.channel_bits import SettledQuantizer
 from sdq.checkpoint import write_bytes_atomically
 from sdq.errors import RequestError, RunError
 from sdq.policy import FLOAT_BITS, LayerBits
@@ -172,17 +171,6 @@ def _plain(bits: Bits) -> int | list[int]:
     return bits if isinstance(bits, int) else list(bits)
 
 
-def settled(qmodel: QuantModel, name: str) -> SettledQuantizer:
-    """Return what quantizes a layer's weight; RequestError while a search does."""
-    quantizer = qmodel.weight_quantizer(name)
-    if not isinstance(quantizer, SettledQuantizer):
-        raise RequestError(
-            f"export: layer {name}: bits must be settled, got a "
-            f"{type(quantizer).__name__}; finish the search, then sdq.apply_policy_"
-        )
-    return quantizer
-
-
 def write(
     qmodel: QuantModel,
     folder: str | Path,
@@ -308,7 +296,7 @@ def _check_network(qmodel: QuantModel) -> None:
         )
     for bits in qmodel.policy:
         if bits.weight_bits != FLOAT_BITS:
-            settled(qmodel, bits.name)
+            qmodel.settled_quantizer(bits.name)
 
 
 def _check_bits(found: Mapping[str, Bits], expected: Mapping[str, Bits]) -> None:

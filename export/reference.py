@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from export.format import Trace, settled
+from export.format import Trace
 from sdq.learned_scale import ActQuantizer, Quantized
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
@@ -68,7 +68,7 @@ class Reference:
         """Return a layer's weight codes ``(K, ...)`` and scales, or None if it is float."""
         if self.single.policy[name].weight_bits == FLOAT_BITS:
             return None
-        quantizer = settled(self.single, name)
+        quantizer = self.single.settled_quantizer(name)
         codes = quantizer.codes(self.single.weight(name))
         return codes.int(), quantizer.scale.detach().reshape(-1)
 
@@ -89,7 +89,7 @@ def _in_float64(qmodel: QuantModel) -> QuantModel:
     for bits in qmodel.policy:
         if bits.weight_bits == FLOAT_BITS:
             continue
-        single, quantizer = settled(qmodel, bits.name), settled(double, bits.name)
+        single, quantizer = qmodel.settled_quantizer(bits.name), double.settled_quantizer(bits.name)
         codes = single.codes(qmodel.weight(bits.name))
         with torch.no_grad():
             double.weight(bits.name).copy_(codes.double() * quantizer.scale)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from export import channels, graph
 from export.float64 import fold_constants_
-from export.format import settled
 from sdq.channel_bits import ChannelWeightQuantizer, SettledQuantizer
 from sdq.errors import RequestError, RunError
 from sdq.learned_scale import Quantized
@@ -90,7 +89,7 @@ def freeze_weights_(qmodel: QuantModel) -> None:
     for bits in qmodel.policy:
         if bits.weight_bits == FLOAT_BITS:
             continue
-        quantizer, weight = settled(qmodel, bits.name), qmodel.weight(bits.name)
+        quantizer, weight = qmodel.settled_quantizer(bits.name), qmodel.weight(bits.name)
         with torch.no_grad():
             weight.copy_(quantizer.codes(weight) * quantizer.scale)
         quantizer.freeze_()
@@ -120,7 +119,7 @@ def _state_one_bitwidth_(qmodel: QuantModel) -> None:
     for bits in qmodel.policy:
         if bits.channel_bits is None:
             continue
-        quantizer = settled(qmodel, bits.name)
+        quantizer = qmodel.settled_quantizer(bits.name)
         assert isinstance(quantizer, ChannelWeightQuantizer)
         if len(quantizer.channels) == 1:
             ((part, _),) = quantizer.parts(qmodel.weight(bits.name))
@@ -142,7 +141,7 @@ def _state_odd_codes_(qmodel: QuantModel, dialect: Dialect) -> list[str]:
     for bits in qmodel.policy:
         if bits.weight_bits == FLOAT_BITS:
             continue
-        quantizer = settled(qmodel, bits.name)
+        quantizer = qmodel.settled_quantizer(bits.name)
         if isinstance(quantizer, ChannelWeightQuantizer):
             parts = [part for part, _ in quantizer.parts(qmodel.weight(bits.name))]
             if dialect == "qcdq" and any(part.odd and part.bits == 8 for part in parts):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from sdq.errors import RequestError
 from sdq.layers import LayerSpec
-from sdq.policy import BitwidthPolicy
 from sdq.search_space import SearchSpace
 
 CostFn = Callable[[LayerSpec, int, int], float]
@@ -216,12 +215,3 @@ def bit_operations(spec: LayerSpec, weight_bits: int, act_bits: int) -> int:
 
 def _act_bits_of(spec: LayerSpec, weight_bits: int, act_bits: int) -> int:
     return math.prod(spec.in_shape) * act_bits
-
-
-def cost_of(layers: Sequence[LayerSpec], policy: BitwidthPolicy, layer_cost: CostFn) -> float:
-    """Return what a network costs under a policy; a layer with channel bits costs their mean."""
-    total = 0.0
-    for spec, bits in zip(layers, policy, strict=True):
-        widths = bits.channel_bits or (bits.weight_bits,)
-        total += sum(layer_cost(spec, w, bits.act_bits) for w in widths) / len(widths)
-    return total

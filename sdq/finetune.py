@@ -8,10 +8,8 @@ from torch import Tensor, nn
 
 from sdq import losses
 from sdq.calibration import calibrate_
-from sdq.channel_bits import ChannelWeightQuantizer
 from sdq.checkpoint import Checkpoint
 from sdq.config import TrainConfig
-from sdq.learned_scale import WeightQuantizer
 from sdq.outcome import Trained
 from sdq.quant_model import QuantModel
 from sdq.train import Forward, Loader, Watcher, fit, weight_groups
@@ -54,10 +52,8 @@ class FineTuning:
         """Return the bin regularization summed over the searched layers."""
         total = torch.zeros((), device=next(self.qmodel.parameters()).device)
         for name in self.names:
-            quantizer = self.qmodel.weight_quantizer(name)
-            assert isinstance(quantizer, WeightQuantizer | ChannelWeightQuantizer)
             weight = self.qmodel.weight(name)
-            for part, weights in quantizer.parts(weight):
+            for part, weights in self.qmodel.settled_quantizer(name).parts(weight):
                 position, level = part.in_steps(weights)
                 loss = losses.bin_regularization(position, level, self.config.bin_reduction)
                 total = total + weights.numel() / weight.numel() * loss

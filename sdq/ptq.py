@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from sdq.batches import generator
 from sdq.blocks import Block, split
 from sdq.calibration import calibrate_, in_float
-from sdq.channel_bits import ChannelWeightQuantizer
 from sdq.config import PtqConfig
 from sdq.errors import RequestError
-from sdq.learned_scale import WeightQuantizer
 from sdq.mid_rise import MidRiseQuantizer
+from sdq.outcome import reestimate_statistics_
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 from sdq.rounding import SoftRounding, annealed_beta, rounding_regularizer
@@ -178,7 +177,8 @@ class _Reconstruction:
         for name, weight in weights.items():
             self.qmodel.weight(name).data.copy_(weight)
         if config.batch_norm:
-            self._estimate_batch_norm_()
+            inputs = [(part, part) for part in self.inputs.split(CHUNK)]
+            reestimate_statistics_(self.block.module, inputs, len(inputs))
         report = BlockReport(self.block.layers, before, self._error())
         if watch:
             watch(
@@ -193,24 +193,22 @@ class _Reconstruction:
         difference = _through(self.block.module, self.inputs) - self.target
         return float(difference.square().mean()) / self.variance
 
-    def _quantizer(self, name: str) -> WeightQuantizer | ChannelWeightQuantizer:
-        quantizer = self.qmodel.weight_quantizer(name)
-        assert isinstance(quantizer, WeightQuantizer | ChannelWeightQuantizer)
-        return quantizer
-
     @torch.no_grad()
     def _nearest(self, name: str) -> Tensor:
         weight = self.qmodel.weight(name)
-        if isinstance(self._quantizer(name), MidRiseQuantizer):
+        if isinstance(self.qmodel.settled_quantizer(name), MidRiseQuantizer):
             return weight  # its transform would move the levels
-        values: Tensor = self._quantizer(name)(weight)[0]
+        values: Tensor = self.qmodel.settled_quantizer(name)(weight)[0]
         return values
 
     @contextmanager
     def _soft(self) -> Iterator[dict[str, SoftRounding]]:
         """Put soft rounding in the place of the block's weight quantizers for a while."""
-        hard: dict[str, nn.Module] = {n: self._quantizer(n) for n in self.names}
-        soft = {n: SoftRounding(self.qmodel.weight(n), self._quantizer(n)) for n in self.names}
+        hard: dict[str, nn.Module] = {n: self.qmodel.settled_quantizer(n) for n in self.names}
+        soft = {
+            n: SoftRounding(self.qmodel.weight(n), self.qmodel.settled_quantizer(n))
+            for n in self.names
+        }
         for name, quantizer in soft.items():
             self.qmodel.set_weight_quantizer_(name, quantizer)
         try:
@@ -248,21 +246,3 @@ class _Reconstruction:
             yield float(error.detach())
         for path in self.block.acts if config.act_lr else ():
             self.qmodel.act_quantizers()[path].gain.requires_grad_(False)
-
-    def _estimate_batch_norm_(self) -> None:
-        """Estimate the block's normalisation statistics anew from the quantized network."""
-        norms = [
-            module
-            for module in self.block.module.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-        ]
-        momenta = [m.momentum for m in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-        if norms:
-            _through(self.block.module, self.inputs)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.eval()

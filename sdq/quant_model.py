@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sdq import graph
+from sdq.channel_bits import SettledQuantizer
 from sdq.config import QuantConfig
 from sdq.errors import RequestError
 from sdq.layers import LayerSpec
@@ -68,6 +69,16 @@ class QuantModel(nn.Module):
         """Return the module that quantizes a layer's weight."""
         quantizer = self.net.get_submodule(f"{name}.weight_quant").tensor_quant
         assert isinstance(quantizer, nn.Module)
+        return quantizer
+
+    def settled_quantizer(self, name: str) -> SettledQuantizer:
+        """Return what quantizes a layer's weight; RequestError while a search does."""
+        quantizer = self.weight_quantizer(name)
+        if not isinstance(quantizer, SettledQuantizer):
+            raise RequestError(
+                f"layer {name}: bits must be settled, got a {type(quantizer).__name__}; "
+                "finish the search, then sdq.apply_policy_"
+            )
         return quantizer
 
     def set_weight_quantizer_(self, name: str, quantizer: nn.Module) -> None:

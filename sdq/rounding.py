@@ -20,8 +20,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sdq.channel_bits import ChannelWeightQuantizer
-from sdq.learned_scale import Quantized, WeightQuantizer
+from sdq.channel_bits import SettledQuantizer
+from sdq.learned_scale import Quantized
 from sdq.quantizers import code_range
 
 ZETA, GAMMA = 1.1, -0.1
@@ -71,7 +71,7 @@ class SoftRounding(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, weight: Tensor, quantizer: WeightQuantizer | ChannelWeightQuantizer) -> None:
+    def __init__(self, weight: Tensor, quantizer: SettledQuantizer) -> None:
         super().__init__()
         weight = weight.detach()
         bits = torch.as_tensor(getattr(quantizer, "channel_bits", (quantizer.bits,)))

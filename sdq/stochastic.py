@@ -190,24 +190,21 @@ class BitwidthParameters(nn.Module):
         """
         if self.theta.shape[1] == 0:
             return
-        index = (self.level - 1).clamp_min(0)[:, None]
         # a pair must be able to turn back in good time
         active = self._active().clamp(-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
-        movable = self.level > 0
-        self.theta.scatter_(
-            1, index, torch.where(movable, active, self.theta.gather(1, index)[:, 0])[:, None]
-        )
+        self._set_active_(active)
         beta = torch.sigmoid(active)
-        down = movable & (beta < decay_below) & (self.level > 1)
+        down = (beta < decay_below) & (self.level > 1)
         up = torch.zeros_like(down)
-        if rise_above is not None:
-            up = movable & (beta > rise_above) & (self.level < self.top) & ~down
+        if rise_above is not None:  # a unit of one candidate is at its top
+            up = (beta > rise_above) & (self.level < self.top) & ~down
         self.level += up.long() - down.long()
-        entered = (self.level - 1).clamp_min(0)[:, None]
         entry = torch.where(up, -self.entry, self.entry)
-        kept = self.theta.gather(1, entered)[:, 0]
-        self.theta.scatter_(1, entered, torch.where(up | down, entry, kept)[:, None])
+        self._set_active_(torch.where(up | down, entry, self._active()))
         self._share = None
+
+    def _set_active_(self, log_odds: Tensor) -> None:
+        self.theta.scatter_(1, (self.level - 1).clamp_min(0)[:, None], log_odds[:, None])
 
 
 class StochasticWeightQuantizer(nn.Module):

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdq.channel_bits import ChannelWeightQuantizer
+from sdq.channel_bits import ChannelWeightQuantizer, SettledQuantizer
 from sdq.config import QuantConfig
-from sdq.learned_scale import WeightQuantizer
 from sdq.policy import FLOAT_BITS, BitwidthPolicy, LayerBits
 from sdq.quant_model import new_weight_quantizer
 
@@ -20,15 +19,13 @@ NARROW, WIDEST = 5, 8
 """Steps on each side of zero: of a narrow histogram at most, and of any. Levels beyond are not
 shown, for more of them could not be told apart."""
 
-Quantizer = WeightQuantizer | ChannelWeightQuantizer
-
 
 @dataclass(frozen=True)
 class Quantized:
     """A layer's master weight and its quantizer."""
 
     weight: Tensor
-    quantizer: Quantizer
+    quantizer: SettledQuantizer
 
     def relative_error(self) -> float:
         """Return ``||Q(w) - w|| / ||w||``; 0 for a weight that is all zero."""
@@ -100,7 +97,7 @@ def after(
     return found
 
 
-def _new(weight: Tensor, layer: LayerBits, config: QuantConfig) -> Quantizer:
+def _new(weight: Tensor, layer: LayerBits, config: QuantConfig) -> SettledQuantizer:
     """Return the quantizer that a layer gets under a policy, as sdq.apply_policy_ has it."""
     if not layer.searched:
         config = config.replaced(weight_quantizer="lsq", weight_magnitude="learned")

@@ -23,27 +23,38 @@ PROBES, BATCHES = 4, 4
 
 def choose(problem: SearchProblem) -> list[int]:
     """Return the candidates of least total sensitivity within the budget."""
-    traces = hessian_traces(problem)
+    diagonals = hessian_diagonals(problem)
+    rows = {i: _increases(problem, i, diagonal) for i, diagonal in diagonals.items()}
     utilities = []
     for unit in problem.space.units:
         row = [0.0] * len(unit.choices)
         for i in unit.layers:
-            trace, weight = traces[i], problem.weight(i)
             for k, bits in enumerate(unit.choices):
-                error = (problem.quantized(i, bits) - weight).square()
-                if unit.channel is None:
-                    row[k] -= float(trace.mean() * error.sum())
-                else:
-                    row[k] -= float(trace[unit.channel].mean() * error[unit.channel].sum())
+                increase = rows[i][bits]
+                part = increase.sum() if unit.channel is None else increase[unit.channel]
+                row[k] -= float(part)
         utilities.append(row)
     return problem.project(utilities)
 
 
-def hessian_traces(problem: SearchProblem) -> dict[int, Tensor]:
+def _increases(problem: SearchProblem, layer: int, diagonal: Tensor) -> dict[int, Tensor]:
+    """Return, for each candidate of a layer, the increase of the loss by each output channel."""
+    choices = {b for u in problem.space.units if layer in u.layers for b in u.choices}
+    # a negative trace is noise, or a direction that training did not finish: no sensitivity
+    if problem.config.granularity == "channel":
+        trace = diagonal.flatten(1).mean(1).clamp_min(0)
+    else:
+        trace = diagonal.mean().clamp_min(0)
+    weight = problem.weight(layer)
+    errors = {b: (problem.quantized(layer, b) - weight).square() for b in choices}
+    return {b: trace * error.flatten(1).sum(1) for b, error in errors.items()}
+
+
+def hessian_diagonals(problem: SearchProblem) -> dict[int, Tensor]:
     """Return, for each searched layer, the Hessian's diagonal estimated by Hutchinson's method.
 
     Returns:
-        By layer index, a tensor of the weight's shape whose mean is the mean trace.
+        By layer index, a tensor of the weight's shape; its mean is the mean trace.
     """
     qmodel, rng = problem.qmodel, generator(problem.config.seed, "hessian")
     wanted = sorted({i for unit in problem.space.units for i in unit.layers})
@@ -68,12 +79,4 @@ def hessian_traces(problem: SearchProblem) -> dict[int, Tensor]:
                 for total, probe, product in zip(found, probes, products, strict=True):
                     total += probe * product
                 count += 1
-    # a negative estimate is noise, or a direction that training did not finish: no sensitivity
-    return {i: (total / count).mean().clamp_min(0) * torch.ones_like(total)
-            if problem.config.granularity != "channel" else _by_channel(total / count)
-            for i, total in zip(wanted, found, strict=True)}  # fmt: skip
-
-
-def _by_channel(diagonal: Tensor) -> Tensor:
-    mean = diagonal.reshape(len(diagonal), -1).mean(1).clamp_min(0)
-    return mean.reshape((-1,) + (1,) * (diagonal.dim() - 1)).expand_as(diagonal)
+    return {i: total / count for i, total in zip(wanted, found, strict=True)}
