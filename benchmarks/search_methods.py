@@ -15,6 +15,7 @@ kept in ``--out``; interrupted, the command goes on where it stopped.
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from sdq.checkpoint import load_tensors, save_tensors
 from sdq.data import DataOptions, Splits, open_data
 from sdq.parallel import open_fabric
 from sdq.plugins import load
+from sdq.train import StepReport
 
 FIGURES = ("accuracy", "balanced_accuracy", "auc")
 METHODS = "sdq,interpolate,hessian,greedy,random,uniform"
@@ -65,6 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--train-images", type=int, default=0, help="a part of them; 0: all")
     parser.add_argument("--bits", default="2")
     parser.add_argument("--act-bits", type=int, default=4)
+    parser.add_argument("--first-last-bits", type=int, default=8, help="0: these are searched too")
     parser.add_argument("--search-epochs", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--variants", default=METHODS)
@@ -123,15 +126,17 @@ class Bench:
             known: dict[str, Any] = json.loads(file.read_text())
             return known
         method, search, train = settings(variant)
-        config = sdq.QuantConfig(act_bits=self.options.act_bits)
+        config = sdq.QuantConfig(
+            act_bits=self.options.act_bits, first_last_bits=self.options.first_last_bits or None
+        )
         qmodel = sdq.quantize(self.network, config, sample=self.sample.to(self.fabric.device))
         sdq.calibrate_(qmodel, self.plain)
-        spent: list[float] = []
+        watched: list[StepReport] = []
         start = time.perf_counter()
         policy = sdq.search(
             qmodel, self.loader, budget=sdq.Budget(avg_weight_bits=bits), teacher=self.network,
             config=sdq.SearchConfig(epochs=self.options.search_epochs, seed=self.seed, **search),
-            method=method, fabric=self.fabric, watch=lambda r: spent.append(r.loss),
+            method=method, fabric=self.fabric, watch=watched.append,
         )  # fmt: skip
         seconds = time.perf_counter() - start
         sdq.apply_policy_(qmodel, policy)
@@ -141,13 +146,15 @@ class Bench:
         sdq.finetune_(qmodel, self.loader, teacher=self.network, config=tuning, fabric=self.fabric)
         found = sdq.evaluate(qmodel, self.test)
         # the second half: the first is still falling
-        half = spent[len(spent) // 2 :]
+        half = [report.loss for report in watched[len(watched) // 2 :]]
+        uses = [r.end_of_epoch["budget_use"] for r in watched if r.end_of_epoch]
         row = {
             "variant": variant, "bits": bits, "seed": self.seed,
             **{key: found[key] for key in FIGURES},
             "average_bits": policy.avg_weight_bits, "weight_bytes": policy.weight_bytes,
             "search_seconds": seconds,
             "search_loss_deviation": statistics.pstdev(half) if half else None,
+            "budget_use": max(uses[-1].values()) if uses else None,
             "policy": [b.weight_bits for b in policy],
         }  # fmt: skip
         file.write_text(json.dumps(row))
@@ -176,20 +183,26 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the table as Markdown."""
     part = f"{options.train_images:,} of its training images, " if options.train_images else ""
     start = "published float weights, then " if options.weights else ""
+    bits = options.first_last_bits
+    edges = f"first and last layer at {bits} bits" if bits else "every layer searched"
     lines = [
         f"# Ways to choose bitwidths: {options.model} on {options.data}",
         "",
         f"Seeds {options.seeds}; {part}test split; mean ± standard deviation over seeds. {start}"
         f"{options.float_epochs} epochs of float training, {options.search_epochs} of search "
         f"(where a method trains), {options.epochs} of fine-tuning, {options.act_bits}-bit "
-        f"activations, first and last layer at 8 bits. torch {torch.__version__}, "
-        f"device {options.device}.",
+        f"activations, {edges}. torch {torch.__version__}, device {options.device}.",
+        "",
+        f"`python benchmarks/search_methods.py {command()}`",
         "",
         "`budget` is the mean of the searched layers' weight bits, `bits` what the policy has. "
-        "`deviation` is that of the loss over the steps of the search's second half.",
+        "`deviation` is that of the loss over the steps of the search's second half, `use` the "
+        "expected cost over the budget at the search's end, before the projection, by seed.",
         "",
-        "| variant | budget | " + " | ".join(FIGURES) + " | bits | bytes | seconds | deviation |",
-        "|---|---|" + "---|" * (len(FIGURES) + 4),
+        "| variant | budget | "
+        + " | ".join(FIGURES)
+        + " | bits | bytes | seconds | deviation | use |",
+        "|---|---|" + "---|" * (len(FIGURES) + 5),
     ]
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:
@@ -197,15 +210,18 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     for (variant, bits), found in groups.items():
         cells = [spread([row[key] for row in found]) for key in FIGURES]
         if variant == "float":
-            lines.append(f"| float | 32 | {' | '.join(cells)} | 32 | | | |")
+            lines.append(f"| float | 32 | {' | '.join(cells)} | 32 | | | | |")
             continue
         seconds = statistics.mean(row["search_seconds"] for row in found)
         deviations = [row["search_loss_deviation"] for row in found]
         deviation = f"{statistics.mean(deviations):.3f}" if None not in deviations else ""
+        uses = [row["budget_use"] for row in found]
+        use = ", ".join(f"{use:.2f}" for use in uses) if None not in uses else ""
         lines.append(
             f"| {variant} | {bits:g} | {' | '.join(cells)} | "
             f"{max(row['average_bits'] for row in found):.3f} | "
-            f"{max(row['weight_bytes'] for row in found):,.0f} | {seconds:.0f} | {deviation} |"
+            f"{max(row['weight_bytes'] for row in found):,.0f} | {seconds:.0f} | {deviation} | "
+            f"{use} |"
         )
     lines += ["", "Policies (bits of each layer in order; one list a seed):", ""]
     for (variant, bits), found in groups.items():
@@ -215,6 +231,15 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     options.table.parent.mkdir(parents=True, exist_ok=True)
     options.table.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def command() -> str:
+    """Return the arguments of this run, folders outside the project by a name that says what."""
+    words = sys.argv[1:]
+    for option, name in (("--data-root", "DIR"), ("--weights", "FILE")):
+        if option in words:
+            words[words.index(option) + 1] = name
+    return " ".join(f"'{w}'" if ";" in w else w for w in words)
 
 
 def spread(values: list[float]) -> str:
