@@ -1,14 +1,18 @@
-"""A small network with every kind of layer the engine quantizes, and data it can learn."""
+"""A small network with every kind of layer the engine quantizes, its data, and shared helpers."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from torch import Tensor, nn
+
+from sdq.errors import RequestError
 
 settings.register_profile("no-deadline", deadline=None)  # a slow machine is no failure
 settings.load_profile("no-deadline")
@@ -73,6 +77,27 @@ def batches() -> Callable[..., list[Batch]]:
 @pytest.fixture
 def sample() -> Tensor:
     return torch.zeros(1, 1, 8, 8)
+
+
+@pytest.fixture
+def refuses() -> Callable[..., "pytest.RaisesExc[RequestError]"]:
+    """Return a function that expects a RequestError whose message has the fragments in order."""
+
+    def expect(*fragments: str) -> "pytest.RaisesExc[RequestError]":
+        return pytest.raises(RequestError, match=".*".join(re.escape(f) for f in fragments))
+
+    return expect
+
+
+@pytest.fixture
+def all_of() -> Callable[[Any, str], Tensor]:
+    """Return a function that reads every image of a part of the splits."""
+
+    def read(splits: Any, part: str) -> Tensor:
+        images = getattr(splits, part)
+        return torch.as_tensor(images.images.take(torch.arange(len(images))))
+
+    return read
 
 
 @pytest.fixture

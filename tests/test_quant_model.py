@@ -1,7 +1,6 @@
 """The quantized network: what Brevitas says of it equals what we say, and what is refused."""
 
 import copy
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +13,14 @@ from torch import Tensor, nn
 
 from sdq import quantizers
 from sdq.apply_policy import apply_policy_
-from sdq.calibration import calibrate_, in_float
+from sdq.calibration import calibrate_
 from sdq.checkpoint import load_tensors
 from sdq.config import QuantConfig
-from sdq.errors import RequestError, RunError
-from sdq.learned_scale import ActQuantizer, WeightQuantizer
+from sdq.learned_scale import ActQuantizer
 from sdq.models import resnet20
-from sdq.policy import BitwidthPolicy, LayerBits
 from sdq.quant_model import QuantModel, quantize
 
 BITS = (1, 2, 3, 4, 6, 8)
-
-
-def refuses(*fragments: str) -> "pytest.RaisesExc[RequestError]":
-    return pytest.raises(RequestError, match=".*".join(re.escape(f) for f in fragments))
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -469,42 +462,6 @@ def test_training_reaches_weights_and_scales(toy: Callable[..., nn.Module]) -> N
         assert torch.isfinite(p.grad).all(), name
 
 
-# ---------------------------------------------------------------------------------- calibration
-
-
-def test_an_uncalibrated_network_says_so(toy: Callable[..., nn.Module], sample: Tensor) -> None:
-    with pytest.raises(RunError, match=r"calibrated before use; call sdq\.calibrate_"):
-        quantize(toy(), sample=sample)(sample)
-
-
-def test_calibration_sees_the_float_network(toy: Callable[..., nn.Module], sample: Tensor) -> None:
-    net = toy().eval()
-    parts = [randn(16, 1, 8, 8, seed=s) for s in range(3)]
-    qmodel = quantize(net, QuantConfig(act_bits=4), sample=sample).train()
-    calibrate_(qmodel, [(x, torch.zeros(16)) for x in parts], steps=2)
-    assert qmodel.training
-    # weights are quantized while the scales are sought, activations are not
-    seen = torch.cat(parts[:2])
-    expected = quantizers.mse_scale(seen.reshape(1, -1), 8, True, per_channel=False, steps=100)
-    assert torch.equal(qmodel.act_quantizers()["first_input"].scale, expected)
-    statistics = qmodel.net.get_buffer("bn1.running_mean")
-    assert torch.equal(statistics, net.bn1.running_mean)  # evaluation mode
-
-
-@pytest.mark.parametrize("batches", [1, 2, 20])
-def test_calibration_looks_at_256_images_of_large_batches(
-    batches: int, toy: Callable[..., nn.Module], sample: Tensor
-) -> None:
-    qmodel = quantize(toy(), sample=sample)
-    counts: list[int] = []
-    qmodel.net.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
-    calibrate_(qmodel, [(randn(300, 1, 8, 8), torch.zeros(300))] * batches)
-    assert counts == {1: [256], 2: [128] * 2, 20: [32] * 8}[batches]
-    counts.clear()
-    calibrate_(qmodel, iter([(randn(300, 1, 8, 8), torch.zeros(300))] * batches))
-    assert counts == [32] * min(batches, 8)
-
-
 # -------------------------------------------------------------------------------------- refusals
 
 
@@ -528,7 +485,9 @@ class Depends(nn.Module):
         (nn.Embedding(4, 4), "Embedding"),
     ],
 )
-def test_layers_that_cannot_be_quantized_are_named(layer: nn.Module, kind: str) -> None:
+def test_layers_that_cannot_be_quantized_are_named(
+    layer: nn.Module, kind: str, refuses: Callable[..., Any]
+) -> None:
     net = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Sequential(nn.ReLU(), layer))
     with refuses(f"model: layer '1.1' is a {kind}, which cannot be quantized", "Conv1d, Conv2d"):
         quantize(net, sample=torch.zeros(1, 1, 8, 8))
@@ -550,7 +509,7 @@ class Called(nn.Module):
         return self.call(self.conv(x), self.weight)
 
 
-def test_a_layer_that_would_stay_in_float_unnoticed_is_refused() -> None:
+def test_a_layer_that_would_stay_in_float_unnoticed_is_refused(refuses: Callable[..., Any]) -> None:
     sample = torch.zeros(1, 4, 8, 8)
     net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), Scaled(4, 4, 3), nn.Conv2d(4, 2, 3))
     with refuses("layer '2' is a Scaled, whose forward may differ", "Conv1d, Conv2d, Linear"):
@@ -565,7 +524,7 @@ def test_a_layer_that_would_stay_in_float_unnoticed_is_refused() -> None:
         quantize(Called(F.linear, 4, 8), sample=sample)
 
 
-def test_control_flow_on_data_is_refused() -> None:
+def test_control_flow_on_data_is_refused(refuses: Callable[..., Any]) -> None:
     with refuses("model: Depends must be traceable by torch.fx", "move that out of forward"):
         quantize(Depends(), sample=torch.zeros(1, 4))
 
@@ -573,7 +532,11 @@ def test_control_flow_on_data_is_refused() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tensor", ["hidden.weight", "last.bias", "bn1.running_var"])
 def test_weights_that_are_not_finite_are_named(
-    toy: Callable[..., nn.Module], sample: Tensor, tensor: str, value: float
+    toy: Callable[..., nn.Module],
+    sample: Tensor,
+    tensor: str,
+    value: float,
+    refuses: Callable[..., Any],
 ) -> None:
     net = toy()
     net.state_dict()[tensor].view(-1)[1] = value
@@ -581,7 +544,7 @@ def test_weights_that_are_not_finite_are_named(
         quantize(net, sample=sample)
 
 
-def test_a_network_without_layers_is_refused() -> None:
+def test_a_network_without_layers_is_refused(refuses: Callable[..., Any]) -> None:
     net = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
     with refuses("must have a convolution or linear layer to quantize, got MaxPool2d, ReLU"):
         quantize(net, sample=torch.zeros(1, 1, 8, 8))
@@ -589,164 +552,10 @@ def test_a_network_without_layers_is_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 2, 8, 8), (1, 8), (1, 1, 1, 1, 1, 1)])
 def test_a_sample_that_does_not_fit_is_refused(
-    toy: Callable[..., nn.Module], shape: tuple[int, ...]
+    toy: Callable[..., nn.Module], shape: tuple[int, ...], refuses: Callable[..., Any]
 ) -> None:
     with refuses(f"model: must accept a sample of shape {shape} (N, C, H, W), but: "):
         quantize(toy(), sample=torch.zeros(shape))
-
-
-# ---------------------------------------------------------------------------------- apply_policy_
-
-
-@pytest.fixture
-def qtoy(toy: Callable[..., nn.Module], sample: Tensor) -> QuantModel:
-    return quantize(toy(), QuantConfig(bit_choices=(2, 4, 8)), sample=sample)
-
-
-def with_layer(qmodel: QuantModel, index: int, **fields: Any) -> BitwidthPolicy:
-    layers = [LayerBits(**vars(b)) for b in qmodel.policy]
-    layers[index] = LayerBits(**{**vars(layers[index]), **fields})
-    return BitwidthPolicy(tuple(layers))
-
-
-def test_channels_of_a_layer_can_have_bits_of_their_own(qtoy: QuantModel) -> None:
-    channels = qtoy.layers[1].weight_shape[0]
-    bits = tuple((2, 4, 8)[k % 3] for k in range(channels))
-    apply_policy_(qtoy, with_layer(qtoy, 1, weight_bits=8, channel_bits=bits))
-    weight = qtoy.weight("small")
-    quantizer = qtoy.weight_quantizer("small")
-    values, scale = quantizer(weight)[:2]
-    codes = quantizer.codes(weight)
-    assert torch.equal(values, codes * scale)
-    for k, b in enumerate(bits):
-        alone = WeightQuantizer(weight[k : k + 1].detach(), b, per_channel=True)
-        assert torch.equal(values[k], alone(weight[k : k + 1])[0][0])
-        assert float(codes[k].abs().max()) <= 2 ** (b - 1)
-    values.sum().backward()  # every kind of channel learns its scale
-    assert all(p.grad is not None for p in quantizer.parameters())
-
-
-@pytest.mark.parametrize("bits", [(2, 4), ()])
-def test_channel_bits_are_one_for_each_channel(qtoy: QuantModel, bits: tuple[int, ...]) -> None:
-    with pytest.raises(RequestError, match="channel_bits"):
-        apply_policy_(qtoy, with_layer(qtoy, 1, weight_bits=4, channel_bits=bits))
-
-
-def test_channel_bits_need_scales_of_each_channel(
-    toy: Callable[..., nn.Module], sample: Tensor
-) -> None:
-    config = QuantConfig(bit_choices=(2, 4, 8), weight_scale="per_tensor")
-    qmodel = quantize(toy(), config, sample=sample)
-    bits = (2, 4) * (qmodel.layers[1].weight_shape[0] // 2)
-    with refuses("with per_channel scales, got", "per_tensor scales"):
-        apply_policy_(qmodel, with_layer(qmodel, 1, weight_bits=4, channel_bits=bits))
-
-
-def test_pins_and_choices_by_pattern(toy: Callable[..., nn.Module], sample: Tensor) -> None:
-    config = QuantConfig(
-        pins=(("*", 3), ("sm?ll", 2), ("hidden", 32)), layer_choices=(("wide", (1, 2)),)
-    )
-    qmodel = quantize(toy(), config.replaced(pins=config.pins[1:]), sample=sample)
-    found = {b.name: (b.weight_bits, b.act_bits, b.searched) for b in qmodel.policy}
-    assert found["small"] == (2, 4, False)
-    assert found["hidden"] == (32, 32, False)
-    assert found["wide"] == (2, 4, True)
-    assert found["deep"] == (8, 4, True)
-    assert [qmodel.choices(i) for i, b in enumerate(qmodel.policy) if b.searched] == [
-        (1, 2), (1, 2, 3, 4, 6, 8),
-    ]  # fmt: skip
-    with refuses("layer wide: weight_bits must be one of (1, 2), got 4"):
-        apply_policy_(qmodel, qmodel.policy.with_weight_bits({"wide": 4}))
-    everything = quantize(toy(), config, sample=sample).policy
-    assert [b.weight_bits for b in everything if b.name not in ("small", "hidden")] == [3] * 4
-    with refuses("pattern 'layer9.*' must match a layer, but matches none of first, small"):
-        quantize(toy(), QuantConfig(pins=(("layer9.*", 4),)), sample=sample)
-
-
-def test_learned_activations_change_with_the_policy(
-    toy: Callable[..., nn.Module], sample: Tensor
-) -> None:
-    qmodel = quantize(toy(), QuantConfig(act_choices=(2, 4, 8)), sample=sample)
-    readers = qmodel.searched_acts()
-    named = {name for layers in readers.values() for name in layers}
-    assert "first" not in named  # the network's input keeps its bits
-    assert "last" not in named
-    calibrate_(qmodel, [(torch.randn(4, *sample.shape[1:]), torch.zeros(4))])
-    path = next(iter(readers))
-    first = qmodel.policy.layers.index(qmodel.policy[readers[path][0]])
-    policy = qmodel.policy
-    for name in readers[path]:
-        index = [b.name for b in policy].index(name)
-        policy = BitwidthPolicy(
-            tuple(
-                LayerBits(**{**vars(b), "act_bits": 8 if i == index else b.act_bits})
-                for i, b in enumerate(policy)
-            )
-        )
-    apply_policy_(qmodel, policy)
-    assert qmodel.act_quantizers()[path].bits == 8
-    assert not qmodel.calibrated  # the new quantizer has no scale yet
-    with refuses("act_bits must be 8, got 3"):
-        apply_policy_(qmodel, with_layer(qmodel, first, act_bits=3))
-
-
-def test_a_network_can_compute_in_float_for_a_while(
-    toy: Callable[..., nn.Module], sample: Tensor
-) -> None:
-    net = toy().eval()
-    x = torch.randn(4, *sample.shape[1:])
-    qmodel = quantize(net, QuantConfig(bit_choices=(2,)), sample=sample).eval()
-    calibrate_(qmodel, [(x, torch.zeros(4))])
-    quantized = qmodel(x)
-    with in_float(qmodel):
-        torch.testing.assert_close(qmodel(x), net(x))
-    assert torch.equal(qmodel(x), quantized)
-    assert not torch.equal(quantized, net(x))
-
-
-def test_apply_policy_changes_only_what_changes(qtoy: QuantModel) -> None:
-    before = {b.name: qtoy.weight_quantizer(b.name) for b in qtoy.policy}
-    before["wide"].gain.data.mul_(1.1)
-    policy = qtoy.policy.with_weight_bits({"small": 2})
-    apply_policy_(qtoy, policy)
-    assert qtoy.policy is policy
-    after = {b.name: qtoy.weight_quantizer(b.name) for b in qtoy.policy}
-    assert [n for n in after if after[n] is not before[n]] == ["small"]
-    assert after["small"].bits == 2
-    assert torch.equal(
-        after["small"].scale, quantizers.mse_scale(qtoy.weight("small"), 2, True, True)
-    )
-
-
-@pytest.mark.parametrize(
-    ("index", "fields", "message"),
-    [
-        (1, {"weight_bits": 3}, "layer small: weight_bits must be one of (2, 4, 8), got 3"),
-        (1, {"weight_bits": 32}, "layer small: weight_bits must be one of (2, 4, 8), got 32"),
-        (0, {"weight_bits": 4}, "layer first: is pinned at 8 bits, got 4"),
-        (1, {"act_bits": 8}, "layer small: act_bits must be 4, got 8; quantize with"),
-        (1, {"searched": False}, "layer small: searched and num_weights must be (True, 144), got"),
-        (1, {"num_weights": 145}, "layer small: searched and num_weights must be (True, 144), got"),
-        (1, {"name": "other"}, "must name the network's 6 layers in order, got 6 with 'other'"),
-    ],
-)
-def test_a_policy_that_does_not_fit_is_refused(
-    qtoy: QuantModel, index: int, fields: dict[str, Any], message: str
-) -> None:
-    before = qtoy.policy
-    state = copy.deepcopy(qtoy.state_dict())
-    with refuses(message):
-        apply_policy_(qtoy, with_layer(qtoy, index, **fields))
-    assert qtoy.policy is before
-    assert all(torch.equal(v, state[k]) for k, v in qtoy.state_dict().items())
-
-
-def test_a_policy_of_another_number_or_order_of_layers_is_refused(qtoy: QuantModel) -> None:
-    layers = qtoy.policy.layers
-    with refuses("must name the network's 6 layers in order, got 5"):
-        apply_policy_(qtoy, BitwidthPolicy(layers[1:]))
-    with refuses("must name the network's 6 layers in order, got 6 with 'another order"):
-        apply_policy_(qtoy, BitwidthPolicy(layers[::-1]))
 
 
 # ------------------------------------------------------------------------------ published weights

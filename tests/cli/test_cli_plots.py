@@ -28,6 +28,22 @@ def are_whole(run):
             assert len(image.convert("L").getcolors() or range(300)) > 20  # not an empty page
 
 
+@pytest.fixture
+def plotted(sdq, files, tmp_path):
+    """Return a function that runs a command on the small data, with plots, and gives its folder."""
+
+    def run(command):
+        folder = tmp_path / "run"
+        done = sdq(
+            f"{command} --from {files / 'float'} --data {files / 'ok.npz'} --quiet --out {folder}",
+            plots=True,
+        )
+        assert (done.code, done.err) == (0, "")
+        return folder
+
+    return run
+
+
 def test_plots_of_a_quantized_run(derm):
     assert drawn(derm / "quantized") == SEARCHED
     are_whole(derm / "quantized")
@@ -60,49 +76,27 @@ def test_drawn_again_they_are_the_same(derm, tmp_path):
     assert {path.name: path.read_bytes() for path in written} == before
 
 
-def test_plots_of_a_search(sdq, files, tmp_path):
-    run = tmp_path / "run"
-    done = sdq(
-        f"search --from {files / 'float'} --data {files / 'ok.npz'} --bits 2.5 --search-epochs 2 "
-        f"--granularity channel --first-last-bits 32 --quiet --out {run}",
-        plots=True,
-    )
-    assert (done.code, done.err) == (0, "")
+def test_plots_of_a_search(plotted):
+    run = plotted("search --bits 2.5 --search-epochs 2 --granularity channel --first-last-bits 32")
     assert drawn(run) == SEARCHED
     are_whole(run)
 
 
-def test_learned_activation_bits(sdq, files, tmp_path):
-    run = tmp_path / "run"
-    done = sdq(
-        f"search --from {files / 'float'} --data {files / 'ok.npz'} --bits 2.5 --search-epochs 1 "
-        f"--learn-act-bits --first-last-bits 0 --bops-g 1 --quiet --out {run}",
-        plots=True,
+def test_learned_activation_bits(plotted):
+    run = plotted(
+        "search --bits 2.5 --search-epochs 1 --learn-act-bits --first-last-bits 0 --bops-g 1"
     )
-    assert (done.code, done.err) == (0, "")
     assert drawn(run) == SEARCHED
 
 
-def test_a_uniform_policy_has_no_trajectory(sdq, files, tmp_path):
-    run = tmp_path / "run"
-    done = sdq(
-        f"quantize --from {files / 'float'} --data {files / 'ok.npz'} --bits 2 --epochs 0 "
-        f"--search-method uniform --quiet --out {run}",
-        plots=True,
-    )
-    assert (done.code, done.err) == (0, "")
+def test_a_uniform_policy_has_no_trajectory(plotted):
+    run = plotted("quantize --bits 2 --epochs 0 --search-method uniform")
     assert drawn(run) == SEARCHED - {"trajectory.png"}
 
 
 @pytest.mark.parametrize("verb", ["search", "quantize --epochs 0"])
-def test_no_plots(sdq, files, tmp_path, verb):
-    run = tmp_path / "run"
-    done = sdq(
-        f"{verb} --from {files / 'float'} --data {files / 'ok.npz'} --bits 2 "
-        f"--search-method uniform --no-plots --quiet --out {run}",
-        plots=True,
-    )
-    assert (done.code, done.err) == (0, "")
+def test_no_plots(plotted, verb):
+    run = plotted(f"{verb} --bits 2 --search-method uniform --no-plots")
     assert not (run / "plots").exists()
 
 
