@@ -17,7 +17,7 @@ from sdq.errors import RequestError, RunError
 from sdq.policy import BitwidthPolicy
 from sdq.quantizers import code_range, highest_odd_code
 
-MULTIPLIES = ("Conv", "Gemm", "MatMul")
+MULTIPLIES = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 PREPROCESSING = "sdq_preprocessing"
 PIXELS = "pixels"
 
@@ -125,14 +125,14 @@ def attribute(node: onnx.NodeProto, name: str, default: int) -> int:
 
 
 def output_channels_first(node: onnx.NodeProto, weight: np.ndarray, transposed: bool) -> np.ndarray:
-    """Return a layer's weight as PyTorch has it, output channels first.
+    """Return a layer's weight as PyTorch has it: output channels first, but in a ConvTranspose.
 
     Args:
         node: the Conv, Gemm or MatMul.
         weight: as the file has it.
         transposed: whether a Transpose stands between the two.
     """
-    as_torch = node.op_type == "Conv" or bool(attribute(node, "transB", 0))
+    as_torch = node.op_type.startswith("Conv") or bool(attribute(node, "transB", 0))
     return weight if as_torch != transposed else weight.T
 
 

@@ -106,6 +106,21 @@ def _conv(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     return result
 
 
+def _conv_transpose(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if a.get("auto_pad", b"NOTSET") != b"NOTSET" or "output_shape" in a:
+        raise RunError("export: ConvTranspose: pads must be given, not auto_pad or output_shape")
+    function = F.conv_transpose1d if x.dim() == 3 else F.conv_transpose2d
+    rank = x.dim() - 2
+    ones, pads = [1] * rank, list(a.get("pads", [0] * (2 * rank)))
+    result: Tensor = function(
+        x, weight, bias, a.get("strides", ones), 0, a.get("output_padding", [0] * rank),
+        a.get("group", 1), a.get("dilations", ones),
+    )  # fmt: skip
+    for axis, (first, last) in enumerate(zip(pads[:rank], pads[rank:], strict=True), start=2):
+        result = result.narrow(axis, first, result.shape[axis] - first - last)
+    return result
+
+
 def _gemm(a: Attributes, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     x = x.T if a.get("transA", 0) else x
     y = y.T if a.get("transB", 0) else y
@@ -116,6 +131,50 @@ def _gemm(a: Attributes, x: Tensor, y: Tensor, bias: Tensor | None = None) -> Te
 def _batch_norm(a: Attributes, x: Tensor, *parameters: Tensor) -> Tensor:
     weight, bias, mean, variance = (_along(1, x, p) for p in parameters)
     return (x - mean) / torch.sqrt(variance + a.get("epsilon", 1e-5)) * weight + bias
+
+
+def _instance_norm(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x, list(range(2, x.dim())), correction=0, keepdim=True)
+    normal = (x - mean) / torch.sqrt(variance + a.get("epsilon", 1e-5))
+    return normal * _along(1, x, weight) + _along(1, x, bias)
+
+
+def _layer_norm(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    axes = list(range(a.get("axis", -1) % x.dim(), x.dim()))
+    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+    normal = (x - mean) / torch.sqrt(variance + a.get("epsilon", 1e-5)) * weight
+    return normal if bias is None else normal + bias
+
+
+def _group_norm(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.group_norm(x, a["num_groups"], weight, bias, a.get("epsilon", 1e-5))
+
+
+def _depth_to_space(a: Attributes, x: Tensor) -> Tensor:
+    if a.get("mode", b"DCR") == b"CRD":
+        return F.pixel_shuffle(x, a["blocksize"])
+    n, c, h, w = x.shape
+    size = a["blocksize"]
+    x = x.reshape(n, size, size, c // size**2, h, w).permute(0, 3, 4, 1, 5, 2)
+    return x.reshape(n, c // size**2, h * size, w * size)
+
+
+def _extreme(function: Callable[..., Tensor]) -> Operator:
+    def apply(a: Attributes, *inputs: Tensor) -> Tensor:
+        result, *rest = inputs
+        for x in rest:
+            result = function(result, x)
+        return result
+
+    return apply
+
+
+def _modulo(a: Attributes, x: Tensor, y: Tensor) -> Tensor:
+    return torch.fmod(x, y) if a.get("fmod", 0) else torch.remainder(x, y)
+
+
+def _gelu(a: Attributes, x: Tensor) -> Tensor:
+    return F.gelu(x, approximate=a.get("approximate", b"none").decode())
 
 
 def _max_pool(a: Attributes, x: Tensor) -> Tensor:
@@ -222,10 +281,10 @@ def _constant_of_shape(a: Attributes, shape: Tensor) -> Tensor:
 
 
 def _gather(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
-    axis = a.get("axis", 0)
+    axis = a.get("axis", 0) % x.dim()
     indices = torch.where(indices < 0, indices + x.shape[axis], indices)
     picked = x.index_select(axis, indices.reshape(-1))
-    return picked.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return picked.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
 
 
 def _unsqueeze(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
@@ -276,55 +335,89 @@ def _resize(
 
 
 OPERATORS: dict[str, Operator] = {
+    "Abs": lambda a, x: x.abs(),
     "Add": lambda a, x, y: x + y,
+    "And": lambda a, x, y: x & y,
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
     "BipolarQuant": lambda a, x, scale: torch.where(x >= 0, 1.0, -1.0).double() * scale,
     "Cast": _cast,
+    "Ceil": lambda a, x: x.ceil(),
+    "Celu": lambda a, x: F.celu(x, a.get("alpha", 1.0)),
     "Clip": _clip,
     "Concat": lambda a, *x: torch.cat(x, a["axis"]),
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
     "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "DepthToSpace": _depth_to_space,
     "DequantizeLinear": _dequantize_linear,
     "Div": _div,
+    "Einsum": lambda a, *x: torch.einsum(a["equation"].decode(), *x),
     "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)),
     "Equal": lambda a, x, y: x == y,
     "Erf": lambda a, x: torch.erf(x),
+    "Exp": lambda a, x: x.exp(),
     "Expand": lambda a, x, shape: x * torch.ones(_ints(shape), dtype=x.dtype),
     "Flatten": _flatten,
+    "Floor": lambda a, x: x.floor(),
     "Gather": _gather,
+    "Gelu": _gelu,
     "Gemm": _gemm,
     "GlobalAveragePool": lambda a, x: x.mean(list(range(2, x.dim())), keepdim=True),
     "GlobalMaxPool": lambda a, x: x.amax(list(range(2, x.dim())), keepdim=True),
+    "Greater": lambda a, x, y: x > y,
+    "GreaterOrEqual": lambda a, x, y: x >= y,
+    "GroupNormalization": _group_norm,
     "HardSigmoid": lambda a, x: (a.get("alpha", 0.2) * x + a.get("beta", 0.5)).clamp(0, 1),
     "HardSwish": lambda a, x: x * (x / 6 + 0.5).clamp(0, 1),
     "Identity": lambda a, x: x,
+    "InstanceNormalization": _instance_norm,
+    "LayerNormalization": _layer_norm,
     "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
+    "Less": lambda a, x, y: x < y,
+    "LessOrEqual": lambda a, x, y: x <= y,
+    "Log": lambda a, x: x.log(),
+    "LogSoftmax": lambda a, x: torch.log_softmax(x, a.get("axis", -1)),
     "MatMul": lambda a, x, y: x @ y,
+    "Max": _extreme(torch.maximum),
     "MaxPool": _max_pool,
+    "Min": _extreme(torch.minimum),
+    "Mish": lambda a, x: F.mish(x),
+    "Mod": _modulo,
     "Mul": lambda a, x, y: x * y,
     "Neg": lambda a, x: -x,
+    "Not": lambda a, x: ~x,
+    "Or": lambda a, x, y: x | y,
     "PRelu": lambda a, x, slope: torch.where(x >= 0, x, slope * x),
     "Pad": _pad,
     "Pow": lambda a, x, y: x**y,
     "Quant": _quant,
     "QuantizeLinear": _quantize_linear,
+    "Range": lambda a, start, end, step: torch.arange(int(start), int(end), int(step)),
+    "Reciprocal": lambda a, x: 1 / x,
+    "ReduceL2": _reduce(torch.linalg.vector_norm),
     "ReduceMax": _reduce(torch.amax),
     "ReduceMean": _reduce(torch.mean),
+    "ReduceMin": _reduce(torch.amin),
     "ReduceSum": _reduce(torch.sum),
     "Relu": lambda a, x: x.clamp_min(0),
     "Reshape": _reshape,
     "Resize": _resize,
+    "Selu": lambda a, x: F.selu(x),
     "Shape": lambda a, x: torch.tensor(x.shape[a.get("start", 0) : a.get("end", None)]),
     "Sigmoid": lambda a, x: torch.sigmoid(x),
+    "Sign": lambda a, x: x.sign(),
     "Slice": _slice,
     "Softmax": lambda a, x: torch.softmax(x, a.get("axis", -1)),
+    "Softplus": lambda a, x: torch.log1p(torch.exp(-x.abs())) + x.clamp_min(0),
+    "Softsign": lambda a, x: F.softsign(x),
     "Split": _split,
     "Sqrt": lambda a, x: torch.sqrt(x),
     "Squeeze": _squeeze,
     "Sub": lambda a, x, y: x - y,
     "Tanh": lambda a, x: torch.tanh(x),
+    "Tile": lambda a, x, repeats: x.repeat(_ints(repeats)),
     "Transpose": lambda a, x: x.permute(a.get("perm", list(reversed(range(x.dim()))))),
     "Unsqueeze": _unsqueeze,
     "Where": lambda a, condition, x, y: torch.where(condition, x, y),

@@ -4,11 +4,11 @@ import copy
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from export.format import Trace
-from sdq.learned_scale import ActQuantizer, Quantized
+from sdq.learned_scale import ActQuantizer
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 
@@ -50,15 +50,18 @@ class Reference:
         """
         before: dict[str, Tensor] = {}
 
-        def force(name: str) -> Callable[..., Quantized]:
-            def hook(module: ActQuantizer, inputs: tuple[Tensor], output: Quantized) -> Quantized:
-                before[name] = inputs[0] / module.scale
-                return (codes[name].double() * module.scale, *output[1:])
+        def force(name: str, quantizer: ActQuantizer) -> Callable[..., Tensor]:
+            def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+                before[name] = inputs[0] / quantizer.scale
+                return codes[name].double() * quantizer.scale
 
             return hook
 
-        quantizers = self.double.act_quantizers().items()
-        handles = [q.register_forward_hook(force(name)) for name, q in quantizers]
+        modules, quantizers = self.double.act_modules(), self.double.act_quantizers()
+        handles = [
+            modules[name].register_forward_hook(force(name, quantizer))
+            for name, quantizer in quantizers.items()
+        ]
         try:
             return self.double(images.double()), before
         finally:
@@ -100,13 +103,17 @@ def _in_float64(qmodel: QuantModel) -> QuantModel:
 def _traced(qmodel: QuantModel, images: Tensor) -> Trace:
     codes: dict[str, Tensor] = {}
 
-    def record(name: str) -> Callable[..., None]:
-        def hook(module: ActQuantizer, inputs: tuple[Tensor], output: Quantized) -> None:
-            codes[name] = module.codes(inputs[0]).int()
+    def record(name: str, quantizer: ActQuantizer) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            codes[name] = quantizer.codes(inputs[0]).int()
 
         return hook
 
-    handles = [q.register_forward_hook(record(name)) for name, q in qmodel.act_quantizers().items()]
+    modules = qmodel.act_modules()
+    handles = [
+        modules[name].register_forward_hook(record(name, quantizer))
+        for name, quantizer in qmodel.act_quantizers().items()
+    ]
     try:
         return Trace(qmodel(images), codes)
     finally:

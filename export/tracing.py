@@ -178,7 +178,9 @@ def _check_sample(qmodel: QuantModel, example: Tensor) -> None:
 
 def _label_(qmodel: QuantModel) -> list[str]:
     """Rename layers and activation quantizers to ``sdq0x``, ``sdq1x`` ...; return the names."""
-    names = [bits.name for bits in qmodel.policy] + list(qmodel.act_quantizers())
+    # what is kept whole has any number of multiplications, and no weight to be found again
+    layers = [spec.name for spec in qmodel.layers if spec.kind != "float"]
+    names = layers + list(qmodel.act_quantizers())
     index = {name: i for i, name in enumerate(names)}
     for name, i in index.items():
         qmodel.net.add_submodule(f"sdq{i}x", qmodel.net.get_submodule(name))
@@ -214,7 +216,7 @@ def _run_exporter(qmodel: QuantModel, dialect: Dialect, example: Tensor) -> onnx
 
 @contextlib.contextmanager
 def _clean_exporter(manager: Any) -> Iterator[None]:
-    """Leave nothing of an export behind in Brevitas's class-level state, whatever happens."""
+    """Leave nothing of an export behind in class-level and global state, whatever happens."""
 
     def clear() -> None:
         brevitas_config._ONGOING_EXPORT = None
@@ -222,7 +224,10 @@ def _clean_exporter(manager: Any) -> Iterator[None]:
         manager._fn_to_cache.clear()
 
     clear()
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # ONNX has no operator for it
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         clear()

@@ -1,5 +1,7 @@
 """Give a quantized network the bits of a policy."""
 
+from functools import partial
+
 from sdq.calibration import like
 from sdq.channel_bits import ChannelWeightQuantizer
 from sdq.errors import RequestError
@@ -34,12 +36,12 @@ def apply_policy_(qmodel: QuantModel, policy: BitwidthPolicy) -> None:
                     new.name,
                     ChannelWeightQuantizer(
                         weight, new.channel_bits,
-                        lambda w, b: new_weight_quantizer(w, b, qmodel.config),
+                        partial(new_weight_quantizer, config=qmodel.weight_config(new.name)),
                     ),
                 )  # fmt: skip
         elif not (isinstance(current, WeightQuantizer) and current.bits == new.weight_bits):
             qmodel.set_weight_quantizer_(
-                new.name, new_weight_quantizer(weight, new.weight_bits, qmodel.config)
+                new.name, qmodel.new_weight_quantizer(new.name, new.weight_bits)
             )
     qmodel.policy = policy
 
@@ -52,7 +54,7 @@ def _check_layer(qmodel: QuantModel, layer: int, new: LayerBits, old: LayerBits)
             f"{(old.searched, old.num_weights)}, got {(new.searched, new.num_weights)}; "
             "quantize with the configuration the policy was learned with"
         )
-    choices, config = qmodel.choices(layer), qmodel.config
+    choices = qmodel.choices(layer)
     if not new.searched:
         if new.weight_bits != old.weight_bits:
             raise RequestError(
@@ -65,11 +67,12 @@ def _check_layer(qmodel: QuantModel, layer: int, new: LayerBits, old: LayerBits)
         )
     if new.channel_bits is not None:
         channels = qmodel.layers[layer].weight_shape[0]
-        if len(new.channel_bits) != channels or config.weight_scale != "per_channel":
+        scale = qmodel.weight_config(new.name).weight_scale
+        if len(new.channel_bits) != channels or scale != "per_channel":
             raise RequestError(
                 f"policy: layer {new.name}: channel_bits must be one for each of {channels} "
                 f"channels, with per_channel scales, got {len(new.channel_bits)} with "
-                f"{config.weight_scale} scales"
+                f"{scale} scales"
             )
 
 

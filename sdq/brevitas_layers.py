@@ -73,6 +73,14 @@ def quant_layer(old: Any, quantizer: WeightQuantizer) -> nn.Module:
     new: nn.Module
     if isinstance(old, nn.Linear):
         new = qnn.QuantLinear(old.in_features, old.out_features, **common)
+    elif isinstance(old, nn.ConvTranspose1d | nn.ConvTranspose2d):
+        flat = isinstance(old, nn.ConvTranspose1d)
+        kind = qnn.QuantConvTranspose1d if flat else qnn.QuantConvTranspose2d
+        new = kind(
+            old.in_channels, old.out_channels, old.kernel_size, stride=old.stride,
+            padding=old.padding, output_padding=old.output_padding, dilation=old.dilation,
+            groups=old.groups, **common,
+        )  # fmt: skip
     else:
         assert isinstance(old, nn.Conv1d | nn.Conv2d)
         kind = qnn.QuantConv1d if isinstance(old, nn.Conv1d) else qnn.QuantConv2d

@@ -48,6 +48,7 @@ WeightQuantizerKind = Literal["lsq", "dorefa", "entropy"]
 OptimizerKind = Literal["adamw", "sgd"]
 Granularity = Literal["network", "block", "layer", "channel"]
 BinReduction = Literal["mean", "sum"]
+BatchNorm = Literal["train", "freeze", "fold"]
 
 
 class QuantConfig(Config):
@@ -67,6 +68,14 @@ class QuantConfig(Config):
             ``?``) keep these weight bits, 32 for float, and are not searched.
         layer_choices: ``(pattern, bit choices)``: candidates of the layers that match, instead of
             ``bit_choices``. The last pattern that matches a layer counts, here and in ``pins``.
+        skip: patterns of modules (and all that is in them) that stay in float and are taken as
+            they are, whatever they compute.
+        batch_norm: statistics and factors of batch normalisation go on being learned (``train``),
+            stay as they are (``freeze``), or are folded into the weights of the layer before, where
+            there is one, and frozen elsewhere (``fold``).
+        integer_datapath: quantize also what integer hardware holds between layers: the operands of
+            an addition or a concatenation, with one scale for all of them, those of a product, and
+            what averaging and upsampling give. Else only what enters a layer is quantized.
         weight_scale: one scale a tensor, or one an output channel.
         restrict_scale: ``float``, or ``power_of_two`` for hardware that shifts.
         weight_quantizer: of the searched layers: ``lsq`` (learned step), ``dorefa`` (tanh over its
@@ -83,6 +92,9 @@ class QuantConfig(Config):
     first_last_bits: Annotated[int, Field(ge=1, le=32)] | None = 8
     pins: tuple[tuple[str, Annotated[int, Field(ge=1, le=32)]], ...] = ()
     layer_choices: tuple[tuple[str, tuple[Bits, ...]], ...] = ()
+    skip: tuple[str, ...] = ()
+    batch_norm: BatchNorm = "train"
+    integer_datapath: bool = False
     weight_scale: ScaleGranularity = "per_channel"
     restrict_scale: ScaleKind = "float"
     weight_quantizer: WeightQuantizerKind = "lsq"

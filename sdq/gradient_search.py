@@ -13,7 +13,6 @@ from sdq.calibration import calibrate_acts
 from sdq.config import TrainConfig
 from sdq.expected_cost import ExpectedCost
 from sdq.losses import Teacher
-from sdq.quant_model import new_weight_quantizer
 from sdq.search_problem import SearchProblem
 from sdq.stochastic import (
     BitwidthParameters,
@@ -143,10 +142,7 @@ class BitwidthSearch:
         for i, units in rows.items():
             name = self.space.layers[i].name
             quantizer = StochasticWeightQuantizer(
-                [
-                    new_weight_quantizer(qmodel.weight(name), b, qmodel.config)
-                    for b in self.space.units[units[0]].choices
-                ],
+                [qmodel.new_weight_quantizer(name, b) for b in self.space.units[units[0]].choices],
                 self.bits,
                 units,
             )

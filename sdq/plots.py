@@ -20,7 +20,7 @@ from sdq.checkpoint import write_bytes_atomically
 from sdq.config import QuantConfig
 from sdq.errors import RequestError
 from sdq.policy import BitwidthPolicy
-from sdq.run_folder import RunFolder
+from sdq.run_folder import RunFolder, read_layers
 from sdq.trajectory import trajectory
 
 if TYPE_CHECKING:  # it takes a second: only who draws waits for it
@@ -88,10 +88,11 @@ def _figures(run: RunFolder) -> Iterator[tuple[str, "Figure"]]:
     course = trajectory(records, policy)
     if course is not None:
         yield "trajectory", trajectory_figure.trajectory_figure(course, len(policy))
-    before = weight_levels.before(run.read_tensors("float.safetensors"), policy, config)
+    layers = read_layers(run.path / "layers.json")
+    before = weight_levels.before(run.read_tensors("float.safetensors"), policy, config, layers)
     after: dict[str, weight_levels.Quantized] = {}
     if (run.path / "model.safetensors").exists():  # `sdq search` does not fine-tune
-        after = weight_levels.after(run.read_tensors("model.safetensors"), policy, config)
+        after = weight_levels.after(run.read_tensors("model.safetensors"), policy, config, layers)
     if before:
         errors = [{k: q.relative_error() for k, q in part.items()} for part in (before, after)]
         yield "error", weight_figures.error_figure(*errors)

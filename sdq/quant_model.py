@@ -5,7 +5,6 @@ tensor that enters one is quantized once, where it is made, and whoever else rea
 addition, say) reads the quantized tensor. Batch normalisation stays as it is.
 """
 
-import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sdq import graph
+from sdq import act_points, batch_norm, graph, signs, tracing
 from sdq.channel_bits import SettledQuantizer
 from sdq.config import QuantConfig
 from sdq.errors import RequestError
@@ -81,6 +80,15 @@ class QuantModel(nn.Module):
             )
         return quantizer
 
+    def new_weight_quantizer(self, name: str, bits: int) -> WeightQuantizer:
+        """Return a fresh quantizer of a layer's weight."""
+        return new_weight_quantizer(self.weight(name), bits, self.weight_config(name))
+
+    def weight_config(self, name: str) -> QuantConfig:
+        """Return the configuration as it holds for a layer's weight."""
+        spec = next(spec for spec in self.layers if spec.name == name)
+        return weight_config(self.config, spec, self.policy[name].searched)
+
     def set_weight_quantizer_(self, name: str, quantizer: nn.Module) -> None:
         """Let another module quantize a layer's weight (the search does this)."""
         self.net.get_submodule(f"{name}.weight_quant").tensor_quant = quantizer
@@ -89,11 +97,20 @@ class QuantModel(nn.Module):
         """Return the activation quantizers by path, in execution order."""
         return {str(node.target): self._act_proxy(node).tensor_quant for node in self._act_nodes()}
 
+    def act_modules(self) -> dict[str, nn.Module]:
+        """Return the modules that hold the activation quantizers, by the same paths.
+
+        Tensors of one scale have a module each and one quantizer in all of them.
+        """
+        return {str(n.target): self.net.get_submodule(str(n.target)) for n in self._act_nodes()}
+
     def set_act_quantizer_(self, path: str, quantizer: nn.Module) -> None:
-        """Let another module quantize an activation."""
-        for node in self._act_nodes():
-            if node.target == path:
-                self._act_proxy(node).tensor_quant = quantizer
+        """Let another module quantize an activation, and all that share its scale."""
+        proxies = {str(node.target): self._act_proxy(node) for node in self._act_nodes()}
+        current = proxies[path].tensor_quant
+        for proxy in proxies.values():
+            if proxy.tensor_quant is current:
+                proxy.tensor_quant = quantizer
 
     def _act_nodes(self) -> list[fx.Node]:
         return [
@@ -108,16 +125,6 @@ class QuantModel(nn.Module):
         module: Any = self.net.get_submodule(str(node.target))
         return module.act_quant.fused_activation_quant_proxy
 
-    def readers(self) -> dict[str, tuple[str, ...]]:
-        """Return, for each activation quantizer, the layers that read what it gives."""
-        names = {bits.name for bits in self.policy}
-        return {
-            str(node.target): tuple(
-                dict.fromkeys(str(u.target) for u in node.users if u.target in names)
-            )
-            for node in self._act_nodes()
-        }
-
     def choices(self, layer: int) -> tuple[int, ...]:
         """Return the candidate weight bitwidths of a layer, by index."""
         name = self.policy.layers[layer].name
@@ -126,21 +133,26 @@ class QuantModel(nn.Module):
     def searched_acts(self) -> dict[str, tuple[str, ...]]:
         """Return the activation quantizers whose bitwidth is to be learned, with their readers.
 
-        The network's input, and what a pinned layer reads, keep their bits.
+        Of a quantizer that several tensors share, the first path stands for all. The network's
+        input, and what a pinned layer reads, keep their bits.
         """
         if self.config.act_choices is None:
             return {}
         searched = {bits.name for bits in self.policy if bits.searched}
-        inputs = {
-            str(user.target)
-            for node in self.net.graph.nodes
-            if node.op == "placeholder"
-            for user in node.users
-        }
+        names = {bits.name for bits in self.policy}
+        first: dict[int, str] = {}
+        readers: dict[str, list[str]] = {}
+        fixed = set[str]()
+        for node in self._act_nodes():
+            path = first.setdefault(id(self._act_proxy(node).tensor_quant), str(node.target))
+            found = readers.setdefault(path, [])
+            found += [str(user.target) for user in node.users if user.target in names]
+            if any(source.op == "placeholder" for source in node.all_input_nodes):
+                fixed.add(path)
         return {
-            path: readers
-            for path, readers in self.readers().items()
-            if path not in inputs and readers and searched.issuperset(readers)
+            path: tuple(dict.fromkeys(found))
+            for path, found in readers.items()
+            if path not in fixed and found and searched.issuperset(found)
         }
 
     @property
@@ -173,18 +185,18 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, sample: Ten
 
     config = config or QuantConfig()
     _check_weights(model)
-    net = graph.trace(copy.deepcopy(model))
+    net = tracing.trace(model, sample, config.skip)
+    if config.batch_norm != "train":
+        batch_norm.settle_(net, fold=config.batch_norm == "fold")
     layers = graph.measure(net, sample)
     policy = _first_policy(layers, config)
-    policy = _insert_act_quantizers(net, policy, config)
-    pinned = config.replaced(weight_quantizer="lsq", weight_magnitude="learned")
-    for bits in policy:
+    policy = _insert_act_quantizers(net, policy, config, sample)
+    for spec, bits in zip(layers, policy, strict=True):
         if bits.weight_bits != FLOAT_BITS:
             old = net.get_submodule(bits.name)
             assert isinstance(old.weight, Tensor)
-            # at 8 bits a transform gains nothing, and LSQ's codes fit int8
-            kind = config if bits.searched else pinned
-            quantizer = new_weight_quantizer(old.weight, bits.weight_bits, kind)
+            own = weight_config(config, spec, bits.searched)
+            quantizer = new_weight_quantizer(old.weight, bits.weight_bits, own)
             net.set_submodule(bits.name, brevitas_layers.quant_layer(old, quantizer))
     net.recompile()
     return QuantModel(net, layers, config, policy)
@@ -218,16 +230,20 @@ def _check_patterns(layers: tuple[LayerSpec, ...], config: QuantConfig) -> None:
 def _first_policy(layers: tuple[LayerSpec, ...], config: QuantConfig) -> BitwidthPolicy:
     _check_patterns(layers, config)
     fixed = config.first_last_bits
+    ends = [spec for spec in layers if spec.kind != "float"]
     bits = []
     for spec in layers:
-        first, last = spec is layers[0], spec is layers[-1]
+        first, last = spec is ends[0], spec is ends[-1]
         choices = _last_match(config.layer_choices, spec.name) or config.bit_choices
         weight, act, searched = choices[-1], config.act_bits, True
         if fixed is not None and (first or last):
             weight, act, searched = fixed, max(fixed, 2), False  # one bit cannot hold activations
         if first:
             act = config.input_bits if fixed != FLOAT_BITS else FLOAT_BITS
-        if (pin := _last_match(config.pins, spec.name)) is not None:
+        pin = _last_match(config.pins, spec.name)
+        if spec.kind == "float" or any(fnmatchcase(spec.name, p) for p in config.skip):
+            pin = FLOAT_BITS
+        if pin is not None:
             # a layer left in float takes its input as it comes; any other needs it quantized
             weight, searched = pin, False
             act = FLOAT_BITS if pin == FLOAT_BITS else act
@@ -236,32 +252,43 @@ def _first_policy(layers: tuple[LayerSpec, ...], config: QuantConfig) -> Bitwidt
 
 
 def _insert_act_quantizers(
-    net: fx.GraphModule, policy: BitwidthPolicy, config: QuantConfig
+    net: fx.GraphModule, policy: BitwidthPolicy, config: QuantConfig, sample: Tensor
 ) -> BitwidthPolicy:
     """Quantize every tensor that enters a layer; return the policy with the bits it then has.
 
-    A tensor read by layers of different activation bits is quantized once, at the most of them.
+    Tensors of one scale, and a tensor read by layers of different activation bits, get the most
+    bits of all.
     """
     from sdq import brevitas_layers
 
     wanted = {bits.name: bits.act_bits for bits in policy}
-    readers: dict[fx.Node, list[str]] = {}
-    for node in net.graph.nodes:
-        if node.op == "call_module" and node.target in wanted:
-            source = node.args[0] if node.args else node.kwargs["input"]
-            readers.setdefault(source, []).append(str(node.target))
+    groups = act_points.act_groups(net, set(wanted), config.integer_datapath, sample)
+    # all signs first: what is inserted below is not in the tables of sdq.signs
+    signed = [not all(signs.never_negative(net, s) for s in group.sources) for group in groups]
     actual = dict(wanted)
-    # all signs first: what is inserted below is not in the tables of graph.never_negative
-    signed = {source: not graph.never_negative(net, source) for source in readers}
-    for source, names in readers.items():
-        quantized = [wanted[name] for name in names if wanted[name] != FLOAT_BITS]
-        if not quantized:
+    for group, sign in zip(groups, signed, strict=True):
+        quantized = [wanted[name] for name in group.layers if wanted[name] != FLOAT_BITS]
+        bits = max(quantized, default=FLOAT_BITS if group.layers else config.act_bits)
+        if bits == FLOAT_BITS:
             continue
-        actual |= dict.fromkeys(names, max(quantized))
-        quantizer = ActQuantizer(max(quantized), signed[source], config.restrict_scale)
-        module = brevitas_layers.quant_identity(quantizer)
-        graph.insert_after(net, source, f"{names[0]}_input", module)
+        actual |= dict.fromkeys(group.layers, bits)
+        quantizer = ActQuantizer(bits, sign, config.restrict_scale)
+        for source, names in group.readers.items():
+            name = f"{names[0]}_input" if names else f"{source.name}_output"
+            graph.insert_after(net, source, name, brevitas_layers.quant_identity(quantizer))
     return BitwidthPolicy(tuple(replace(bits, act_bits=actual[bits.name]) for bits in policy))
+
+
+def weight_config(config: QuantConfig, layer: LayerSpec, searched: bool) -> QuantConfig:
+    """Return the configuration as it holds for one layer's weight."""
+    changes: dict[str, str] = {}
+    if not searched:  # at 8 bits a transform gains nothing, and LSQ's codes fit int8
+        changes |= {"weight_quantizer": "lsq", "weight_magnitude": "learned"}
+    if layer.kind.startswith("conv_transpose"):
+        # its output channels are not the first dimension, and with groups no dimension at all;
+        # runtimes have integer kernels for one scale alone
+        changes["weight_scale"] = "per_tensor"
+    return config.replaced(**changes) if changes else config
 
 
 def new_weight_quantizer(weight: Tensor, bits: int, config: QuantConfig) -> WeightQuantizer:

@@ -12,7 +12,7 @@ from sdq.checkpoint import Checkpoint
 from sdq.config import SearchConfig
 from sdq.cost import Constraint
 from sdq.projection import project
-from sdq.quant_model import QuantModel, new_weight_quantizer
+from sdq.quant_model import QuantModel
 from sdq.search_space import SearchSpace
 from sdq.train import Loader, Watcher
 
@@ -62,7 +62,7 @@ class SearchProblem:
 
     def quantized(self, layer: int, bits: int) -> Tensor:
         """Return a layer's weight at this bitwidth."""
-        weight = self.weight(layer)
+        quantizer = self.qmodel.new_weight_quantizer(self.space.layers[layer].name, bits)
         with torch.no_grad():
-            values: Tensor = new_weight_quantizer(weight, bits, self.qmodel.config)(weight)[0]
+            values: Tensor = quantizer(self.weight(layer))[0]
         return values

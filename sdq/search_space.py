@@ -63,11 +63,7 @@ class SearchSpace:
         units = [
             Unit(name, choices, tuple(members), channel)
             for (name, choices), members in groups.items()
-            for channel in (
-                range(qmodel.layers[members[0]].weight_shape[0])
-                if granularity == "channel"
-                else (None,)
-            )
+            for channel in _parts(qmodel, qmodel.layers[members[0]], granularity)
         ]
         twice = Counter(name for name, _ in groups)
         units = [replace(unit, name=_unit_name(unit, twice[unit.name] > 1)) for unit in units]
@@ -132,3 +128,12 @@ def block_of(name: str) -> str:
     if parts[-1].isdigit() or len(parts) == 1:
         return name
     return ".".join(parts[:-1])
+
+
+def _parts(
+    qmodel: "QuantModel", layer: LayerSpec, granularity: Granularity
+) -> Sequence[int] | tuple[None]:
+    """Return the channels of a layer that get bits of their own, or None for all together."""
+    if granularity != "channel" or qmodel.weight_config(layer.name).weight_scale != "per_channel":
+        return (None,)
+    return range(layer.weight_shape[0])

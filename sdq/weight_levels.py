@@ -1,6 +1,6 @@
 """Weights among the levels of their quantizers: relative errors, and histograms in steps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from sdq.channel_bits import ChannelWeightQuantizer, SettledQuantizer
 from sdq.config import QuantConfig
+from sdq.layers import LayerSpec
 from sdq.policy import FLOAT_BITS, BitwidthPolicy, LayerBits
-from sdq.quant_model import new_weight_quantizer
+from sdq.quant_model import new_weight_quantizer, weight_config
 
 FINE, COARSE = 12, 6
 """Bins of a step in a narrow and a wide histogram; even, so that levels at whole and at half steps
@@ -61,7 +62,10 @@ class Histogram:
 
 
 def before(
-    tensors: Mapping[str, Tensor], policy: BitwidthPolicy, config: QuantConfig
+    tensors: Mapping[str, Tensor],
+    policy: BitwidthPolicy,
+    config: QuantConfig,
+    layers: Sequence[LayerSpec],
 ) -> dict[str, Quantized]:
     """Return the float weights with the quantizers that fine-tuning starts from, by layer.
 
@@ -69,17 +73,21 @@ def before(
         tensors: of the float network.
         policy: what bits the layers have; layers in float are left out.
         config: the configuration of quantization.
+        layers: of the network, in the policy's order.
     """
     weights = {b.name: tensors.get(f"{b.name}.weight") for b in policy}
     return {
-        b.name: Quantized(weight, _new(weight, b, config))
-        for b in policy
+        b.name: Quantized(weight, _new(weight, b, weight_config(config, spec, b.searched)))
+        for b, spec in zip(policy, layers, strict=True)
         if b.weight_bits != FLOAT_BITS and (weight := weights[b.name]) is not None
     }
 
 
 def after(
-    tensors: Mapping[str, Tensor], policy: BitwidthPolicy, config: QuantConfig
+    tensors: Mapping[str, Tensor],
+    policy: BitwidthPolicy,
+    config: QuantConfig,
+    layers: Sequence[LayerSpec],
 ) -> dict[str, Quantized]:
     """Return the fine-tuned weights with their learned quantizers, by layer; as :func:`before`.
 
@@ -87,9 +95,10 @@ def after(
         tensors: of the quantized network.
         policy: what bits the layers have.
         config: the configuration of quantization.
+        layers: of the network, in the policy's order.
     """
     plain = {name.removeprefix("net."): tensor for name, tensor in tensors.items()}
-    found = before(plain, policy, config)
+    found = before(plain, policy, config, layers)
     for name, layer in found.items():
         prefix = f"{name}.weight_quant.tensor_quant."
         own = {k.removeprefix(prefix): v for k, v in plain.items() if k.startswith(prefix)}
@@ -99,8 +108,6 @@ def after(
 
 def _new(weight: Tensor, layer: LayerBits, config: QuantConfig) -> SettledQuantizer:
     """Return the quantizer that a layer gets under a policy, as sdq.apply_policy_ has it."""
-    if not layer.searched:
-        config = config.replaced(weight_quantizer="lsq", weight_magnitude="learned")
     if layer.channel_bits is None:
         return new_weight_quantizer(weight, layer.weight_bits, config)
     return ChannelWeightQuantizer(

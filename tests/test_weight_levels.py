@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from sdq.config import QuantConfig
+from sdq.layers import LayerSpec
 from sdq.learned_scale import WeightQuantizer
 from sdq.policy import BitwidthPolicy, LayerBits
 from sdq.weight_levels import COARSE, FINE, Quantized, after, before, histogram
+
+# of which only the kind is looked at
+LAYERS = (LayerSpec("a", "linear", (1, 1), (1,), (1,), 1, False),)
 
 
 def quantized(weight: Tensor, bits: int, scale: float) -> Quantized:
@@ -64,7 +68,7 @@ def test_a_wide_histogram_is_coarse_and_cut() -> None:
 def test_levels_at_half_steps_are_in_the_middle_of_a_bin(kind: str) -> None:
     weight = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     config = QuantConfig(weight_quantizer=kind)
-    found = before({"a.weight": weight}, BitwidthPolicy((layer(1, 200),)), config)
+    found = before({"a.weight": weight}, BitwidthPolicy((layer(1, 200),)), config, LAYERS)
     shown = histogram(layer(1, 200), found["a"], None)
     assert shown.levels == (-0.5, 0.5)
     for level in shown.levels:
@@ -76,7 +80,7 @@ def test_channels_of_several_bitwidths() -> None:
     """Weights that lie on the levels of their channel have no error, and lie on them in steps."""
     weight = torch.tensor([[1.0, -1.0, 1.0, -1.0], [0.5, -1.0, 0.0, 0.5]])
     policy = BitwidthPolicy((LayerBits("a", 2, 4, True, 8, channel_bits=(1, 2)),))
-    found = before({"a.weight": weight}, policy, QuantConfig())["a"]
+    found = before({"a.weight": weight}, policy, QuantConfig(), LAYERS)["a"]
     # the scale of least squares is searched for, not solved for
     assert found.relative_error() == pytest.approx(0.0, abs=0.02)
     position, level = found.in_steps()
@@ -92,7 +96,7 @@ def test_after_has_the_learned_scales_and_floats_are_left_out() -> None:
         "net.a.weight_quant.tensor_quant.base": torch.tensor([[1.0]]),
         "net.a.weight_quant.tensor_quant.gain": torch.tensor([[2.0]]),
     }
-    found = after(tensors, policy, QuantConfig())
+    found = after(tensors, policy, QuantConfig(), LAYERS * 2)
     assert set(found) == {"a"}
     position, level = found["a"].in_steps()
     assert position.tolist() == level.tolist() == [1.0, -2.0, 1.0]

@@ -96,13 +96,8 @@ def metadata(path: Path) -> dict[str, str]:
 
 def bits(path: Path) -> dict[str, Bits]:
     """Return the bits of each layer's weight and each activation quantizer: from the Clips."""
-    model = graph.load(path)
-    floats = {
-        name: FLOAT_BITS
-        for name, node in graph.multiplications(model, graph.layers(model)).items()
-        if graph.weight_maker(graph.producers(model), node, _DEQUANTIZERS)[0] is None
-    }
-    return {name: q.bits for name, q in quantizers(path).items()} | floats
+    floats = dict.fromkeys(graph.layers(graph.load(path)), FLOAT_BITS)
+    return floats | {name: q.bits for name, q in quantizers(path).items()}
 
 
 def quantizers(path: Path) -> dict[str, QuantizerInFile]:

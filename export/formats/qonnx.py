@@ -79,14 +79,8 @@ def metadata(path: Path) -> dict[str, str]:
 
 def bits(path: Path) -> dict[str, Bits]:
     """Return the bits of each layer's weight and each activation quantizer: from Quant nodes."""
-    model = graph.load(path)
-    makers = graph.producers(model)
-    floats = {
-        name: FLOAT_BITS
-        for name, node in graph.multiplications(model, graph.layers(model)).items()
-        if graph.weight_maker(makers, node, _MAKERS)[0] is None
-    }
-    return {name: q.bits for name, q in quantizers(path).items()} | floats
+    floats = dict.fromkeys(graph.layers(graph.load(path)), FLOAT_BITS)
+    return floats | {name: q.bits for name, q in quantizers(path).items()}
 
 
 def quantizers(path: Path) -> dict[str, QuantizerInFile]:

@@ -147,6 +147,25 @@ Pin = Annotated[
         help="'PATTERN=BITS': layers that keep these weight bits (32: float). Repeatable."
     ),
 ]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="PATTERN: modules that stay in float with all that is in them, whatever they compute. "
+        "Repeatable."
+    ),
+]
+BatchNorm = Annotated[
+    config.BatchNorm,
+    typer.Option(help="Goes on being trained, is frozen, or is folded into the layer before it."),
+]
+IntegerDatapath = Annotated[
+    bool,
+    typer.Option(
+        "--integer-datapath",
+        help="Quantize also the operands of additions (one scale), concatenations and products, "
+        "and what averaging and upsampling give.",
+    ),
+]
 LayerChoices = Annotated[
     list[str] | None,
     typer.Option(help="'PATTERN=1,2,4': candidates of the layers that match. Repeatable."),

@@ -35,7 +35,10 @@ def search(
     act_choices: options.ActChoices = "2,3,4,6,8",
     first_last_bits: options.FirstLastBits = 8,
     pin: options.Pin = None,
+    skip: options.Skip = None,
     layer_choices: options.LayerChoices = None,
+    batch_norm: options.BatchNorm = "train",
+    integer_datapath: options.IntegerDatapath = False,
     weight_scale: options.WeightScale = "per_channel",
     scale: options.Scale = "float",
     weight_quantizer: options.WeightQuantizer = "lsq",
@@ -67,7 +70,8 @@ def search(
     quant, limits = make_quantization(
         file, limits, choices=choices, act_bits=act_bits, act_choices=act_choices,
         learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
-        layer_choices=layer_choices, weight_scale=weight_scale, scale=scale,
+        skip=skip, layer_choices=layer_choices, batch_norm=batch_norm,
+        integer_datapath=integer_datapath, weight_scale=weight_scale, scale=scale,
         weight_quantizer=weight_quantizer,
     )  # fmt: skip
     searching = SearchConfig(granularity=granularity, epochs=search_epochs, seed=seed)

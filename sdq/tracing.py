@@ -1,0 +1,487 @@
+"""From a network to a torch.fx graph that computes the same, or a refusal that says where and why.
+
+What torch.fx cannot follow by itself and is followed here: decisions by the shape of a tensor,
+taken as they fall for the sample; modules that ask whether they train, kept whole where nothing in
+them is quantized; functional dropout; operations in place.
+"""
+
+import copy
+import linecache
+import math
+import operator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+from torch.utils import _pytree
+
+from sdq.errors import RequestError, nearest
+
+KINDS: dict[type[nn.Module], str] = {
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.Linear: "linear",
+}
+"""Layers that are quantized."""
+
+_REFUSED = (
+    nn.Conv3d, nn.ConvTranspose3d, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
+    nn.Embedding, nn.EmbeddingBag, nn.modules.lazy.LazyModuleMixin, torch.jit.ScriptModule,
+)  # fmt: skip
+
+_REFUSED_CALLS: dict[Any, str] = {
+    getattr(nn.functional, name): f"functional.{name}"
+    for name in (
+        "linear", "bilinear", "conv1d", "conv2d", "conv3d",
+        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    )
+}  # fmt: skip
+
+_DROPOUTS: dict[Any, type[nn.Module]] = {
+    nn.functional.dropout: nn.Dropout,
+    nn.functional.dropout1d: nn.Dropout1d,
+    nn.functional.dropout2d: nn.Dropout2d,
+    nn.functional.dropout3d: nn.Dropout3d,
+    nn.functional.alpha_dropout: nn.AlphaDropout,
+    nn.functional.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}
+
+TRACE_ERRORS = (
+    fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError, LookupError,
+)  # fmt: skip
+"""What a network's own code raises when it meets a stand-in for a tensor."""
+
+SAME = 1e-4
+"""The traced network may differ from the given one by this share of its largest output: the same
+operations in the same order, so by nothing at all, unless a library chooses other kernels."""
+
+
+def trace(model: nn.Module, sample: Tensor, skip: tuple[str, ...] = ()) -> fx.GraphModule:
+    """Trace a copy of a network, in evaluation mode.
+
+    Args:
+        model: left as it is.
+        sample: an input ``(N, ...)``; what depends on its shape is taken as it falls for it.
+        skip: patterns (as in a shell) of modules that are kept whole and in float.
+
+    Raises:
+        RequestError: a layer that cannot be quantized and is not skipped, a decision that depends
+            on a tensor's values or on the number of images, or what torch.fx cannot follow.
+    """
+    whole = _skipped(model, skip)
+    _check_layers(model, whole)
+    root = copy.deepcopy(model).eval()
+    images = torch.rand(2, *sample.shape[1:], generator=torch.Generator().manual_seed(0)).to(sample)
+    outputs = _outputs(root, images)
+    while True:
+        tracer = _Tracer(sample, whole)
+        net = fx.GraphModule(root, tracer.trace(root), type(root).__name__)
+        asking = {p for p in tracer.asked_mode if p and not has_layers(root.get_submodule(p))}
+        if asking <= whole:
+            break
+        whole |= asking  # traced, they would never train
+    _check_calls(net)
+    _out_of_place(net)
+    _module_dropout(net)
+    net.eval()
+    same = _equal(outputs, _outputs(net, images))
+    if not same and _equal(outputs, _outputs(copy.deepcopy(model).eval(), images)):
+        raise RequestError(
+            f"model: {type(model).__name__} must compute the same when it is traced by torch.fx, "
+            "but gives other outputs: something in its forward looks at more than its input's "
+            "values; leave that part in float (--skip)"
+        )
+    return net.train(model.training)
+
+
+def source_of(path: str, module: nn.Module) -> str:
+    """Return how messages call a module."""
+    return f"layer {path!r} ({type(module).__name__})" if path else type(module).__name__
+
+
+def _skipped(model: nn.Module, skip: tuple[str, ...]) -> set[str]:
+    """Return the paths of the outermost modules that match."""
+    paths = [path for path, _ in model.named_modules() if path]
+    for pattern in skip:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise RequestError(
+                f"model: skip: {pattern!r} must match a module; {nearest(pattern, paths)}"
+            )
+    found: set[str] = set()
+    for path in paths:
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if not inside and any(fnmatchcase(path, pattern) for pattern in skip):
+            found.add(path)
+    return found
+
+
+def _within(path: str, outer: set[str]) -> bool:
+    return any(path == o or path.startswith(f"{o}.") for o in outer)
+
+
+def _check_layers(model: nn.Module, whole: set[str]) -> None:
+    for path, module in model.named_modules():
+        if _within(path, whole):
+            continue
+        reason = _reason(module)
+        if reason:
+            raise RequestError(f"model: {source_of(path, module)} {reason}{_advice(path)}")
+
+
+def _reason(module: nn.Module) -> str | None:
+    """Return why a module cannot be quantized, or None."""
+    kind = type(module)
+    if isinstance(module, tuple(KINDS)):
+        if parametrize.is_parametrized(module):
+            return (
+                "has a parametrized weight, whose formula would be lost: call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+        base = next(k for k in KINDS if isinstance(module, k))
+        if any(getattr(kind, name) is not getattr(base, name) for name in _COMPUTES[base]):
+            return f"computes something else than torch's {base.__name__}"
+    elif isinstance(module, _REFUSED):
+        return f"cannot be quantized; what can is {', '.join(k.__name__ for k in KINDS)}"
+    if isinstance(module, tuple(KINDS)) and (module._forward_hooks or module._forward_pre_hooks):
+        return (
+            "has forward hooks, which would be lost: remove them (torch.nn.utils.remove_weight_norm"
+            ", remove_spectral_norm, torch.nn.utils.prune.remove)"
+        )
+    return None
+
+
+_COMPUTES = {
+    kind: [n for n in ("forward", "_conv_forward", "_output_padding") if hasattr(kind, n)]
+    for kind in KINDS
+}
+
+
+def _advice(path: str) -> str:
+    if not path:
+        return "; move it into a module of its own, which can be left in float (--skip)"
+    return f"; to leave it in float: --skip {path!r}, or QuantConfig(skip=({path!r},))"
+
+
+def has_layers(module: nn.Module) -> bool:
+    """Tell whether a module is, or has in it, what is quantized or refused."""
+    return any(isinstance(part, (*KINDS, *_REFUSED)) for part in module.modules())
+
+
+# -------------------------------------------------------------------------- following the network
+
+
+class _Untraceable(Exception):
+    """Carries a refusal through torch.fx."""
+
+
+class _Tracer(fx.Tracer):
+    """Follows a network with a sample at hand."""
+
+    def __init__(self, sample: Tensor, whole: set[str]) -> None:
+        super().__init__()
+        self.sample, self.whole = sample, whole
+        self.asked_mode: set[str] = set()
+        self._values: list[dict[fx.Node, Any]] = [{}, {}]
+        self._evaluating = False
+        self._failed_in = ""
+
+    def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:  # type: ignore[override]
+        with self._noting_the_mode(root):
+            try:
+                return super().trace(root, concrete_args)
+            except _Untraceable as error:
+                raise RequestError(str(error)) from None
+            except TRACE_ERRORS as error:
+                frames = traceback.extract_tb(error.__traceback__)
+                places = [_place(f.filename, f.lineno or 0) for f in frames if _users(f.filename)]
+                module = source_of(self._failed_in, root.get_submodule(self._failed_in))
+                raise RequestError(
+                    f"model: {module}{(places or [''])[-1]} cannot be traced by torch.fx: "
+                    f"{str(error).splitlines()[0]}{_advice(self._failed_in)}"
+                ) from error
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Give the network its one input; arguments with a default keep it."""
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.whole or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._evaluating:
+            return forward(*args, **kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self._failed_in = self._failed_in or self.path_of_module(m)
+            raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self._evaluating:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self.concrete(obj.node, "a decision"))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        values = [self._evaluate(obj.node, k) for k in (0, 1)]
+        count, other = (len(v) if hasattr(v, "__len__") else 0 for v in values)
+        if count != other:
+            self.refuse("a loop must not run over the images of a batch")
+        return iter([obj[i] for i in range(count)])  # type: ignore[index]
+
+    def concrete(self, node: fx.Node, what: str) -> Any:
+        """Return the value of a node that follows from shapes alone."""
+        if not _of_shapes(node):
+            self.refuse(f"{what} must not depend on the values of a tensor")
+        first, other = (self._evaluate(node, k) for k in (0, 1))
+        if first != other:
+            self.refuse(f"{what} must not depend on the number of images")
+        return first
+
+    def refuse(self, rule: str) -> None:
+        """Raise, naming the line of the user's code that is being traced."""
+        frame, place = sys._getframe(), ""
+        while frame is not None:
+            if _users(frame.f_code.co_filename):
+                place = _place(frame.f_code.co_filename, frame.f_lineno)
+                break
+            frame = frame.f_back  # type: ignore[assignment]
+        path = self.scope.module_path
+        module = self.root.get_submodule(path)
+        raise _Untraceable(f"model: {source_of(path, module)}{place}: {rule}{_advice(path)}")
+
+    @torch.no_grad()
+    def _evaluate(self, node: fx.Node, which: int) -> Any:
+        """Compute a node for the sample (0), or for twice as many images (1)."""
+        values = self._values[which]
+        self._evaluating = True
+        try:
+            for earlier in node.graph.nodes:  # in order, so that arguments are there
+                if earlier not in values:
+                    values[earlier] = self._compute(earlier, values, which)
+                if earlier is node:
+                    break
+        finally:
+            self._evaluating = False
+        return values[node]
+
+    def _compute(self, node: fx.Node, values: dict[fx.Node, Any], which: int) -> Any:
+        if node.op == "placeholder":
+            return torch.cat([self.sample] * (which + 1))
+        args = fx.node.map_arg(node.args, lambda n: values[n])
+        kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(self.root)
+        if node.op == "call_module":
+            return self.root.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    @contextmanager
+    def _noting_the_mode(self, root: nn.Module) -> Iterator[None]:
+        """Note which modules ask whether they train, for as long as this lasts."""
+        paths = {id(module): path for path, module in root.named_modules()}
+
+        def get(module: nn.Module) -> bool:
+            if id(module) in paths and not self._evaluating:
+                self.asked_mode.add(paths[id(module)])
+            mode: bool = module.__dict__["training"]
+            return mode
+
+        def put(module: nn.Module, mode: bool) -> None:
+            module.__dict__["training"] = mode
+
+        nn.Module.training = property(get, put)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            del nn.Module.training
+
+
+class _Concrete(fx.Proxy):
+    """A value that Python may ask for a number, where it follows from shapes."""
+
+    def _number(self) -> Any:
+        tracer = self.tracer
+        assert isinstance(tracer, _Tracer)
+        return tracer.concrete(self.node, "a number")
+
+    def __int__(self) -> int:
+        return int(self._number())
+
+    def __index__(self) -> int:
+        return operator.index(self._number())
+
+    def __float__(self) -> float:
+        return float(self._number())
+
+    def __len__(self) -> int:
+        tracer = self.tracer
+        assert isinstance(tracer, _Tracer)
+        return sum(1 for _ in tracer.iter(self))
+
+
+class _Proxy(_Concrete):
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+
+class _Attribute(_Concrete, fx.proxy.Attribute):
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+
+_SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad"}
+_SHAPE_METHODS = {
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous",
+    "is_floating_point", "get_device",
+}  # fmt: skip
+_SHAPE_FUNCTIONS = {len, torch.numel, torch.is_floating_point}
+
+
+def _of_shapes(node: fx.Node) -> bool:
+    """Tell whether a value follows from the shapes of tensors, whatever is in them."""
+    if node.op == "call_function":
+        if node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES:
+            return True
+        if node.target in _SHAPE_FUNCTIONS:
+            return True
+    elif node.op == "call_method":
+        if node.target in _SHAPE_METHODS:
+            return True
+    else:
+        return False
+    return bool(node.all_input_nodes) and all(_of_shapes(n) for n in node.all_input_nodes)
+
+
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+def _users(filename: str) -> bool:
+    """Tell whether a file is the user's: neither torch's, nor ours, nor generated."""
+    ours = filename.startswith(_LIBRARIES) and "models" not in Path(filename).parts
+    return not ours and not filename.startswith("<")
+
+
+def _place(filename: str, line: int) -> str:
+    text = linecache.getline(filename, line).strip()
+    return f" at {filename}:{line}" + (f", `{text}`" if text else "")
+
+
+# ---------------------------------------------------------------------- the graph, once it is there
+
+
+def _check_calls(net: fx.GraphModule) -> None:
+    for node in net.graph.nodes:
+        if node.op == "call_function" and node.target in _REFUSED_CALLS:
+            raise RequestError(
+                f"model: {_REFUSED_CALLS[node.target]} is called in forward ({node.name}) and "
+                "would stay in float unseen; use the module that does the same, or move the call "
+                "into a module of its own and leave that in float (--skip)"
+            )
+
+
+_IN_PLACE_OPERATORS = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv")
+}
+
+
+def _out_of_place(net: fx.GraphModule) -> None:
+    """Let whoever reads a tensor after it was changed in place read the result of the change.
+
+    A quantizer that stands between the two would hide the change.
+    """
+    order = {node: i for i, node in enumerate(net.graph.nodes)}
+    changing = {path: m for path, m in net.named_modules() if getattr(m, "inplace", False) is True}
+    for node in net.graph.nodes:
+        if node.op == "call_module":
+            found = node.target in changing
+        else:
+            found = node.op in ("call_function", "call_method") and _replaced(node)
+        if not found or not isinstance(node.args[0], fx.Node):
+            continue
+        changed = node.args[0]
+        for user in list(changed.users):
+            if order[user] > order[node]:
+                user.replace_input_with(changed, node)
+    for module in changing.values():
+        module.inplace = False
+    net.recompile()
+
+
+def _replaced(node: fx.Node) -> bool:
+    """Replace a call that works in place by one that does not; tell whether it was one."""
+    if node.op == "call_method":
+        name = str(node.target)
+        if not name.endswith("_") or name.endswith("__"):
+            return False
+        node.target = name[:-1]
+        return True
+    if node.target in _IN_PLACE_OPERATORS:
+        node.target = _IN_PLACE_OPERATORS[node.target]
+        return True
+    if node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+        return True
+    name = getattr(node.target, "__name__", "")
+    plain = getattr(torch, name[:-1], None)
+    if name.endswith("_") and not name.endswith("__") and callable(plain):
+        node.target = plain
+        return True
+    return False
+
+
+def _module_dropout(net: fx.GraphModule) -> None:
+    """Turn ``F.dropout`` and its kin into modules: tracing has frozen their ``training``."""
+    for node in list(net.graph.nodes):
+        if node.op == "call_function" and node.target in _DROPOUTS:
+            p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+            name = f"{node.name}_module"
+            net.add_submodule(name, _DROPOUTS[node.target](p).eval())
+            with net.graph.inserting_after(node):
+                new = net.graph.call_module(name, tuple(node.all_input_nodes))
+            node.replace_all_uses_with(new)
+            net.graph.erase_node(node)
+    net.recompile()
+
+
+@torch.no_grad()
+def _outputs(network: nn.Module, images: Tensor) -> list[Tensor]:
+    try:
+        leaves = _pytree.tree_leaves(network(images))
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(
+            f"model: must accept a sample of shape {(1, *images.shape[1:])} (N, C, H, W), "
+            f"but: {reason}"
+        ) from error
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(
+        a.shape == b.shape
+        and torch.allclose(a, b, rtol=0, atol=SAME * float(a.abs().max()) + math.ulp(0.0))
+        for a, b in zip(ours, theirs, strict=True)
+    )
