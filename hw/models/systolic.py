@@ -15,7 +15,7 @@ from math import ceil, prod
 
 from hw.target import TargetCost
 from sdq.layers import LayerSpec
-from sdq.policy import BitwidthPolicy
+from sdq.policy import FLOAT_BITS, BitwidthPolicy
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,12 @@ class FusibleArray:
 
         The array is set to one width at a time, so the channels of each fused width are passes of
         their own, with a ceiling of their own. Few channels of a width take as long as a full set
-        of columns: a layer's time is no sum over its channels.
+        of columns: a layer's time is no sum over its channels. Of what is kept whole in float only
+        the number of products is known: they fill the array.
         """
+        if spec.kind == "float":
+            passes_each = (_fused(FLOAT_BITS) // 8) ** 2
+            return ceil(spec.macs * passes_each / (self.rows * self.columns))
         out_channels, in_channels = spec.weight_shape[:2]
         window = prod(spec.weight_shape[2:])
         # MACs = K * C/g * k^2 * positions * calls, so this counts every call of a shared layer

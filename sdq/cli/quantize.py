@@ -24,7 +24,7 @@ from sdq.errors import RequestError
 from sdq.finetune import finetune_
 from sdq.metrics import agreement, classification_metrics, predict
 from sdq.parallel import open_fabric
-from sdq.policy import BitwidthPolicy
+from sdq.policy import FLOAT_BITS, BitwidthPolicy
 from sdq.ptq import check_ptq
 from sdq.quant_model import QuantModel
 from sdq.quant_model import quantize as quantize_model
@@ -199,6 +199,7 @@ def measure(qmodel: QuantModel, source: Source) -> dict[str, Any]:
         "avg_weight_bits_all": policy.avg_weight_bits_all,
         "weight_bytes": policy.weight_bytes,
         "bops": hw.total_bops(qmodel.layers, policy),
+        "float_layers": [bits.name for bits in policy if bits.weight_bits == FLOAT_BITS],
     }
 
 
@@ -352,6 +353,8 @@ def quantize(
         draw_plots(run, wanted=plots and fabric.is_global_zero)
     weights_count = sum(b.num_weights for b in BitwidthPolicy.load(out / "policy.json"))
     show_table(f"{data}: {out}", rows(metrics, 4.0 * weights_count), quiet=quiet)
+    if metrics["float_layers"] and not quiet:
+        print(f"left in float: {', '.join(metrics['float_layers'])}")
     if json_:
         show_json({"out": str(out), "metrics": metrics})
 

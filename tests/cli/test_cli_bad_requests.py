@@ -277,7 +277,7 @@ def test_a_model_of_fixed_size_refuses_other_images(sdq, files, tmp_path, data, 
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
-        ("on_data", "must be traceable by torch.fx, but its forward depends on the data"),
+        ("on_data", "a decision must not depend on the values of a tensor"),
         ("no_layer", "must have a convolution or linear layer to quantize"),
     ],
 )

@@ -18,7 +18,9 @@ METRICS = {
     "accuracy", "balanced_accuracy", "macro_f1", "auc", "per_class_recall", "ece", "num_examples",
 }  # fmt: skip
 TRAINED = {"best_epoch", "selected_by", "validation_score"}
-COSTS = {"agreement", "avg_weight_bits", "avg_weight_bits_all", "weight_bytes", "bops"}
+COSTS = {
+    "agreement", "avg_weight_bits", "avg_weight_bits_all", "weight_bytes", "bops", "float_layers",
+}  # fmt: skip
 ONNX = importlib.util.find_spec("onnx") is not None
 needs_onnx = pytest.mark.skipif(not ONNX, reason="sdq[export] is not installed")
 

@@ -40,6 +40,17 @@ BY_HAND = [
     (conv(64, 64, 8, groups=64), 8, 8, 64 * 64 * 9 * 1),  # depthwise: one column at a time
     (conv(64, 64, 8, groups=2), 8, 8, 2 * 64 * 9 * 2),
     (conv(16, 16, 32, calls=2), 8, 8, 2 * 1024 * 9),  # a layer called twice
+    # a transposed convolution: every input place meets each weight once
+    (
+        LayerSpec(
+            "t", "conv_transpose2d", (8, 16, 2, 2), (16, 5, 5), (8, 10, 10), 8 * 16 * 4 * 25, True
+        ),
+        8,
+        8,
+        25 * 4,
+    ),
+    # kept whole in float: 5,000 products of 32 x 32 bits, 16 units each, on 512 units
+    (LayerSpec("whole", "float", (1000, 1), (16,), (16,), 5000, False), 32, 32, 157),
     (LayerSpec("fc", "linear", (10, 64), (64,), (10,), 640, True), 8, 8, 4),
     (LayerSpec("fc", "linear", (100, 64), (64,), (100,), 6400, True), 4, 8, 4 * 2),
     (LayerSpec("fc", "linear", (10, 64), (7, 64), (7, 10), 4480, True), 8, 8, 7 * 4),
