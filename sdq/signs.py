@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from sdq.tracing import TRACE_ERRORS
+from sdq.tracing import TRACE_ERRORS, of_shapes
 
 NEVER_NEGATIVE: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Softplus,
@@ -47,10 +47,10 @@ def _never_negative(net: nn.Module, node: fx.Node, known: dict[fx.Node, bool]) -
     if node not in known:
         known[node] = False  # while it is being asked
         always, keeps = _of_operation(net, node)
+        # sizes, as in x.view(x.size(0), -1), are not values
+        sources = [source for source in node.all_input_nodes if not of_shapes(source)]
         known[node] = always or (
-            keeps
-            and bool(node.all_input_nodes)
-            and all(_never_negative(net, source, known) for source in node.all_input_nodes)
+            keeps and bool(sources) and all(_never_negative(net, s, known) for s in sources)
         )
     return known[node]
 

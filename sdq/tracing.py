@@ -249,7 +249,7 @@ class _Tracer(fx.Tracer):
 
     def concrete(self, node: fx.Node, what: str) -> Any:
         """Return the value of a node that follows from shapes alone."""
-        if not _of_shapes(node):
+        if not of_shapes(node):
             self.refuse(f"{what} must not depend on the values of a tensor")
         first, other = (self._evaluate(node, k) for k in (0, 1))
         if first != other:
@@ -359,7 +359,7 @@ _SHAPE_METHODS = {
 _SHAPE_FUNCTIONS = {len, torch.numel, torch.is_floating_point}
 
 
-def _of_shapes(node: fx.Node) -> bool:
+def of_shapes(node: fx.Node) -> bool:
     """Tell whether a value follows from the shapes of tensors, whatever is in them."""
     if node.op == "call_function":
         if node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES:
@@ -371,7 +371,7 @@ def _of_shapes(node: fx.Node) -> bool:
             return True
     else:
         return False
-    return bool(node.all_input_nodes) and all(_of_shapes(n) for n in node.all_input_nodes)
+    return bool(node.all_input_nodes) and all(of_shapes(n) for n in node.all_input_nodes)
 
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))

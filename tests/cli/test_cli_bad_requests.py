@@ -23,7 +23,7 @@ NAMES = [
     ("--jsno", "No such option '--jsno'"),
     ("list model", "did you mean 'models'? Known: datasets, formats, methods, models"),
     ("list", "Missing argument 'KIND'"),
-    ("train --model mpl --data synthetic_derm", "did you mean 'mlp'? Known: mlp, resnet20"),
+    ("train --model mpl --data synthetic_derm", "did you mean 'mlp'? Known: densenet121, "),
     ("train --model mlp --data synthetic_drm", "did you mean 'synthetic_derm'?"),
     ("train --model models.py --data {f}/ok.npz", "give models.py:function"),
     ("quantize --model mpl --weights w --data synthetic_derm --bits 2", "did you mean 'mlp'?"),

@@ -12,8 +12,10 @@ from sdq import plugins
 from sdq.apply_policy import apply_policy_
 from sdq.calibration import calibrate_
 from sdq.config import QuantConfig
+from sdq.outcome import reestimate_statistics_
 from sdq.policy import BitwidthPolicy
 from sdq.quant_model import QuantModel, quantize
+from sdq.tracing import KINDS
 
 MODELS = plugins.names("sdq.models")
 TARGETS = plugins.names("hw.targets")
@@ -25,7 +27,7 @@ def build(name: str, channels: int = 3, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         module: nn.Module = plugins.call_with_known(
             plugins.load("sdq.models", name).build,
-            num_classes=CLASSES, in_channels=channels, image_size=SIDE,
+            num_classes=CLASSES, in_channels=channels, image_size=SIDE, width=8,
         )  # fmt: skip
     return module
 
@@ -35,6 +37,20 @@ def images(channels: int = 3, count: int = 12) -> Tensor:
 
 
 LABELS = torch.arange(12) % CLASSES
+
+
+def logits_of(output: Tensor) -> Tensor:
+    """Return logits ``(N, CLASSES)``, also of a network that gives a map for each class."""
+    assert output.shape in ((12, CLASSES), (12, CLASSES, SIDE, SIDE))
+    return output if output.dim() == 2 else output.mean((2, 3))
+
+
+def settle(qmodel: QuantModel) -> None:
+    """Calibrate a network of fresh weights: its normalisation has seen no data yet."""
+    for quantizer in qmodel.act_quantizers().values():
+        quantizer.observing = True
+    reestimate_statistics_(qmodel, [(images(), LABELS)], 1)
+    calibrate_(qmodel, [(images(), LABELS)])
 
 
 def quantized(name: str, seed: int = 0) -> QuantModel:
@@ -60,7 +76,7 @@ def test_there_are_models_and_targets() -> None:
 def test_it_maps_images_to_logits(name: str, channels: int) -> None:
     net = build(name, channels).eval()
     logits = net(images(channels))
-    assert logits.shape == (12, CLASSES)
+    assert logits_of(logits).shape == (12, CLASSES)
     assert logits.dtype == torch.float32
     assert torch.isfinite(logits).all()
     # an image's logits do not depend on its neighbours (float32, in another order)
@@ -83,13 +99,10 @@ def test_it_is_quantized_under_a_mixed_policy(name: str) -> None:
     assert len(qmodel.policy) == len(qmodel.layers) > 2
     assert sum(b.searched for b in qmodel.policy) == len(qmodel.policy) - 2
     module_weights = {
-        n: m.weight.numel()
-        for n, m in build(name).named_modules()
-        if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)
+        n: m.weight.numel() for n, m in build(name).named_modules() if isinstance(m, tuple(KINDS))
     }
     assert {s.name: s.num_weights for s in qmodel.layers} == module_weights
-    logits = qmodel.eval()(images())
-    assert logits.shape == (12, CLASSES)
+    logits = logits_of(qmodel.eval()(images()))
     assert torch.isfinite(logits).all()
     for b in qmodel.policy:
         quantizer = qmodel.weight_quantizer(b.name)
@@ -103,19 +116,20 @@ def test_eight_bits_answer_like_float(name: str) -> None:
     qmodel = quantize(net, QuantConfig(act_bits=8), sample=images()[:1]).eval()
     calibrate_(qmodel, [(images(), LABELS)])
     logits, ours = net(images()), qmodel(images())
-    # every layer adds noise of about 1/256 of its range; some twenty layers, fresh weights
-    assert (ours - logits).square().mean() < 0.02 * logits.var()
+    # every layer adds noise of about 1/256 of its range; fresh weights do not average it out
+    assert (ours - logits).square().mean() < max(0.02, 0.001 * len(qmodel.layers)) * logits.var()
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_training_steps_lower_the_loss(name: str) -> None:
+    torch.manual_seed(0)  # of dropout
     qmodel = quantized(name)
-    calibrate_(qmodel, [(images(), LABELS)])
+    settle(qmodel)
     qmodel.train()
     optimizer = torch.optim.AdamW(qmodel.parameters(), lr=2e-3)
     losses = []
     for _ in range(8):
-        loss = F.cross_entropy(qmodel(images()), LABELS)
+        loss = F.cross_entropy(logits_of(qmodel(images())), LABELS)
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in qmodel.parameters())
