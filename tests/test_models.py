@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdq import plugins
-from sdq.tracing import trace
 from sdq.models._resnet import BasicBlock, Bottleneck
 from sdq.models.densenet121 import DenseLayer
 from sdq.models.efficientnet_b0 import MBConv, StochasticDepth
 from sdq.models.mobilenet_v2 import InvertedResidual
+from sdq.tracing import trace
 
 COUNTS = {
     "resnet18": 11_689_512,

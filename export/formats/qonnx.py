@@ -23,10 +23,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from onnx import numpy_helper
 from torch import Tensor
 
 from export import channels, graph
-from export.float64 import Interpreter
+from export.float64 import Interpreter, fold_constants_
 from export.format import Bits, QuantizerInFile, Runner, Trace
 from export.tracing import trace
 from sdq.batches import Normalization
@@ -186,10 +187,37 @@ def _with_batch(file: onnx.ModelProto, size: int) -> ModelWrapper:
     model.CopyFrom(file)
     for entry in [*model.graph.input, *model.graph.output]:
         entry.type.tensor_type.shape.dim[0].dim_value = size
-    wrapper = ModelWrapper(model)
-    for step in (InferShapes(), FoldConstants(list(_QUANTIZERS)), InferShapes()):
-        wrapper = wrapper.transform(step)
-    return wrapper
+    while _fold_shapes_(model):  # what was folded may show the shapes of more
+        pass
+    return ModelWrapper(model).transform(InferShapes())
+
+
+def _fold_shapes_(model: onnx.ModelProto) -> bool:
+    """Put constants in the place of Shape nodes and what follows from them; False: there are none.
+
+    The executor wants every shape written down. Its own folding does one node at a time, and takes
+    minutes where a network has hundreds.
+    """
+    standard = onnx.ModelProto()
+    standard.CopyFrom(model)
+    for node in standard.graph.node:
+        if node.op_type in _QUANTIZERS:  # a quantizer keeps shapes
+            node.op_type, node.domain = "Identity", ""
+            del node.input[1:], node.attribute[:]
+    inferred = onnx.shape_inference.infer_shapes(standard, data_prop=True).graph
+    known = {}
+    for entry in [*inferred.input, *inferred.value_info]:
+        shape = [d.dim_value for d in entry.type.tensor_type.shape.dim]
+        if entry.type.tensor_type.HasField("shape") and all(shape):
+            known[entry.name] = shape
+    found = [n for n in model.graph.node if n.op_type == "Shape" and n.input[0] in known]
+    for node in found:
+        start, end = graph.attribute(node, "start", 0), graph.attribute(node, "end", 99)
+        values = np.array(known[node.input[0]][start:end], np.int64)
+        model.graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
+        model.graph.node.remove(node)
+    fold_constants_(model)
+    return bool(found)
 
 
 def _quantizer(layer: str, makers: Mapping[str, onnx.NodeProto], tensor: str) -> onnx.NodeProto:

@@ -18,6 +18,9 @@ from sdq.quant_model import QuantModel, quantize
 from sdq.tracing import KINDS
 
 MODELS = plugins.names("sdq.models")
+DEEP = {"resnet50", "efficientnet_b0", "densenet121"}
+TRAINED = [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in MODELS]
+"""All of them; those with a hundred layers are slow."""
 TARGETS = plugins.names("hw.targets")
 SIDE, CLASSES = 16, 5
 
@@ -110,7 +113,7 @@ def test_it_is_quantized_under_a_mixed_policy(name: str) -> None:
         assert len(codes.unique()) <= 2**b.weight_bits
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_eight_bits_answer_like_float(name: str) -> None:
     net = build(name).eval()
     qmodel = quantize(net, QuantConfig(act_bits=8), sample=images()[:1]).eval()
@@ -120,7 +123,7 @@ def test_eight_bits_answer_like_float(name: str) -> None:
     assert (ours - logits).square().mean() < max(0.02, 0.001 * len(qmodel.layers)) * logits.var()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_training_steps_lower_the_loss(name: str) -> None:
     torch.manual_seed(0)  # of dropout
     qmodel = quantized(name)
@@ -139,7 +142,7 @@ def test_training_steps_lower_the_loss(name: str) -> None:
     assert min(losses[-2:]) < losses[0]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_its_state_round_trips(name: str) -> None:
     net, other = build(name), build(name, seed=1)
     other.load_state_dict(net.state_dict())
