@@ -1,8 +1,8 @@
 """From a network to a torch.fx graph that computes the same, or a refusal that says where and why.
 
 What torch.fx cannot follow by itself and is followed here: decisions by the shape of a tensor,
-taken as they fall for the sample; modules that ask whether they train, kept whole where nothing in
-them is quantized; functional dropout; operations in place.
+taken as they fall for the sample; modules that ask whether they train, or do what torch.fx cannot
+follow, kept whole where nothing in them is quantized; functional dropout; operations in place.
 """
 
 import copy
@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
@@ -57,8 +58,9 @@ _DROPOUTS: dict[Any, type[nn.Module]] = {
 
 TRACE_ERRORS = (
     fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError, LookupError,
+    AssertionError, ArithmeticError, ImportError,
 )  # fmt: skip
-"""What a network's own code raises when it meets a stand-in for a tensor."""
+"""What a network's own code raises when it meets what it does not expect."""
 
 SAME = 1e-4
 """The traced network may differ from the given one by this share of its largest output: the same
@@ -84,7 +86,11 @@ def trace(model: nn.Module, sample: Tensor, skip: tuple[str, ...] = ()) -> fx.Gr
     outputs = _outputs(root, images)
     while True:
         tracer = _Tracer(sample, whole)
-        net = fx.GraphModule(root, tracer.trace(root), type(root).__name__)
+        try:
+            net = fx.GraphModule(root, tracer.trace(root), type(root).__name__)
+        except _KeptWhole as kept:  # torch.fx cannot follow it, and nothing in it is quantized
+            whole.add(kept.path)
+            continue
         asking = {p for p in tracer.asked_mode if p and not has_layers(root.get_submodule(p))}
         if asking <= whole:
             break
@@ -183,6 +189,14 @@ class _Untraceable(Exception):
     """Carries a refusal through torch.fx."""
 
 
+class _KeptWhole(Exception):
+    """Carries the path of a module that is to be kept whole."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+
 class _Tracer(fx.Tracer):
     """Follows a network with a sample at hand."""
 
@@ -195,18 +209,21 @@ class _Tracer(fx.Tracer):
         self._failed_in = ""
 
     def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:  # type: ignore[override]
-        with self._noting_the_mode(root):
+        with self._watching(root):
             try:
                 return super().trace(root, concrete_args)
             except _Untraceable as error:
                 raise RequestError(str(error)) from None
             except TRACE_ERRORS as error:
+                if self._failed_in and not has_layers(root.get_submodule(self._failed_in)):
+                    raise _KeptWhole(self._failed_in) from error
                 frames = traceback.extract_tb(error.__traceback__)
                 places = [_place(f.filename, f.lineno or 0) for f in frames if _users(f.filename)]
                 module = source_of(self._failed_in, root.get_submodule(self._failed_in))
                 raise RequestError(
                     f"model: {module}{(places or [''])[-1]} cannot be traced by torch.fx: "
-                    f"{str(error).splitlines()[0]}{_advice(self._failed_in)}"
+                    f"{(str(error) or type(error).__name__).splitlines()[0]}"
+                    f"{_advice(self._failed_in)}"
                 ) from error
 
     def create_args_for_root(
@@ -298,8 +315,8 @@ class _Tracer(fx.Tracer):
         return node.target(*args, **kwargs)
 
     @contextmanager
-    def _noting_the_mode(self, root: nn.Module) -> Iterator[None]:
-        """Note which modules ask whether they train, for as long as this lasts."""
+    def _watching(self, root: nn.Module) -> Iterator[None]:
+        """Note which modules ask whether they train, and let torch.as_tensor take a stand-in."""
         paths = {id(module): path for path, module in root.named_modules()}
 
         def get(module: nn.Module) -> bool:
@@ -311,11 +328,18 @@ class _Tracer(fx.Tracer):
         def put(module: nn.Module, mode: bool) -> None:
             module.__dict__["training"] = mode
 
+        as_tensor: Any = torch.as_tensor
+
+        def same(x: Any, *args: Any, **kwargs: Any) -> Any:
+            return x if isinstance(x, fx.Proxy) else as_tensor(x, *args, **kwargs)
+
         nn.Module.training = property(get, put)  # type: ignore[assignment]
+        torch.as_tensor = same
         try:
             yield
         finally:
             del nn.Module.training
+            torch.as_tensor = as_tensor
 
 
 class _Concrete(fx.Proxy):
@@ -335,6 +359,9 @@ class _Concrete(fx.Proxy):
     def __float__(self) -> float:
         return float(self._number())
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return np.asarray(self._number(), dtype)
+
     def __len__(self) -> int:
         tracer = self.tracer
         assert isinstance(tracer, _Tracer)
@@ -343,11 +370,20 @@ class _Concrete(fx.Proxy):
 
 class _Proxy(_Concrete):
     def __getattr__(self, name: str) -> Any:
+        if name == "ndim":  # may be a key of a dict, and never changes
+            return int(_Attribute(self, name))
+        if name.startswith("__"):  # what NumPy and others look for does not exist
+            raise AttributeError(name)
         return _Attribute(self, name)
+
+    def dim(self) -> int:
+        return int(_Attribute(self, "ndim"))
 
 
 class _Attribute(_Concrete, fx.proxy.Attribute):
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         return _Attribute(self, name)
 
 
@@ -470,8 +506,8 @@ def _module_dropout(net: fx.GraphModule) -> None:
 def _outputs(network: nn.Module, images: Tensor) -> list[Tensor]:
     try:
         leaves = _pytree.tree_leaves(network(images))
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    except TRACE_ERRORS as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise RequestError(
             f"model: must accept a sample of shape {(1, *images.shape[1:])} (N, C, H, W), "
             f"but: {reason}"
