@@ -334,7 +334,7 @@ class _Tracer(fx.Tracer):
             return x if isinstance(x, fx.Proxy) else as_tensor(x, *args, **kwargs)
 
         nn.Module.training = property(get, put)  # type: ignore[assignment]
-        torch.as_tensor = same
+        torch.as_tensor = same  # type: ignore[assignment]
         try:
             yield
         finally:
