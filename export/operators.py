@@ -34,8 +34,9 @@ _TYPES = {
 
 
 def attributes(node: onnx.NodeProto) -> Attributes:
-    """Return a node's attributes."""
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    """Return a node's attributes, and the number of its outputs, on which a Split depends."""
+    found = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    return {"num_outputs": len(node.output), **found}
 
 
 def tensor(proto: onnx.TensorProto, single: bool = False) -> Tensor:
@@ -87,9 +88,15 @@ def _quant(a: Attributes, x: Tensor, scale: Tensor, zero: Tensor, bits: Tensor) 
 
 def _window(a: Attributes, x: Tensor, fill: float) -> tuple[Tensor, bool]:
     """Pad as the node says; tell whether anything was padded."""
-    if a.get("auto_pad", b"NOTSET") != b"NOTSET":
-        raise RunError(f"export: auto_pad must be NOTSET, got {a['auto_pad']!r}")
-    pads = list(a.get("pads", [0] * (2 * (x.dim() - 2))))
+    mode, rank = a.get("auto_pad", b"NOTSET"), x.dim() - 2
+    pads = list(a.get("pads", [0] * (2 * rank)))
+    strides, dilations = a.get("strides", [1] * rank), a.get("dilations", [1] * rank)
+    if mode in (b"SAME_UPPER", b"SAME_LOWER") and set(strides) == {1}:
+        both = [d * (k - 1) for d, k in zip(dilations, a["kernel_shape"], strict=True)]
+        less, more = [p // 2 for p in both], [p - p // 2 for p in both]
+        pads = less + more if mode == b"SAME_UPPER" else more + less
+    elif mode not in (b"NOTSET", b"VALID"):
+        raise RunError(f"export: auto_pad must be NOTSET, got {mode!r}")
     if not any(pads):
         return x, False
     half = len(pads) // 2
@@ -99,7 +106,7 @@ def _window(a: Attributes, x: Tensor, fill: float) -> tuple[Tensor, bool]:
 
 def _conv(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, _ = _window(a, x, 0.0)
-    function = F.conv1d if x.dim() == 3 else F.conv2d
+    function = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
     ones = [1] * (x.dim() - 2)
     strides, dilations = a.get("strides", ones), a.get("dilations", ones)
     result: Tensor = function(x, weight, bias, strides, 0, dilations, a.get("group", 1))
@@ -304,7 +311,7 @@ def _squeeze(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
 
 def _split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
     if sizes is None:
-        raise RunError("export: Split: sizes must be given")
+        return torch.chunk(x, a["num_outputs"], a.get("axis", 0))
     return torch.split(x, _ints(sizes), a.get("axis", 0))
 
 
@@ -331,7 +338,56 @@ def _resize(
     known = {"align_corners": True, "half_pixel": False, "pytorch_half_pixel": False}
     if mode == "linear" and where in known:
         return F.interpolate(x, size, mode=linear, align_corners=known[where])
+    if mode == "cubic" and where in known and a.get("cubic_coeff_a", -0.75) == -0.75:
+        return F.interpolate(x, size, mode="bicubic", align_corners=known[where])
     raise RunError(f"export: Resize: {mode} with {where} is not known in export/operators.py")
+
+
+def _recurrent(cell: Callable[..., tuple[Tensor, ...]], states: int) -> Operator:
+    """Return an operator that runs a cell along the first dimension, in one or two directions."""
+
+    def apply(
+        a: Attributes, x: Tensor, weight: Tensor, recurrence: Tensor, bias: Tensor | None = None,
+        lengths: Tensor | None = None, *first: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        size, directions = a["hidden_size"], len(weight)
+        backwards = {b"forward": [False], b"reverse": [True], b"bidirectional": [False, True]}
+        zeros = x.new_zeros(directions, x.shape[1], size)
+        given = [zeros if s is None else s for s in (*first, *[None] * states)[:states]]
+        outputs, last = [], []
+        for d, back in enumerate(backwards[a.get("direction", b"forward")]):
+            state = tuple(s[d] for s in given)
+            biases = bias[d] if bias is not None else x.new_zeros(2 * weight.shape[1])
+            steps = []
+            for one in x.flip(0) if back else x:
+                sums = F.linear(one, weight[d], biases[: weight.shape[1]])
+                inner = F.linear(state[0], recurrence[d], biases[weight.shape[1] :])
+                state = cell(a, sums, inner, *state)
+                steps.append(state[0])
+            outputs.append(torch.stack(steps).flip(0) if back else torch.stack(steps))
+            last.append(state)
+        return torch.stack(outputs, 1), *(torch.stack(s) for s in zip(*last, strict=True))
+
+    return apply
+
+
+def _lstm_cell(a: Attributes, sums: Tensor, inner: Tensor, h: Tensor, c: Tensor) -> Any:
+    i, o, f, g = (sums + inner).chunk(4, 1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru_cell(a: Attributes, sums: Tensor, inner: Tensor, h: Tensor) -> Any:
+    if not a.get("linear_before_reset", 0):
+        raise RunError("export: GRU: linear_before_reset must be 1, as PyTorch has it")
+    (z, r, n), (iz, ir, im) = sums.chunk(3, 1), inner.chunk(3, 1)
+    z, n = (z + iz).sigmoid(), (n + (r + ir).sigmoid() * im).tanh()
+    return ((1 - z) * n + z * h,)
+
+
+def _rnn_cell(a: Attributes, sums: Tensor, inner: Tensor, h: Tensor) -> Any:
+    relu = a.get("activations", [b"Tanh"])[0] == b"Relu"
+    return ((sums + inner).relu() if relu else (sums + inner).tanh(),)
 
 
 OPERATORS: dict[str, Operator] = {
@@ -361,6 +417,7 @@ OPERATORS: dict[str, Operator] = {
     "Expand": lambda a, x, shape: x * torch.ones(_ints(shape), dtype=x.dtype),
     "Flatten": _flatten,
     "Floor": lambda a, x: x.floor(),
+    "GRU": _recurrent(_gru_cell, 1),
     "Gather": _gather,
     "Gelu": _gelu,
     "Gemm": _gemm,
@@ -373,6 +430,7 @@ OPERATORS: dict[str, Operator] = {
     "HardSwish": lambda a, x: x * (x / 6 + 0.5).clamp(0, 1),
     "Identity": lambda a, x: x,
     "InstanceNormalization": _instance_norm,
+    "LSTM": _recurrent(_lstm_cell, 2),
     "LayerNormalization": _layer_norm,
     "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
     "Less": lambda a, x, y: x < y,
@@ -394,6 +452,7 @@ OPERATORS: dict[str, Operator] = {
     "Pow": lambda a, x, y: x**y,
     "Quant": _quant,
     "QuantizeLinear": _quantize_linear,
+    "RNN": _recurrent(_rnn_cell, 1),
     "Range": lambda a, start, end, step: torch.arange(int(start), int(end), int(step)),
     "Reciprocal": lambda a, x: 1 / x,
     "ReduceL2": _reduce(torch.linalg.vector_norm),

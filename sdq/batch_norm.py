@@ -35,8 +35,36 @@ class FrozenBatchNorm(nn.Module):
         )
 
 
+class FrozenWhole(nn.Module):
+    """A subclass of batch normalisation that does more, kept as it is in evaluation.
+
+    Args:
+        norm: its parameters become buffers.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__()
+        # in a tuple, so that nobody finds a batch normalisation to train or to estimate anew
+        self._inside = (norm.eval(),)
+        for module in norm.modules():
+            for name, parameter in list(module._parameters.items()):
+                del module._parameters[name]
+                module.register_buffer(name, None if parameter is None else parameter.detach())
+        for path, tensor in norm.named_buffers():
+            self.register_buffer(path.replace(".", "_"), tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(N, C, ...)``."""
+        (norm,) = self._inside
+        for path, _ in list(norm.named_buffers()):  # those here may have been moved or cast
+            owner, _, name = path.rpartition(".")
+            norm.get_submodule(owner)._buffers[name] = getattr(self, path.replace(".", "_"))
+        result: Tensor = norm(x)
+        return result
+
+
 def settle_(net: fx.GraphModule, *, fold: bool) -> None:
-    """Take batch normalisation out of training.
+    """Take batch normalisation out of training, in modules that are kept whole too.
 
     One whose statistics are those of the batch, in evaluation too, is left as it is.
 
@@ -47,17 +75,27 @@ def settle_(net: fx.GraphModule, *, fold: bool) -> None:
     """
     for node in list(net.graph.nodes):
         norm = _module(net, node)
-        if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
-            continue
-        source = node.args[0] if node.args else node.kwargs["input"]
-        if fold and _foldable(net, source, node):
+        source = node.args[0] if node.args else node.kwargs.get("input")
+        if fold and _is_plain(norm) and _foldable(net, source, node):
+            assert isinstance(norm, _BatchNorm)
             _fold_(net.get_submodule(str(source.target)), norm)
             node.replace_all_uses_with(source)
             net.graph.erase_node(node)
-        else:
-            net.set_submodule(str(node.target), FrozenBatchNorm(norm))
     net.delete_all_unused_submodules()
+    for path, norm in list(net.named_modules()):
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+            kind = FrozenBatchNorm if _is_plain(norm) else FrozenWhole
+            net.set_submodule(path, kind(norm))
     net.recompile()
+
+
+def _is_plain(norm: nn.Module | None) -> bool:
+    """Tell whether it is a batch normalisation of torch's that keeps statistics."""
+    return (
+        isinstance(norm, _BatchNorm)
+        and norm.running_mean is not None
+        and type(norm).__module__.startswith("torch.nn")
+    )
 
 
 def _module(net: fx.GraphModule, node: fx.Node) -> nn.Module | None:
@@ -90,3 +128,4 @@ def _fold_(layer: nn.Module, norm: _BatchNorm) -> None:
         transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d)
         new = fuse_conv_bn_weights(weight, bias, *statistics, transpose=transposed)  # type: ignore[arg-type]
     layer.weight, layer.bias = new
+    new[1].requires_grad_(weight.requires_grad)  # torch's does not learn where there was none

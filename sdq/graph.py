@@ -1,6 +1,6 @@
 """The traced network before anything is quantized: its layers, and insertion into it."""
 
-from collections.abc import Callable
+import warnings
 from typing import Any
 
 import torch
@@ -21,35 +21,35 @@ def measure(net: fx.GraphModule, sample: Tensor) -> tuple[LayerSpec, ...]:
     Raises:
         RequestError: there is nothing to quantize.
     """
-    calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any], Any]]] = {}
-
-    def note(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            calls.setdefault(path, []).append((args, kwargs, output))
-
-        return hook
-
-    order = dict.fromkeys(str(n.target) for n in net.graph.nodes if n.op == "call_module")
-    paths = [path for path in order if has_layers(net.get_submodule(path))]
-    handles = [
-        net.get_submodule(path).register_forward_hook(note(path), with_kwargs=True)
-        for path in paths
-    ]
     training = net.training
     net.eval()
+    watch = _Calls(net)
     try:
         with torch.no_grad():
-            net(sample)
+            watch.run(sample)
     finally:
-        for handle in handles:
-            handle.remove()
         net.train(training)
+    calls = watch.calls
     if not any(type(net.get_submodule(path)) in KINDS for path in calls):
         raise RequestError(
             "model: must have a convolution or linear layer to quantize, got "
             + (", ".join(sorted({type(m).__name__ for m in net.children()})) or "no layers")
         )
-    return tuple(_spec(path, net.get_submodule(path), calls[path]) for path in paths)
+    return tuple(_spec(path, net.get_submodule(path), calls[path]) for path in calls)
+
+
+class _Calls(fx.Interpreter):
+    """Notes what layers are called with, and what they give."""
+
+    def __init__(self, net: fx.GraphModule) -> None:
+        super().__init__(net)
+        self.calls: dict[str, list[tuple[Any, Any, Any]]] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        output = super().call_module(target, args, kwargs)
+        if has_layers(self.fetch_attr(target)):
+            self.calls.setdefault(str(target), []).append((args, kwargs, output))
+        return output
 
 
 def _spec(path: str, module: nn.Module, calls: list[Any]) -> LayerSpec:
@@ -84,6 +84,7 @@ def _macs(module: nn.Module, args: Any, kwargs: Any) -> int:
     samples = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), 1)
     # the fused kernels of recurrent layers and attention hide what they multiply
     with (
+        warnings.catch_warnings(action="ignore", category=UserWarning),  # of kernels not there
         torch.no_grad(), torch.backends.mkldnn.flags(enabled=False),
         FlopCounterMode(display=False) as counter,
     ):  # fmt: skip

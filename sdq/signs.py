@@ -1,11 +1,10 @@
 """Which tensors can have no negative value: those are quantized with all levels on one side."""
 
-import copy
 from typing import Any
 
 from torch import fx, nn
 
-from sdq.tracing import TRACE_ERRORS, of_shapes
+from sdq.tracing import INPUT_SHAPE, inside, of_shapes
 
 NEVER_NEGATIVE: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Softplus,
@@ -29,6 +28,12 @@ _KEEPS_SIGN_CALLS = {
     "dropout", "squeeze", "unsqueeze", "permute", "transpose", "movedim", "pad", "amax", "clone",
     "interpolate", "pixel_shuffle", "channel_shuffle", "chunk", "split", "unbind", "roll", "expand",
     "repeat",
+}  # fmt: skip
+_OF_THE_FIRST = {
+    "flatten", "mean", "sum", "view", "reshape", "contiguous", "getitem", "squeeze", "unsqueeze",
+    "permute", "transpose", "movedim", "pad", "amax", "clone", "interpolate", "pixel_shuffle",
+    "channel_shuffle", "chunk", "split", "unbind", "roll", "expand", "repeat",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
 }  # fmt: skip
 _UNLESS_NEGATIVE_NUMBER = {"add", "iadd", "mul", "imul", "pad"}
 
@@ -58,10 +63,10 @@ def _never_negative(net: nn.Module, node: fx.Node, known: dict[fx.Node, bool]) -
 def _of_operation(net: nn.Module, node: fx.Node) -> tuple[bool, bool]:
     """Return whether the result is never negative, and whether it is not if no input is."""
     if node.op == "call_module":
-        return _of_module(net.get_submodule(str(node.target)))
+        return _of_module(net.get_submodule(str(node.target)), node.meta.get(INPUT_SHAPE))
     if node.op not in ("call_function", "call_method"):
         return False, False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = _name(node)
     always, keeps = name in _NEVER_NEGATIVE_CALLS, name in _KEEPS_SIGN_CALLS
     if name in _UNLESS_NEGATIVE_NUMBER:  # as in relu(x) - 1, written x + (-1)
         numbers: tuple[Any, ...] = (*node.args, *node.kwargs.values())
@@ -74,8 +79,17 @@ def _of_operation(net: nn.Module, node: fx.Node) -> tuple[bool, bool]:
     return always, keeps
 
 
-def _of_module(module: nn.Module) -> tuple[bool, bool]:
+def _name(node: fx.Node) -> str:
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    target = node.target
+    return target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+
+
+def _of_module(module: nn.Module, shape: tuple[int, ...] | None) -> tuple[bool, bool]:
     kind = type(module)
+    if module._forward_hooks or module._forward_pre_hooks:  # may do anything
+        return False, False
     if kind in NEVER_NEGATIVE:
         return True, False
     if isinstance(module, nn.Hardtanh):
@@ -86,14 +100,13 @@ def _of_module(module: nn.Module) -> tuple[bool, bool]:
         return False, True
     if kind.__module__.startswith("torch.nn"):
         return False, False
-    return _of_whole(module)
+    return _of_whole(module, shape)
 
 
-def _of_whole(module: nn.Module) -> tuple[bool, bool]:
+def _of_whole(module: nn.Module, shape: tuple[int, ...] | None) -> tuple[bool, bool]:
     """Look into a module of the user's that is kept whole, if torch.fx can follow it."""
-    try:
-        net = fx.symbolic_trace(copy.deepcopy(module).eval())
-    except TRACE_ERRORS:
+    net = inside(module, shape)
+    if net is None:
         return False, False
     (result,) = next(n for n in net.graph.nodes if n.op == "output").args
     if not isinstance(result, fx.Node):

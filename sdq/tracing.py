@@ -6,13 +6,14 @@ follow, kept whole where nothing in them is quantized; functional dropout; opera
 """
 
 import copy
+import keyword
 import linecache
 import math
 import operator
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree
 
 from sdq.errors import RequestError, nearest
@@ -36,16 +40,23 @@ KINDS: dict[type[nn.Module], str] = {
 
 _REFUSED = (
     nn.Conv3d, nn.ConvTranspose3d, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
-    nn.Embedding, nn.EmbeddingBag, nn.modules.lazy.LazyModuleMixin, torch.jit.ScriptModule,
+    nn.Embedding, nn.EmbeddingBag, nn.modules.lazy.LazyModuleMixin,
 )  # fmt: skip
 
 _REFUSED_CALLS: dict[Any, str] = {
     getattr(nn.functional, name): f"functional.{name}"
     for name in (
         "linear", "bilinear", "conv1d", "conv2d", "conv3d",
-        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding", "embedding_bag",
+        "multi_head_attention_forward",
     )
 }  # fmt: skip
+
+_PRODUCTS = {
+    torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm, torch.einsum,
+    torch.tensordot, operator.matmul, "matmul", "mm", "bmm", "mv", "addmm", "baddbmm",
+}  # fmt: skip
+"""With a parameter in them they are layers."""
 
 _DROPOUTS: dict[Any, type[nn.Module]] = {
     nn.functional.dropout: nn.Dropout,
@@ -58,7 +69,7 @@ _DROPOUTS: dict[Any, type[nn.Module]] = {
 
 TRACE_ERRORS = (
     fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError, LookupError,
-    AssertionError, ArithmeticError, ImportError,
+    AssertionError, ArithmeticError, ImportError, NameError,
 )  # fmt: skip
 """What a network's own code raises when it meets what it does not expect."""
 
@@ -79,27 +90,40 @@ def trace(model: nn.Module, sample: Tensor, skip: tuple[str, ...] = ()) -> fx.Gr
         RequestError: a layer that cannot be quantized and is not skipped, a decision that depends
             on a tensor's values or on the number of images, or what torch.fx cannot follow.
     """
-    whole = _skipped(model, skip)
+    skipped = whole = _skipped(model, skip)
     _check_layers(model, whole)
+    _check_names(model, whole)
     root = copy.deepcopy(model).eval()
     images = torch.rand(2, *sample.shape[1:], generator=torch.Generator().manual_seed(0)).to(sample)
-    outputs = _outputs(root, images)
+    outputs = _accepted(root, images)
+    _plain_layers_(root, whole)
     while True:
         tracer = _Tracer(sample, whole)
         try:
-            net = fx.GraphModule(root, tracer.trace(root), type(root).__name__)
+            traced = tracer.trace(root)
         except _KeptWhole as kept:  # torch.fx cannot follow it, and nothing in it is quantized
-            whole.add(kept.path)
+            whole = whole | {kept.path}
             continue
+        for node in list(traced.nodes):
+            if node.op == "get_attr" and not node.users:  # asked for its shape alone
+                traced.erase_node(node)
+        net = fx.GraphModule(root, traced, type(root).__name__)
         asking = {p for p in tracer.asked_mode if p and not has_layers(root.get_submodule(p))}
         if asking <= whole:
             break
-        whole |= asking  # traced, they would never train
-    _check_calls(net)
+        whole = whole | asking  # traced, they would never train
+    _check_skipped(net, skipped)
+    _note_inputs_(net, tracer)
     _out_of_place(net)
     _module_dropout(net)
     net.eval()
-    same = _equal(outputs, _outputs(net, images))
+    try:
+        same = _equal(outputs, _outputs(net, images))
+    except TRACE_ERRORS as error:
+        raise RequestError(
+            f"model: {type(model).__name__} must compute the same when it is traced by torch.fx, "
+            f"but: {_reason_of(error)}; leave that part in float (--skip)"
+        ) from error
     if not same and _equal(outputs, _outputs(copy.deepcopy(model).eval(), images)):
         raise RequestError(
             f"model: {type(model).__name__} must compute the same when it is traced by torch.fx, "
@@ -114,20 +138,39 @@ def source_of(path: str, module: nn.Module) -> str:
     return f"layer {path!r} ({type(module).__name__})" if path else type(module).__name__
 
 
+def _reason_of(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _skipped(model: nn.Module, skip: tuple[str, ...]) -> set[str]:
     """Return the paths of the outermost modules that match."""
     paths = [path for path, _ in model.named_modules() if path]
     for pattern in skip:
-        if not any(fnmatchcase(path, pattern) for path in paths):
+        if not any(_matches(path, (pattern,)) for path in paths):
             raise RequestError(
                 f"model: skip: {pattern!r} must match a module; {nearest(pattern, paths)}"
             )
     found: set[str] = set()
     for path in paths:
         inside = any(path.startswith(f"{outer}.") for outer in found)
-        if not inside and any(fnmatchcase(path, pattern) for pattern in skip):
-            found.add(path)
+        if not inside and _matches(path, skip):
+            module = model.get_submodule(path)
+            if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+                found.add(path)
+            elif not all(_matches(f"{path}.{name}", skip) for name, _ in module.named_children()):
+                raise _uncalled(path)
     return found
+
+
+def _matches(path: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _uncalled(path: str) -> RequestError:
+    return RequestError(
+        f"model: skip: {path!r} must be called as a module, but only what is in it is; "
+        f"skip that: --skip {path + '.*'!r}"
+    )
 
 
 def _within(path: str, outer: set[str]) -> bool:
@@ -136,6 +179,17 @@ def _within(path: str, outer: set[str]) -> bool:
 
 def _check_layers(model: nn.Module, whole: set[str]) -> None:
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise RequestError(
+                f"model: {source_of(path, module)} is compiled by torch.jit, which cannot be "
+                "followed, nor copied and trained: give the module it was made from"
+            )
+        if any(isinstance(hook, _COMPUTING) for hook in module._forward_pre_hooks.values()):
+            raise RequestError(
+                f"model: {source_of(path, module)} has a weight that a hook computes and that "
+                "cannot be copied once it trains: call torch.nn.utils.remove_weight_norm, "
+                "remove_spectral_norm or torch.nn.utils.prune.remove first"
+            )
         if _within(path, whole):
             continue
         reason = _reason(module)
@@ -158,11 +212,12 @@ def _reason(module: nn.Module) -> str | None:
     elif isinstance(module, _REFUSED):
         return f"cannot be quantized; what can is {', '.join(k.__name__ for k in KINDS)}"
     if isinstance(module, tuple(KINDS)) and (module._forward_hooks or module._forward_pre_hooks):
-        return (
-            "has forward hooks, which would be lost: remove them (torch.nn.utils.remove_weight_norm"
-            ", remove_spectral_norm, torch.nn.utils.prune.remove)"
-        )
+        return "has forward hooks, which would be lost: remove them"
     return None
+
+
+_COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
+"""Hooks that leave what they compute in the module, as a tensor with a history."""
 
 
 _COMPUTES = {
@@ -177,9 +232,60 @@ def _advice(path: str) -> str:
     return f"; to leave it in float: --skip {path!r}, or QuantConfig(skip=({path!r},))"
 
 
+INPUT_SHAPE = "sdq_input_shape"
+"""Where a node's ``meta`` has the shape of what enters a module that is kept whole."""
+
+
+def inside(module: nn.Module, shape: tuple[int, ...] | None) -> fx.GraphModule | None:
+    """Return what a module that is kept whole does in evaluation; None if nothing can follow it.
+
+    Args:
+        module: left as it is.
+        shape: of its input, if that is known.
+    """
+    root = copy.deepcopy(module).eval()
+    with suppress(*TRACE_ERRORS):  # RequestError is a ValueError
+        if shape is not None:
+            tracer = _Tracer(torch.zeros(shape), set())
+            return fx.GraphModule(root, tracer.trace(root))
+    with suppress(*TRACE_ERRORS):
+        return fx.symbolic_trace(root)
+    return None
+
+
 def has_layers(module: nn.Module) -> bool:
     """Tell whether a module is, or has in it, what is quantized or refused."""
     return any(isinstance(part, (*KINDS, *_REFUSED)) for part in module.modules())
+
+
+def _check_names(model: nn.Module, whole: set[str]) -> None:
+    """Refuse names that the code which torch.fx writes cannot have."""
+    named = (*model.named_modules(), *model.named_parameters(), *model.named_buffers())
+    for path in dict.fromkeys(path for path, _ in named if path):
+        owner, _, name = path.rpartition(".")
+        taken = not owner and (hasattr(fx.GraphModule, name) or name == "meta")
+        if (taken or keyword.iskeyword(name)) and not _within(owner, whole):
+            raise RequestError(
+                f"model: {path!r} must have another name: torch.fx cannot use {name!r}; rename it"
+            )
+
+
+def _plain_layers_(root: nn.Module, whole: set[str]) -> None:
+    """Let a layer of a subclass that computes what torch's class does be of that class.
+
+    Padding by name becomes numbers where it is the same on both sides: onnxruntime does not know
+    it for dilated convolutions.
+    """
+    for path, module in root.named_modules():
+        base = next((kind for kind in KINDS if isinstance(module, kind)), None)
+        if base is None or _within(path, whole):
+            continue
+        module.__class__ = base
+        if isinstance(module, nn.Conv1d | nn.Conv2d) and isinstance(module.padding, str):
+            named = zip(module.dilation, module.kernel_size, strict=True)
+            both = [d * (k - 1) * (module.padding == "same") for d, k in named]
+            if not any(total % 2 for total in both):
+                module.padding = tuple(total // 2 for total in both)
 
 
 # -------------------------------------------------------------------------- following the network
@@ -205,7 +311,7 @@ class _Tracer(fx.Tracer):
         self.sample, self.whole = sample, whole
         self.asked_mode: set[str] = set()
         self._values: list[dict[fx.Node, Any]] = [{}, {}]
-        self._evaluating = False
+        self._evaluating = self._classing = False
         self._failed_in = ""
 
     def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:  # type: ignore[override]
@@ -222,8 +328,7 @@ class _Tracer(fx.Tracer):
                 module = source_of(self._failed_in, root.get_submodule(self._failed_in))
                 raise RequestError(
                     f"model: {module}{(places or [''])[-1]} cannot be traced by torch.fx: "
-                    f"{(str(error) or type(error).__name__).splitlines()[0]}"
-                    f"{_advice(self._failed_in)}"
+                    f"{_reason_of(error)}{_advice(self._failed_in)}"
                 ) from error
 
     def create_args_for_root(
@@ -233,12 +338,58 @@ class _Tracer(fx.Tracer):
         return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.whole or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        leaf = super().is_leaf_module(m, module_qualified_name)
+        inside = type(m) not in KINDS and has_layers(m)  # as in torch's own transformer layers
+        return module_qualified_name in self.whole or (leaf and not inside)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)  # before any isinstance
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        if not self._evaluating:
+            self._check_node(node)
+        return node
+
+    def _check_node(self, node: fx.Node) -> None:
+        """Refuse weights that would stay in float unseen, and numbers out of tensors."""
+        where = f"is called in forward ({node.name}) and would stay in float unseen"
+        if node.op == "call_function" and node.target in _REFUSED_CALLS:
+            self.refuse(f"{_REFUSED_CALLS[node.target]} {where}; use the module that does the same")
+        for read in node.all_input_nodes:
+            owner = str(read.target).rpartition(".")[0]
+            if read.op == "get_attr" and type(self.root.get_submodule(owner)) in KINDS:
+                self.refuse(
+                    f"{read.target} must be read by its own layer alone, or would stay in float "
+                    "unseen"
+                )
+        called = node.op in ("call_function", "call_method")
+        weights = [n for n in node.all_input_nodes if called and self._of_parameters(n)]
+        others = len(node.all_input_nodes) - len(weights)
+        if weights and others and node.target in _PRODUCTS:
+            self.refuse(
+                f"a product with a parameter ({weights[0].name}) {where}; use nn.Linear or a "
+                "convolution"
+            )
+        if weights and not _from_libraries(node.target):
+            self.refuse(f"a function that torch.fx does not look into, with a parameter, {where}")
+        if node.op == "call_method" and node.target in ("item", "tolist", "numpy"):
+            self.concrete(node, "a number")
+
+    def _of_parameters(self, node: fx.Node) -> bool:
+        """Tell whether a value follows from parameters alone, through no module."""
+        if node.op == "get_attr":
+            return isinstance(self._attribute(node), nn.Parameter)
+        inputs = node.all_input_nodes
+        calls = node.op in ("call_function", "call_method")
+        return calls and bool(inputs) and all(self._of_parameters(read) for read in inputs)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._evaluating:
+            return forward(*args, **kwargs)
+        if m not in (self.submodule_paths or ()):  # made in forward
+            if has_layers(m) or any(True for _ in m.parameters()):
+                self.refuse(f"a {type(m).__name__} in forward must be a submodule of the network")
             return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -258,7 +409,9 @@ class _Tracer(fx.Tracer):
         return bool(self.concrete(obj.node, "a decision"))
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        values = [self._evaluate(obj.node, k) for k in (0, 1)]
+        values = [self.evaluate(obj.node, k) for k in (0, 1)]
+        if isinstance(values[0], Mapping):
+            return iter(values[0])
         count, other = (len(v) if hasattr(v, "__len__") else 0 for v in values)
         if count != other:
             self.refuse("a loop must not run over the images of a batch")
@@ -268,10 +421,25 @@ class _Tracer(fx.Tracer):
         """Return the value of a node that follows from shapes alone."""
         if not of_shapes(node):
             self.refuse(f"{what} must not depend on the values of a tensor")
-        first, other = (self._evaluate(node, k) for k in (0, 1))
+        first, other = (self.evaluate(node, k) for k in (0, 1))
         if first != other:
             self.refuse(f"{what} must not depend on the number of images")
         return first
+
+    def class_of(self, proxy: fx.Proxy) -> type:
+        """Return Tensor if the proxy stands for one, else the proxy's own class."""
+        if proxy.node.op == "placeholder":
+            return Tensor
+        if self._evaluating or self._classing or proxy.node.graph is not self.graph:
+            return type(proxy)
+        self._classing = True
+        try:
+            tensor = isinstance(self.evaluate(proxy.node, 0), Tensor)
+        except Exception:  # noqa: BLE001  what is wrong will show where it is computed
+            tensor = False
+        finally:
+            self._classing = False
+        return Tensor if tensor else type(proxy)
 
     def refuse(self, rule: str) -> None:
         """Raise, naming the line of the user's code that is being traced."""
@@ -286,7 +454,7 @@ class _Tracer(fx.Tracer):
         raise _Untraceable(f"model: {source_of(path, module)}{place}: {rule}{_advice(path)}")
 
     @torch.no_grad()
-    def _evaluate(self, node: fx.Node, which: int) -> Any:
+    def evaluate(self, node: fx.Node, which: int = 0) -> Any:
         """Compute a node for the sample (0), or for twice as many images (1)."""
         values = self._values[which]
         self._evaluating = True
@@ -306,13 +474,20 @@ class _Tracer(fx.Tracer):
         args = fx.node.map_arg(node.args, lambda n: values[n])
         kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
         if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.root)
+            return self._attribute(node)
         if node.op == "call_module":
             return self.root.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)
         return node.target(*args, **kwargs)
+
+    def _attribute(self, node: fx.Node) -> Any:
+        before, self._evaluating = self._evaluating, True
+        try:
+            return operator.attrgetter(str(node.target))(self.root)
+        finally:
+            self._evaluating = before
 
     @contextmanager
     def _watching(self, root: nn.Module) -> Iterator[None]:
@@ -362,6 +537,12 @@ class _Concrete(fx.Proxy):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         return np.asarray(self._number(), dtype)
 
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self._number(), digits)
+
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other
+
     def __len__(self) -> int:
         tracer = self.tracer
         assert isinstance(tracer, _Tracer)
@@ -370,6 +551,9 @@ class _Concrete(fx.Proxy):
 
 class _Proxy(_Concrete):
     def __getattr__(self, name: str) -> Any:
+        known = name in _SHAPE_ATTRIBUTES or name in _SHAPE_METHODS
+        if self.node.op == "get_attr" and known and isinstance(self.tracer, _Tracer):
+            return getattr(self.tracer._attribute(self.node), name)
         if name == "ndim":  # may be a key of a dict, and never changes
             return int(_Attribute(self, name))
         if name.startswith("__"):  # what NumPy and others look for does not exist
@@ -378,6 +562,24 @@ class _Proxy(_Concrete):
 
     def dim(self) -> int:
         return int(_Attribute(self, "ndim"))
+
+    @property  # type: ignore[misc]  # what isinstance asks
+    def __class__(self) -> Any:
+        return self.tracer.class_of(self) if isinstance(self.tracer, _Tracer) else type(self)
+
+
+def _in_place(name: str) -> Callable[[_Proxy, Any], Any]:
+    def method(x: _Proxy, other: Any) -> Any:
+        if of_shapes(x.node):  # a number has no place
+            return getattr(operator, name)(x, other)
+        return x.tracer.create_proxy("call_function", getattr(operator, f"i{name}"), (x, other), {})
+
+    return method
+
+
+_IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+for _name in _IN_PLACE:  # torch.fx has none: Python would take ``x += y`` for ``x = x + y``
+    setattr(_Proxy, f"__i{_name}__", _in_place(_name))
 
 
 class _Attribute(_Concrete, fx.proxy.Attribute):
@@ -410,6 +612,12 @@ def of_shapes(node: fx.Node) -> bool:
     return bool(node.all_input_nodes) and all(of_shapes(n) for n in node.all_input_nodes)
 
 
+def _from_libraries(function: Any) -> bool:
+    """Tell whether a function is one of torch's or Python's, and no function of the user's."""
+    module = getattr(function, "__module__", None) or "torch"  # methods are named only
+    return module.partition(".")[0] in ("torch", "_operator", "builtins", "math")
+
+
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
@@ -427,20 +635,24 @@ def _place(filename: str, line: int) -> str:
 # ---------------------------------------------------------------------- the graph, once it is there
 
 
-def _check_calls(net: fx.GraphModule) -> None:
+def _check_skipped(net: fx.GraphModule, skipped: set[str]) -> None:
+    """Refuse to skip what is not called itself: only calls can be left as they are."""
+    called = {str(node.target) for node in net.graph.nodes if node.op == "call_module"}
+    for path in sorted(skipped):
+        if any(call.startswith(f"{path}.") for call in called):
+            raise _uncalled(path)
+
+
+def _note_inputs_(net: fx.GraphModule, tracer: _Tracer) -> None:
+    """Note the shape of what enters a module that is kept whole, for those who look into it."""
     for node in net.graph.nodes:
-        if node.op == "call_function" and node.target in _REFUSED_CALLS:
-            raise RequestError(
-                f"model: {_REFUSED_CALLS[node.target]} is called in forward ({node.name}) and "
-                "would stay in float unseen; use the module that does the same, or move the call "
-                "into a module of its own and leave that in float (--skip)"
-            )
+        if node.op == "call_module" and str(node.target) in tracer.whole:
+            values = [tracer.evaluate(read) for read in node.all_input_nodes]
+            if len(values) == 1 and isinstance(values[0], Tensor):
+                node.meta[INPUT_SHAPE] = tuple(values[0].shape)
 
 
-_IN_PLACE_OPERATORS = {
-    getattr(operator, f"i{name}"): getattr(operator, name)
-    for name in ("add", "sub", "mul", "truediv")
-}
+_IN_PLACE_OPERATORS = {getattr(operator, f"i{name}"): getattr(operator, name) for name in _IN_PLACE}
 
 
 def _out_of_place(net: fx.GraphModule) -> None:
@@ -455,9 +667,9 @@ def _out_of_place(net: fx.GraphModule) -> None:
             found = node.target in changing
         else:
             found = node.op in ("call_function", "call_method") and _replaced(node)
-        if not found or not isinstance(node.args[0], fx.Node):
+        changed = node.args[0] if node.args else node.kwargs.get("input")
+        if not found or not isinstance(changed, fx.Node):
             continue
-        changed = node.args[0]
         for user in list(changed.users):
             if order[user] > order[node]:
                 user.replace_input_with(changed, node)
@@ -472,7 +684,8 @@ def _replaced(node: fx.Node) -> bool:
         name = str(node.target)
         if not name.endswith("_") or name.endswith("__"):
             return False
-        node.target = name[:-1]
+        if callable(getattr(Tensor, name[:-1], None)):  # not zero_, copy_ and the like
+            node.target = name[:-1]
         return True
     if node.target in _IN_PLACE_OPERATORS:
         node.target = _IN_PLACE_OPERATORS[node.target]
@@ -481,7 +694,7 @@ def _replaced(node: fx.Node) -> bool:
         node.kwargs = {**node.kwargs, "inplace": False}
         return True
     name = getattr(node.target, "__name__", "")
-    plain = getattr(torch, name[:-1], None)
+    plain = getattr(torch, name[:-1], getattr(nn.functional, name[:-1], None))
     if name.endswith("_") and not name.endswith("__") and callable(plain):
         node.target = plain
         return True
@@ -502,22 +715,25 @@ def _module_dropout(net: fx.GraphModule) -> None:
     net.recompile()
 
 
-@torch.no_grad()
-def _outputs(network: nn.Module, images: Tensor) -> list[Tensor]:
+def _accepted(network: nn.Module, images: Tensor) -> list[Tensor]:
     try:
-        leaves = _pytree.tree_leaves(network(images))
+        return _outputs(network, images)
     except TRACE_ERRORS as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise RequestError(
             f"model: must accept a sample of shape {(1, *images.shape[1:])} (N, C, H, W), "
-            f"but: {reason}"
+            f"but: {_reason_of(error)}"
         ) from error
+
+
+@torch.no_grad()
+def _outputs(network: nn.Module, images: Tensor) -> list[Tensor]:
+    leaves = _pytree.tree_leaves(network(images.clone()))  # it may change its input in place
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return len(ours) == len(theirs) and all(
-        a.shape == b.shape
+        (a.shape, a.dtype) == (b.shape, b.dtype)
         and torch.allclose(a, b, rtol=0, atol=SAME * float(a.abs().max()) + math.ulp(0.0))
         for a, b in zip(ours, theirs, strict=True)
     )

@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from hypothesis import settings
 from torch import Tensor, nn
 
+from sdq.apply_policy import apply_policy_
+from sdq.calibration import calibrate_, in_float
+from sdq.config import QuantConfig
 from sdq.errors import RequestError
+from sdq.quant_model import QuantModel, quantize
 
 settings.register_profile("no-deadline", deadline=None)  # a slow machine is no failure
 settings.load_profile("no-deadline")
@@ -87,6 +91,89 @@ def refuses() -> Callable[..., "pytest.RaisesExc[RequestError]"]:
         return pytest.raises(RequestError, match=".*".join(re.escape(f) for f in fragments))
 
     return expect
+
+
+def _as_if_trained(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Give layers weights that keep the spread of what passes, and batch norms their statistics.
+
+    With torch's first weights outputs hardly depend on the image, and without statistics a batch
+    normalisation does nothing.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in (
+                (module.running_mean, -0.3, 0.3), (module.running_var, 0.5, 2.0),
+                (module.weight, 0.5, 1.5), (module.bias, -0.3, 0.3),
+            ):  # fmt: skip
+                if tensor is not None:
+                    tensor.data.uniform_(low, high, generator=rng)
+        elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, generator=rng)
+    return net.eval()
+
+
+@pytest.fixture
+def exact(tmp_path: Path) -> Callable[..., QuantModel]:
+    """Return a function that quantizes a network and holds it to what every network must do.
+
+    With everything at 8 bits it is close to float, in float it is the float network, it trains,
+    and both files are verified.
+    """
+
+    def check(
+        net: nn.Module, images: Tensor, *, error: float = 3e-3, bits: int = 8, formats: bool = True,
+        **config: Any,
+    ) -> QuantModel:  # fmt: skip
+        """Return the quantized network after two steps.
+
+        Args:
+            net: the float network.
+            images: ``(N, C, H, W)``.
+            error: most mean squared error of 8 bits, as a share of each output's variance over the
+                images. A tensor of 256 levels has a noise of some 1e-4 of its variance, and each
+                layer adds its weights' and its input's; one bit less has four times that.
+            bits: of the searched weights in the files. At 8 bits onnxruntime cannot load a layer
+                that is called twice.
+            formats: write and verify both.
+            config: of QuantConfig.
+        """
+        import export
+
+        _as_if_trained(net)
+        with torch.no_grad():
+            expected = net(images.clone())
+        sample = torch.zeros_like(images[:1])
+        qmodel = quantize(net, QuantConfig(act_bits=8, **config), sample=sample)
+        calibrate_(qmodel, [(images, torch.zeros(len(images)))])
+        qmodel.eval()
+        with torch.no_grad():
+            with in_float(qmodel):
+                same = qmodel(images)
+            close = qmodel(images)
+        assert same.shape == expected.shape
+        # the same kernels; folding a batch normalisation rounds each weight once
+        assert (same - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (close - expected).square().mean() <= error * expected.var(0).mean()
+        assert not torch.equal(close, expected)  # something was quantized
+        optimizer = torch.optim.SGD(qmodel.train().parameters(), lr=1e-3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            qmodel(images).square().mean().backward()
+            optimizer.step()
+        for name, parameter in qmodel.named_parameters():
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+        qmodel.eval()
+        searched = {layer.name: bits for layer in qmodel.policy if layer.searched}
+        apply_policy_(qmodel, qmodel.policy.with_weight_bits(searched))
+        for name in ("onnx", "qonnx") if formats else ():
+            export.write(qmodel, tmp_path / name, format=name, sample=images[:1])
+            report = export.verify(qmodel, tmp_path / name, format=name, inputs=images[:8])
+            assert report.verified, f"{name}: {report.reason}"
+        return qmodel
+
+    return check
 
 
 @pytest.fixture
