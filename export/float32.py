@@ -60,10 +60,9 @@ class Tally:
         self.differences.append((ours.output - output).abs().reshape(-1))
         self.flipped += int(_flipped(ours, theirs).sum())
         for index in (~same.all(dim=1)).nonzero().reshape(-1).tolist():
-            one = slice(index, index + 1)
-            codes = {name: code[one] for name, code in ours.codes.items()}
-            others = {name: code[one] for name, code in theirs.codes.items()} if readable else codes
-            self._explain(images[one], codes, others)
+            codes = _of_image(ours, index)
+            others = _of_image(theirs, index) if readable else codes
+            self._explain(images[index : index + 1], codes, others)
 
     def _explain(self, image: Tensor, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         self.exceptions += 1
@@ -136,9 +135,19 @@ def first_flip_distance(
     return None
 
 
+def _of_image(trace: Trace, index: int) -> dict[str, Tensor]:
+    """Return the codes of one image, also where it has several rows (windows, say)."""
+    found = {}
+    for name, codes in trace.codes.items():
+        rows = len(codes) // len(trace.output)
+        found[name] = codes[index * rows : (index + 1) * rows]
+    return found
+
+
 def _flipped(ours: Trace, theirs: Trace) -> Tensor:
     """Return for each image ``(N,)`` whether it has a code that differs."""
-    flipped = torch.zeros(len(ours.output), dtype=torch.bool)
+    count = len(ours.output)
+    flipped = torch.zeros(count, dtype=torch.bool)
     for name, codes in ours.codes.items():
-        flipped |= (codes != theirs.codes[name]).reshape(len(codes), -1).any(dim=1)
+        flipped |= (codes != theirs.codes[name]).reshape(count, -1).any(dim=1)
     return flipped

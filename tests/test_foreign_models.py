@@ -806,15 +806,7 @@ def all_layers(net: nn.Module) -> set[str]:
     return paths - {"aux1"}  # an auxiliary head is not there in evaluation
 
 
-WINDOWS = pytest.mark.xfail(
-    reason="export/float32.py takes the first dimension of every activation for the images",
-    strict=True,
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[WINDOWS] if n == "Swin" else []) for n in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_a_network_is_quantized_unchanged(name: str, exact: Callable[..., Any]) -> None:
     net = made(CASES[name])
     qmodel = exact(net, images())
@@ -827,7 +819,7 @@ def test_sizes_that_do_not_divide_are_padded(
     name: str, side: int, exact: Callable[..., Any]
 ) -> None:
     net = made(CASES[name])
-    qmodel = exact(net, images(side), formats=name != "Swin")
+    qmodel = exact(net, images(side))
     assert {layer.name for layer in qmodel.layers} == all_layers(net)
 
 
