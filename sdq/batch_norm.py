@@ -6,7 +6,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from sdq.tracing import KINDS
+from sdq.refusals import KINDS
 
 
 class FrozenBatchNorm(nn.Module):

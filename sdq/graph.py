@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdq.errors import RequestError
 from sdq.layers import LayerSpec
-from sdq.tracing import KINDS, has_layers
+from sdq.refusals import KINDS, has_layers
 
 
 def measure(net: fx.GraphModule, sample: Tensor) -> tuple[LayerSpec, ...]:

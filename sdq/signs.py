@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from sdq.tracing import INPUT_SHAPE, inside, of_shapes
+from sdq.tracer import inside, of_shapes
+from sdq.tracing import INPUT_SHAPE
 
 NEVER_NEGATIVE: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Softplus,

@@ -15,7 +15,7 @@ from sdq.config import QuantConfig
 from sdq.outcome import reestimate_statistics_
 from sdq.policy import BitwidthPolicy
 from sdq.quant_model import QuantModel, quantize
-from sdq.tracing import KINDS
+from sdq.refusals import KINDS
 
 MODELS = plugins.names("sdq.models")
 DEEP = {"resnet50", "efficientnet_b0", "densenet121"}
