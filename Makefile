@@ -24,10 +24,10 @@ demo: $(VENV)/.engine
 test slow: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 slow: $(VENV)/.dev
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n auto -m slow
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,10 +1,13 @@
 """The traced network before anything is quantized: its layers, and insertion into it."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdq.errors import RequestError
@@ -82,15 +85,25 @@ def _spec(path: str, module: nn.Module, calls: list[Any]) -> LayerSpec:
 def _macs(module: nn.Module, args: Any, kwargs: Any) -> int:
     """Return the multiply-accumulates of a module for one sample, as far as torch counts them."""
     samples = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), 1)
-    # the fused kernels of recurrent layers and attention hide what they multiply
-    with (
-        warnings.catch_warnings(action="ignore", category=UserWarning),  # of kernels not there
-        torch.no_grad(), torch.backends.mkldnn.flags(enabled=False),
-        FlopCounterMode(display=False) as counter,
-    ):  # fmt: skip
+    with torch.no_grad(), _unfused(), FlopCounterMode(display=False) as counter:
         module(*args, **kwargs)
     flops: int = counter.get_total_flops()
     return flops // (2 * max(samples, 1))
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Avoid the kernels of recurrent layers and attention that hide what they multiply."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore", category=UserWarning),  # of absent kernels
+            torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH),
+        ):  # fmt: skip
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def insert_after(net: fx.GraphModule, source: fx.Node, name: str, module: nn.Module) -> fx.Node:

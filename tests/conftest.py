@@ -168,7 +168,7 @@ def exact(tmp_path: Path) -> Callable[..., QuantModel]:
         searched = {layer.name: bits for layer in qmodel.policy if layer.searched}
         apply_policy_(qmodel, qmodel.policy.with_weight_bits(searched))
         for name in ("onnx", "qonnx") if formats else ():
-            export.write(qmodel, tmp_path / name, format=name, sample=images[:1])
+            export.write(qmodel, tmp_path / name, format=name, sample=images[:1], overwrite=True)
             report = export.verify(qmodel, tmp_path / name, format=name, inputs=images[:8])
             assert report.verified, f"{name}: {report.reason}"
         return qmodel

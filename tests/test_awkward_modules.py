@@ -399,6 +399,27 @@ def test_a_learned_query_is_quantized_exactly(exact: Callable[..., Any]) -> None
     exact(made(Query), images(16))
 
 
+class Signal(nn.Module):
+    """A network of signals ``(N, C, L)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 8, 3, 2)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.b(F.relu(self.a(x)))).mean(2))
+
+
+def test_signals_are_close_and_train(exact: Callable[..., Any]) -> None:
+    exact(made(Signal), images().flatten(2), formats=False)
+
+
+@pytest.mark.xfail(reason="verify wants images (N, C, H, W)", strict=True)
+def test_signals_are_quantized_exactly(exact: Callable[..., Any]) -> None:
+    exact(made(Signal), images().flatten(2))
+
+
 def test_a_learned_query_is_close_and_trains(exact: Callable[..., Any]) -> None:
     qmodel = exact(made(Query), images(16), formats=False)
     assert "q_input" in qmodel.act_quantizers()
