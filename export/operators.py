@@ -343,6 +343,33 @@ def _resize(
     raise RunError(f"export: Resize: {mode} with {where} is not known in export/operators.py")
 
 
+def _product(x: Tensor, dim: list[int], keepdim: bool) -> Tensor:
+    for axis in sorted((d % x.dim() for d in dim), reverse=True):
+        x = x.prod(axis, keepdim=keepdim)
+    return x
+
+
+def _cumulative(a: Attributes, x: Tensor, axis: Tensor) -> Tensor:
+    if a.get("exclusive", 0) or a.get("reverse", 0):
+        raise RunError("export: CumSum: must be neither exclusive nor reverse")
+    return x.cumsum(int(axis))
+
+
+def _top(a: Attributes, x: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    found = torch.topk(x, int(count), a.get("axis", -1), bool(a.get("largest", 1)))
+    return found.values, found.indices
+
+
+def _triangle(a: Attributes, x: Tensor, diagonal: Tensor | None = None) -> Tensor:
+    k = 0 if diagonal is None else int(diagonal)
+    return x.triu(k) if a.get("upper", 1) else x.tril(k)
+
+
+def _grid_sample(a: Attributes, x: Tensor, grid: Tensor) -> Tensor:
+    mode, padding = a.get("mode", b"bilinear"), a.get("padding_mode", b"zeros")
+    return F.grid_sample(x, grid, mode.decode(), padding.decode(), bool(a.get("align_corners", 0)))
+
+
 def _recurrent(cell: Callable[..., tuple[Tensor, ...]], states: int) -> Operator:
     """Return an operator that runs a cell along the first dimension, in one or two directions."""
 
@@ -406,6 +433,8 @@ OPERATORS: dict[str, Operator] = {
     "ConstantOfShape": _constant_of_shape,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
+    "Cos": lambda a, x: x.cos(),
+    "CumSum": _cumulative,
     "DepthToSpace": _depth_to_space,
     "DequantizeLinear": _dequantize_linear,
     "Div": _div,
@@ -425,6 +454,7 @@ OPERATORS: dict[str, Operator] = {
     "GlobalMaxPool": lambda a, x: x.amax(list(range(2, x.dim())), keepdim=True),
     "Greater": lambda a, x, y: x > y,
     "GreaterOrEqual": lambda a, x, y: x >= y,
+    "GridSample": _grid_sample,
     "GroupNormalization": _group_norm,
     "HardSigmoid": lambda a, x: (a.get("alpha", 0.2) * x + a.get("beta", 0.5)).clamp(0, 1),
     "HardSwish": lambda a, x: x * (x / 6 + 0.5).clamp(0, 1),
@@ -456,9 +486,11 @@ OPERATORS: dict[str, Operator] = {
     "Range": lambda a, start, end, step: torch.arange(int(start), int(end), int(step)),
     "Reciprocal": lambda a, x: 1 / x,
     "ReduceL2": _reduce(torch.linalg.vector_norm),
+    "ReduceLogSumExp": _reduce(torch.logsumexp),
     "ReduceMax": _reduce(torch.amax),
     "ReduceMean": _reduce(torch.mean),
     "ReduceMin": _reduce(torch.amin),
+    "ReduceProd": _reduce(_product),
     "ReduceSum": _reduce(torch.sum),
     "Relu": lambda a, x: x.clamp_min(0),
     "Reshape": _reshape,
@@ -467,6 +499,8 @@ OPERATORS: dict[str, Operator] = {
     "Shape": lambda a, x: torch.tensor(x.shape[a.get("start", 0) : a.get("end", None)]),
     "Sigmoid": lambda a, x: torch.sigmoid(x),
     "Sign": lambda a, x: x.sign(),
+    "Sin": lambda a, x: x.sin(),
+    "Size": lambda a, x: torch.tensor(x.numel()),
     "Slice": _slice,
     "Softmax": lambda a, x: torch.softmax(x, a.get("axis", -1)),
     "Softplus": lambda a, x: torch.log1p(torch.exp(-x.abs())) + x.clamp_min(0),
@@ -477,7 +511,9 @@ OPERATORS: dict[str, Operator] = {
     "Sub": lambda a, x, y: x - y,
     "Tanh": lambda a, x: torch.tanh(x),
     "Tile": lambda a, x, repeats: x.repeat(_ints(repeats)),
+    "TopK": _top,
     "Transpose": lambda a, x: x.permute(a.get("perm", list(reversed(range(x.dim()))))),
+    "Trilu": _triangle,
     "Unsqueeze": _unsqueeze,
     "Where": lambda a, condition, x, y: torch.where(condition, x, y),
 }

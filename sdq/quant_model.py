@@ -45,6 +45,7 @@ class QuantModel(nn.Module):
     ) -> None:
         super().__init__()
         self.net = net
+        self.training = net.training
         self.layers = layers
         self.config = config
         self.policy = policy

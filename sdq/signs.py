@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from sdq.tracer import inside, of_shapes
+from sdq.tracer import inside
 from sdq.tracing import INPUT_SHAPE
 
 NEVER_NEGATIVE: tuple[type[nn.Module], ...] = (
@@ -53,8 +53,9 @@ def _never_negative(net: nn.Module, node: fx.Node, known: dict[fx.Node, bool]) -
     if node not in known:
         known[node] = False  # while it is being asked
         always, keeps = _of_operation(net, node)
-        # sizes, as in x.view(x.size(0), -1), are not values
-        sources = [source for source in node.all_input_nodes if not of_shapes(source)]
+        sources = node.all_input_nodes
+        if _name(node) in _OF_THE_FIRST:  # the others are sizes, as in x.view(x.size(0), -1)
+            sources = sources[:1]
         known[node] = always or (
             keeps and bool(sources) and all(_never_negative(net, s, known) for s in sources)
         )

@@ -136,8 +136,17 @@ def test_shapes_decide_as_they_fall_for_the_sample(name: str, exact: Callable[..
     reason="torch's exporter wants the size as a number, and the graph computes it from the shape",
     strict=True,
 )
-def test_a_pool_of_a_computed_size_is_exported(exact: Callable[..., Any]) -> None:
-    exact(between(lambda net, x: F.adaptive_avg_pool2d(F.relu(x), x.shape[-1] // 2)), images())
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda net, x: F.adaptive_avg_pool2d(F.relu(x), x.shape[-1] // 2),
+        lambda net, x: F.avg_pool2d(F.relu(x), x.size()[2:]),
+        lambda net, x: F.avg_pool2d(x.clamp(min=1e-6).pow(3), (x.size(-2), x.size(-1))).pow(1 / 3),
+    ],
+    ids=["adaptive", "of all", "generalized mean"],
+)
+def test_a_pool_of_a_computed_size_is_exported(pool: Compute, exact: Callable[..., Any]) -> None:
+    exact(between(pool), images())
 
 
 class ByData(nn.Module):
@@ -316,10 +325,6 @@ def test_training_and_evaluation_stay_what_they_were(name: str, training: bool) 
         assert torch.equal(qmodel(images()), expected)
 
 
-@pytest.mark.xfail(
-    reason="QuantModel is in training mode whatever its network is, and calibrate_ keeps that",
-    strict=True,
-)
 def test_the_mode_is_that_of_the_network() -> None:
     qmodel = quantized(between(lambda net, x: F.relu(x)).eval())
     assert (qmodel.training, qmodel.net.training) == (False, False)

@@ -38,6 +38,7 @@ CASES = {
     "Conv valid": (IMAGE, [f(4, 3, 3, 3)], {"auto_pad": "VALID"}),
     "Conv 3d": (f(2, 3, 4, 5, 6), [f(4, 3, 1, 2, 3)], {"strides": [1, 2, 1]}),
     "Conv 1d": (f(2, 3, 9), [f(4, 3, 3)], {"pads": [1, 2]}),
+    "CumSum": (IMAGE, [np.array(2)], {}),
     "Div": (IMAGE, [f(3, 1, 1)], {}),
     "Elu": (IMAGE, [], {"alpha": 0.7}),
     "Erf": (IMAGE, [], {}),
@@ -51,6 +52,9 @@ CASES = {
     "Gemm": (f(2, 5), [f(4, 5), f(4)], {"transB": 1, "alpha": 0.5, "beta": 2.0}),
     "GlobalAveragePool": (IMAGE, [], {}),
     "GlobalMaxPool": (IMAGE, [], {}),
+    "GridSample": (
+        IMAGE, [np.clip(f(2, 4, 5, 2), -1, 1)], {"mode": "bilinear", "align_corners": 0},
+    ),
     "HardSigmoid": (IMAGE, [], {"alpha": 0.3}),
     "HardSwish": (IMAGE, [], {}),
     "LSTM": (
@@ -73,6 +77,8 @@ CASES = {
         {"hidden_size": 4, "direction": "reverse", "activations": ["Relu"]},
     ),
     "ReduceMax": (IMAGE, [], {"axes": [2, 3], "keepdims": 0}),
+    "ReduceLogSumExp": (IMAGE, [], {"axes": [2, 3], "keepdims": 0}),
+    "ReduceProd": (abs(IMAGE) + 0.5, [], {"axes": [1, -1], "keepdims": 0}),
     "ReduceMean": (IMAGE, [], {"axes": [-1]}),
     "ReduceSum": (IMAGE, [i(1, 2)], {}),
     "Relu": (IMAGE, [], {}),
@@ -97,6 +103,8 @@ CASES = {
     "Squeeze": (f(2, 1, 3, 1), [i(1)], {}),
     "Sub": (IMAGE, [f(9, 9)], {}),
     "Tanh": (IMAGE, [], {}),
+    "TopK": (f(2, 9), [i(3)], {"axis": 1, "largest": 0}),
+    "Trilu": (f(2, 4, 5), [np.array(1)], {"upper": 0}),
     "Transpose": (IMAGE, [], {"perm": [0, 2, 3, 1]}),
     "Unsqueeze": (IMAGE, [i(0, -1)], {}),
 }  # fmt: skip
@@ -105,6 +113,8 @@ CASES = {
 def model_of(op, x, constants, attributes, domain="", kind=TensorProto.FLOAT):
     names = [f"c{k}" for k in range(len(constants))]
     node = helper.make_node(op, ["x", *names], ["y"], name="node", domain=domain, **attributes)
+    if op == "TopK":
+        node.output.append("indices")
     graph = helper.make_graph(
         [node], "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
