@@ -25,6 +25,7 @@ class Reference:
 
     def __init__(self, qmodel: QuantModel) -> None:
         self.single = copy.deepcopy(qmodel).cpu().eval()
+        untie_(self.single)
         self.double = _in_float64(self.single)
         self.bits = {name: q.bits for name, q in self.single.act_quantizers().items()}
         self.names = list(self.bits)
@@ -85,6 +86,18 @@ class Reference:
         if weight is None or source is None:
             return None
         return float(source.scale.detach()) * float(weight[1].min())
+
+
+def untie_(qmodel: QuantModel) -> None:
+    """Give layers that share a weight one each: they may have other bits, and then other values."""
+    seen: set[int] = set()
+    for bits in qmodel.policy:
+        layer = qmodel.layer(bits.name)
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            if id(weight) in seen:
+                layer.weight = nn.Parameter(weight.detach().clone())
+            seen.add(id(weight))
 
 
 def _in_float64(qmodel: QuantModel) -> QuantModel:

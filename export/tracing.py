@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from export import channels, graph
 from export.float64 import fold_constants_
+from export.reference import untie_
 from sdq.channel_bits import ChannelWeightQuantizer, SettledQuantizer
 from sdq.errors import RequestError, RunError
 from sdq.learned_scale import Quantized
@@ -57,6 +58,7 @@ def trace(qmodel: QuantModel, dialect: Dialect, sample: Tensor) -> onnx.ModelPro
     clone = copy.deepcopy(qmodel).cpu().eval()
     example = sample[:1].detach().float().cpu()
     _check_sample(clone, example)
+    untie_(clone)
     freeze_weights_(clone)
     split = channels.parts(clone)
     _state_one_bitwidth_(clone)

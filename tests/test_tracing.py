@@ -882,9 +882,6 @@ def test_tied_weights_stay_tied(exact: Callable[..., Any]) -> None:
     assert len({id(p) for p in qmodel.parameters()}) == len(list(qmodel.parameters()))
 
 
-@pytest.mark.xfail(
-    reason="export puts the quantized weight of one layer in place of the other's", strict=True
-)
 @pytest.mark.parametrize("format", ["onnx", "qonnx"])
 def test_tied_weights_of_different_bits_are_exported(format: str, tmp_path: Any) -> None:
     qmodel = quantized(seeded(Tied)).eval()
