@@ -24,6 +24,7 @@ from export.float64 import fold_constants_
 from export.reference import untie_
 from sdq.channel_bits import ChannelWeightQuantizer, SettledQuantizer
 from sdq.errors import RequestError, RunError
+from sdq.graph import unfused_attention
 from sdq.learned_scale import Quantized
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
@@ -226,10 +227,8 @@ def _clean_exporter(manager: Any) -> Iterator[None]:
         manager._fn_to_cache.clear()
 
     clear()
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # ONNX has no operator for it
     try:
-        yield
+        with unfused_attention():  # ONNX has no operator for it
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         clear()

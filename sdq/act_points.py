@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 _TOGETHER = {
-    operator.add, operator.iadd, operator.sub, operator.isub, torch.add, torch.sub, torch.cat,
-    torch.concat, torch.stack, torch.maximum, torch.minimum, "add", "sub", "maximum", "minimum",
+    operator.add, operator.sub, torch.add, torch.sub, torch.cat, torch.concat, torch.stack,
+    torch.maximum, torch.minimum, "add", "sub", "maximum", "minimum",
 }  # fmt: skip
-_EACH = {operator.mul, operator.imul, torch.mul, torch.matmul, operator.matmul, "mul", "matmul"}
+_EACH = {operator.mul, torch.mul, torch.matmul, operator.matmul, "mul", "matmul"}
 _LEAVES_THE_GRID = {
     F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.interpolate,
     torch.mean, "mean",

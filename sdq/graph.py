@@ -85,23 +85,24 @@ def _spec(path: str, module: nn.Module, calls: list[Any]) -> LayerSpec:
 def _macs(module: nn.Module, args: Any, kwargs: Any) -> int:
     """Return the multiply-accumulates of a module for one sample, as far as torch counts them."""
     samples = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), 1)
-    with torch.no_grad(), _unfused(), FlopCounterMode(display=False) as counter:
+    # the fused kernels of recurrent layers and attention hide what they multiply
+    with (
+        warnings.catch_warnings(action="ignore", category=UserWarning),  # of kernels not there
+        torch.no_grad(), unfused_attention(), sdpa_kernel(SDPBackend.MATH),
+        torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter,
+    ):  # fmt: skip
         module(*args, **kwargs)
     flops: int = counter.get_total_flops()
     return flops // (2 * max(samples, 1))
 
 
 @contextmanager
-def _unfused() -> Iterator[None]:
-    """Avoid the kernels of recurrent layers and attention that hide what they multiply."""
+def unfused_attention() -> Iterator[None]:
+    """Let ``nn.MultiheadAttention`` compute by operations that others know, for a while."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with (
-            warnings.catch_warnings(action="ignore", category=UserWarning),  # of absent kernels
-            torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH),
-        ):  # fmt: skip
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from sdq import act_points, batch_norm, graph, signs, tracing
 from sdq.channel_bits import SettledQuantizer
@@ -205,6 +206,8 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, sample: Ten
 
 def _check_weights(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):  # the module is refused by name
+            continue
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise RequestError(
                 f"model: tensor {name!r} must be finite, got NaN or infinity; train it again"

@@ -7,7 +7,7 @@ from torch import fx, nn
 from sdq.tracer import inside
 from sdq.tracing import INPUT_SHAPE
 
-NEVER_NEGATIVE: tuple[type[nn.Module], ...] = (
+_NEVER_NEGATIVE: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Softplus,
 )  # fmt: skip
 _KEEPS_SIGN: tuple[type[nn.Module], ...] = (
@@ -21,21 +21,15 @@ _NEVER_NEGATIVE_CALLS = {
     "relu", "relu_", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square",
     "exp",
 }  # fmt: skip
-_KEEPS_SIGN_CALLS = {
+_KEEPS_SIGN_OF_ALL = {"cat", "concat", "stack", "add", "iadd", "mul", "imul"}
+_KEEPS_SIGN_OF_THE_FIRST = {
     "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d",
     "adaptive_avg_pool2d", "adaptive_max_pool2d", "boolean_dispatch", "flatten", "mean", "sum",
-    "view", "reshape", "contiguous", "getitem", "cat", "concat", "stack", "add", "iadd", "mul",
-    "imul",
-    "dropout", "squeeze", "unsqueeze", "permute", "transpose", "movedim", "pad", "amax", "clone",
-    "interpolate", "pixel_shuffle", "channel_shuffle", "chunk", "split", "unbind", "roll", "expand",
-    "repeat",
-}  # fmt: skip
-_OF_THE_FIRST = {
-    "flatten", "mean", "sum", "view", "reshape", "contiguous", "getitem", "squeeze", "unsqueeze",
-    "permute", "transpose", "movedim", "pad", "amax", "clone", "interpolate", "pixel_shuffle",
+    "view", "reshape", "contiguous", "getitem", "dropout", "squeeze", "unsqueeze", "permute",
+    "transpose", "movedim", "pad", "amax", "clone", "interpolate", "pixel_shuffle",
     "channel_shuffle", "chunk", "split", "unbind", "roll", "expand", "repeat",
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
 }  # fmt: skip
+"""Their other arguments are sizes, as in ``x.view(x.size(0), -1)``."""
 _UNLESS_NEGATIVE_NUMBER = {"add", "iadd", "mul", "imul", "pad"}
 
 
@@ -54,7 +48,7 @@ def _never_negative(net: nn.Module, node: fx.Node, known: dict[fx.Node, bool]) -
         known[node] = False  # while it is being asked
         always, keeps = _of_operation(net, node)
         sources = node.all_input_nodes
-        if _name(node) in _OF_THE_FIRST:  # the others are sizes, as in x.view(x.size(0), -1)
+        if _name(node) in _KEEPS_SIGN_OF_THE_FIRST:
             sources = sources[:1]
         known[node] = always or (
             keeps and bool(sources) and all(_never_negative(net, s, known) for s in sources)
@@ -69,7 +63,8 @@ def _of_operation(net: nn.Module, node: fx.Node) -> tuple[bool, bool]:
     if node.op not in ("call_function", "call_method"):
         return False, False
     name = _name(node)
-    always, keeps = name in _NEVER_NEGATIVE_CALLS, name in _KEEPS_SIGN_CALLS
+    always = name in _NEVER_NEGATIVE_CALLS
+    keeps = name in _KEEPS_SIGN_OF_ALL or name in _KEEPS_SIGN_OF_THE_FIRST
     if name in _UNLESS_NEGATIVE_NUMBER:  # as in relu(x) - 1, written x + (-1)
         numbers: tuple[Any, ...] = (*node.args, *node.kwargs.values())
         keeps = not any(isinstance(n, int | float) and n < 0 for n in numbers)
@@ -92,7 +87,7 @@ def _of_module(module: nn.Module, shape: tuple[int, ...] | None) -> tuple[bool, 
     kind = type(module)
     if module._forward_hooks or module._forward_pre_hooks:  # may do anything
         return False, False
-    if kind in NEVER_NEGATIVE:
+    if kind in _NEVER_NEGATIVE:
         return True, False
     if isinstance(module, nn.Hardtanh):
         return module.min_val >= 0, False

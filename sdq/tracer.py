@@ -10,12 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from sdq.errors import RequestError
 from sdq.refusals import KINDS, advice, has_layers, source_of
+from sdq.stand_ins import StandIn, of_shapes
 
 _REFUSED_CALLS: dict[Any, str] = {
     getattr(nn.functional, name): f"functional.{name}"
@@ -153,7 +153,7 @@ class Tracer(fx.Tracer):
     def _of_parameters(self, node: fx.Node) -> bool:
         """Tell whether a value follows from parameters alone, through no module."""
         if node.op == "get_attr":
-            return isinstance(self._attribute(node), nn.Parameter)
+            return isinstance(self.attribute(node), nn.Parameter)
         inputs = node.all_input_nodes
         calls = node.op in ("call_function", "call_method")
         return calls and bool(inputs) and all(self._of_parameters(read) for read in inputs)
@@ -180,7 +180,7 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return a stand-in for a step's value."""
-        return _Proxy(node, self)
+        return StandIn(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Decide by a value that follows from shapes."""
@@ -214,7 +214,7 @@ class Tracer(fx.Tracer):
         self._classing = True
         try:
             tensor = isinstance(self.evaluate(proxy.node, 0), Tensor)
-        except Exception:  # noqa: BLE001  what is wrong will show where it is computed
+        except TRACE_ERRORS:  # what is wrong will show where it is computed
             tensor = False
         finally:
             self._classing = False
@@ -253,7 +253,7 @@ class Tracer(fx.Tracer):
         args = fx.node.map_arg(node.args, lambda n: values[n])
         kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
         if node.op == "get_attr":
-            return self._attribute(node)
+            return self.attribute(node)
         if node.op == "call_module":
             return self.root.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
@@ -261,7 +261,8 @@ class Tracer(fx.Tracer):
         assert callable(node.target)
         return node.target(*args, **kwargs)
 
-    def _attribute(self, node: fx.Node) -> Any:
+    def attribute(self, node: fx.Node) -> Any:
+        """Return the parameter or buffer that a node reads."""
         before, self._evaluating = self._evaluating, True
         try:
             return operator.attrgetter(str(node.target))(self.root)
@@ -294,104 +295,6 @@ class Tracer(fx.Tracer):
         finally:
             del nn.Module.training
             torch.as_tensor = as_tensor
-
-
-class _Concrete(fx.Proxy):
-    """A value that Python may ask for a number, where it follows from shapes."""
-
-    def _number(self) -> Any:
-        tracer = self.tracer
-        assert isinstance(tracer, Tracer)
-        return tracer.concrete(self.node, "a number")
-
-    def __int__(self) -> int:
-        return int(self._number())
-
-    def __index__(self) -> int:
-        return operator.index(self._number())
-
-    def __float__(self) -> float:
-        return float(self._number())
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        return np.asarray(self._number(), dtype)
-
-    def __round__(self, digits: int | None = None) -> Any:
-        return round(self._number(), digits)
-
-    def __divmod__(self, other: Any) -> tuple[Any, Any]:
-        return self // other, self % other
-
-    def __len__(self) -> int:
-        tracer = self.tracer
-        assert isinstance(tracer, Tracer)
-        return sum(1 for _ in tracer.iter(self))
-
-
-class _Proxy(_Concrete):
-    def __getattr__(self, name: str) -> Any:
-        known = name in _SHAPE_ATTRIBUTES or name in _SHAPE_METHODS
-        if self.node.op == "get_attr" and known and isinstance(self.tracer, Tracer):
-            return getattr(self.tracer._attribute(self.node), name)
-        if name == "ndim":  # may be a key of a dict, and never changes
-            return int(_Attribute(self, name))
-        if name.startswith("__"):  # what NumPy and others look for does not exist
-            raise AttributeError(name)
-        return _Attribute(self, name)
-
-    def dim(self) -> int:
-        return int(_Attribute(self, "ndim"))
-
-    @property  # type: ignore[misc]  # what isinstance asks
-    def __class__(self) -> Any:
-        return self.tracer.class_of(self) if isinstance(self.tracer, Tracer) else type(self)
-
-
-def _in_place(name: str) -> Callable[[_Proxy, Any], Any]:
-    def method(x: _Proxy, other: Any) -> Any:
-        if of_shapes(x.node):  # a number has no place
-            return getattr(operator, name)(x, other)
-        return x.tracer.create_proxy("call_function", getattr(operator, f"i{name}"), (x, other), {})
-
-    return method
-
-
-IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
-
-for _name in IN_PLACE:  # torch.fx has none: Python would take ``x += y`` for ``x = x + y``
-    setattr(_Proxy, f"__i{_name}__", _in_place(_name))
-
-
-class _Attribute(_Concrete, fx.proxy.Attribute):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Attribute(self, name)
-
-
-_SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad"}
-
-_SHAPE_METHODS = {
-    "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous",
-    "is_floating_point", "get_device",
-}  # fmt: skip
-
-_SHAPE_FUNCTIONS = {len, torch.numel, torch.is_floating_point}
-
-
-def of_shapes(node: fx.Node) -> bool:
-    """Tell whether a value follows from the shapes of tensors, whatever is in them."""
-    if node.op == "call_function":
-        if node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES:
-            return True
-        if node.target in _SHAPE_FUNCTIONS:
-            return True
-    elif node.op == "call_method":
-        if node.target in _SHAPE_METHODS:
-            return True
-    else:
-        return False
-    return bool(node.all_input_nodes) and all(of_shapes(n) for n in node.all_input_nodes)
 
 
 def _from_libraries(function: Any) -> bool:

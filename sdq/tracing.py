@@ -24,7 +24,8 @@ from sdq.refusals import (
     skipped_modules,
     within,
 )
-from sdq.tracer import IN_PLACE, TRACE_ERRORS, KeptWhole, Tracer, reason_of
+from sdq.stand_ins import IN_PLACE
+from sdq.tracer import TRACE_ERRORS, KeptWhole, Tracer, reason_of
 
 _DROPOUTS: dict[Any, type[nn.Module]] = {
     nn.functional.dropout: nn.Dropout,

@@ -579,7 +579,6 @@ def test_a_parametrized_layer_may_stay_in_float(exact: Callable[..., Any]) -> No
     assert kinds(exact(net, images(), skip=("b",)))["b"] == "float"
 
 
-@pytest.mark.xfail(reason="weights are looked at before the layers are", strict=True)
 def test_lazy_modules_are_refused(refuses: Callable[..., Any]) -> None:
     net = nn.Sequential(nn.LazyConv2d(8, 3), Head())
     with refuses("model: layer '0' (LazyConv2d)"):
