@@ -50,7 +50,7 @@ class Tally:
             theirs: the runtime's trace. Reading the codes may keep a runtime from fusing; if its
                 output is not ``output``, its codes prove nothing and are not used.
         """
-        readable = torch.equal(output, theirs.output)
+        readable = bool(theirs.codes) and torch.equal(output, theirs.output)
         same = (decisions(ours.output) == decisions(output)).reshape(len(images), -1)
         self.readable &= readable
         self.equal += int(same.sum())
@@ -124,6 +124,8 @@ def first_flip_distance(
         wider codes than 8 bits it is that in 8 of their bits. None if no code differs.
     """
     for name, width in bits.items():
+        if name not in theirs:  # the runtime no longer has it
+            continue
         moved = ours[name] != theirs[name]
         if moved.any():
             low = torch.minimum(ours[name], theirs[name])[moved].double()
@@ -148,6 +150,6 @@ def _flipped(ours: Trace, theirs: Trace) -> Tensor:
     """Return for each image ``(N,)`` whether it has a code that differs."""
     count = len(ours.output)
     flipped = torch.zeros(count, dtype=torch.bool)
-    for name, codes in ours.codes.items():
-        flipped |= (codes != theirs.codes[name]).reshape(count, -1).any(dim=1)
+    for name, codes in theirs.codes.items():
+        flipped |= (ours.codes[name] != codes).reshape(count, -1).any(dim=1)
     return flipped

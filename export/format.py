@@ -1,8 +1,8 @@
 """What a file format is, and how a network is written in one.
 
 A format is a module ``export/formats/NAME.py`` with the attributes of :class:`Format`. Writing is
-the same for all of them: into a temporary file, which is read back and compared with the policy,
-and only then takes its place.
+the same for all of them: into a temporary folder, whose file is read back and compared with the
+policy, and only then takes its place.
 """
 
 import contextlib
@@ -62,12 +62,17 @@ Runner = Callable[[Tensor], Trace]
 the preprocessing."""
 
 
+class ToolMissing(RunError):
+    """A runtime needs a package or a program that is not installed; the message says which."""
+
+
 class Format(Protocol):
     """What a module in ``export/formats`` provides.
 
     Attributes:
-        FILE: the name of the file inside the export folder.
-        RUNTIMES: the names of the float32 runtimes :meth:`open_runtime` knows.
+        FILE: the name of the file inside the export folder that states the network.
+        RUNTIMES: the names of the runtimes :meth:`open_runtime` knows, in the order of the way
+            from the file to the device.
         REWRITES: those of them that rewrite the graph before they run it, so that reading the
             codes may change how they compute.
         ADVICE: what to do where a runtime deviates through a fault of its own. A runtime named
@@ -82,13 +87,16 @@ class Format(Protocol):
     def write(
         self,
         qmodel: QuantModel,
-        path: Path,
+        folder: Path,
         *,
         sample: Tensor,
         preprocessing: Normalization | None,
         metadata: Mapping[str, str],
     ) -> None:
-        """Write the network to ``path``; ``qmodel`` is left as it is."""
+        """Write ``FILE`` into an empty folder, with the files and folders that belong to it.
+
+        ``qmodel`` is left as it is.
+        """
 
     def bits(self, path: Path) -> dict[str, Bits]:
         """Return the bits of each layer's weight and of each activation quantizer, by name.
@@ -106,7 +114,14 @@ class Format(Protocol):
         """Run the file in the format's own runtime."""
 
     def open_runtime(self, path: Path, runtime: str, *, taps: bool) -> Runner:
-        """Return a runner in one of ``RUNTIMES``; with ``taps`` it also records the codes."""
+        """Return a runner in one of ``RUNTIMES``; with ``taps`` it also records the codes.
+
+        A runtime that no longer has some quantizer leaves out its codes.
+
+        Raises:
+            ToolMissing: it is not installed. The other runtimes are asked all the same.
+            RunError: it refuses the file.
+        """
 
     def open_exact(self, path: Path) -> Runner:
         """Return a runner in float64 that records the codes."""
@@ -123,6 +138,7 @@ class ExportResult:
         weight_bits: of each layer, as read back from the file.
         act_bits: of each activation quantizer, as read back from the file.
         file_bytes: its size.
+        others: names of the files and folders that were written with it.
     """
 
     format: str
@@ -131,6 +147,7 @@ class ExportResult:
     weight_bits: Mapping[str, Bits]
     act_bits: Mapping[str, Bits]
     file_bytes: int
+    others: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return a document that ``json.dumps`` takes; the path is relative to its folder."""
@@ -141,6 +158,7 @@ class ExportResult:
             "file_bytes": self.file_bytes,
             "weight_bits": {name: _plain(bits) for name, bits in self.weight_bits.items()},
             "act_bits": dict(self.act_bits),
+            "others": list(self.others),
         }
 
 
@@ -212,14 +230,17 @@ def write(
         )
     record = read_record(folder)
     with _folder(folder):
-        temporary = folder / f".{plugin.FILE}.{os.getpid()}.part"
+        temporary = folder / f".{name}.{os.getpid()}.part"
+        temporary.mkdir()
         try:
             plugin.write(
                 qmodel, temporary, sample=sample, preprocessing=preprocessing, metadata=texts
             )
-            bits = plugin.bits(temporary)
+            written = temporary / plugin.FILE
+            bits = plugin.bits(written)
             _check_bits(bits, expected_bits(qmodel))
-            content = temporary.read_bytes()
+            content = written.read_bytes()
+            others = sorted(path.name for path in temporary.iterdir() if path != written)
             layers = [layer.name for layer in qmodel.policy]
             result = ExportResult(
                 name,
@@ -228,16 +249,27 @@ def write(
                 {layer: bits[layer] for layer in layers},
                 {key: value for key, value in bits.items() if key not in layers},
                 len(content),
+                tuple(others),
             )
             record[name] = result.to_json() | {"policy": json.loads(qmodel.policy.to_json())}
             document = json.dumps({"schema": SCHEMA, "exports": record}, indent=2) + "\n"
-            _sync(temporary)
+            _sync(written)
             # the record first: if the disk is full now, the old file stays, or none is there
             write_bytes_atomically(folder / RECORD, document.encode())
-            os.replace(temporary, target)
+            for other in others:
+                _remove(folder / other)
+                os.replace(temporary / other, folder / other)
+            os.replace(written, target)
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
     return result
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from export.float32 import Tally
-from export.format import Format, Runner, expected_bits, load_format, read_record
+from export.format import Format, Runner, ToolMissing, expected_bits, load_format, read_record
 from export.reference import Reference
 from export.report import AGREEMENT, ExactStage, RuntimeStage, VerifyReport
 from sdq.batches import Normalization
@@ -77,7 +77,8 @@ def verify(
             plugin.open_exact(path), reference, inputs, prepare, batch_size, static
         )
         reasons += _judge_exact(exact, bool(differences))
-        runtimes = _compare_runtimes(plugin, path, reference, inputs, prepare, batch_size)
+        runtimes, missing = _compare_runtimes(plugin, path, reference, inputs, prepare, batch_size)
+        warnings += missing
         for stage in runtimes:
             found = _judge_runtime(stage)
             advice = plugin.ADVICE.get(stage.name)
@@ -257,17 +258,27 @@ def _compare_runtimes(
     inputs: Tensor,
     prepare: Preparation,
     batch_size: int,
-) -> list[RuntimeStage]:
-    plain = {x: plugin.open_runtime(path, x, taps=False) for x in plugin.REWRITES}
-    tapped = {x: plugin.open_runtime(path, x, taps=True) for x in plugin.RUNTIMES}
-    tallies = {x: Tally(reference) for x in plugin.RUNTIMES}
+) -> tuple[list[RuntimeStage], list[str]]:
+    """Return a stage for each runtime that is installed, and what is to be said of the others."""
+    plain: dict[str, Runner] = {}
+    tapped: dict[str, Runner] = {}
+    missing = []
+    for runtime in plugin.RUNTIMES:
+        try:
+            tapped[runtime] = plugin.open_runtime(path, runtime, taps=True)
+        except ToolMissing as error:
+            missing.append(f"{runtime}: not run: {error}")
+            continue
+        if runtime in plugin.REWRITES:
+            plain[runtime] = plugin.open_runtime(path, runtime, taps=False)
+    tallies = {runtime: Tally(reference) for runtime in tapped}
     for images, feed in _chunks(inputs, prepare, batch_size):
         ours = reference.float32(images)
         for runtime, tally in tallies.items():
             theirs = tapped[runtime](feed)
             output = plain[runtime](feed).output if runtime in plain else theirs.output
             tally.add(images, ours, output, theirs)
-    return [tally.stage(runtime) for runtime, tally in tallies.items()]
+    return [tally.stage(runtime) for runtime, tally in tallies.items()], missing
 
 
 def _judge_runtime(stage: RuntimeStage) -> list[str]:

@@ -61,7 +61,7 @@ _LEVELS = {
 
 def write(
     qmodel: QuantModel,
-    path: Path,
+    folder: Path,
     *,
     sample: Tensor,
     preprocessing: Normalization | None = None,
@@ -86,7 +86,7 @@ def write(
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise RunError(f"export: the graph must be valid ONNX, but: {error}") from error
-    graph.save(model, path, metadata)
+    graph.save(model, folder / FILE, metadata)
 
 
 def metadata(path: Path) -> dict[str, str]:

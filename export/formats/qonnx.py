@@ -56,7 +56,7 @@ _MAKERS = (*_QUANTIZERS, *channels.JOINS)
 
 def write(
     qmodel: QuantModel,
-    path: Path,
+    folder: Path,
     *,
     sample: Tensor,
     preprocessing: Normalization | None = None,
@@ -70,7 +70,7 @@ def write(
     model = trace(qmodel, "qonnx", sample)
     if preprocessing is not None:
         graph.prepend_preprocessing_(model, preprocessing)
-    graph.save(_cleaned(model), path, metadata)
+    graph.save(_cleaned(model), folder / FILE, metadata)
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Verification must be able to fail: each kind of damage is found, and its place is named."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -10,7 +11,7 @@ from onnx import numpy_helper
 
 import export
 from export.float32 import Tally, decisions, first_flip_distance
-from export.format import Trace
+from export.format import ToolMissing, Trace, load_format
 from export.reference import Reference
 from sdq.batches import Normalization
 from sdq.errors import RequestError
@@ -210,6 +211,28 @@ def test_the_report_is_json_and_lines(tmp_path, network, sample, images):
     assert document["runtimes"][0]["name"] == "onnxruntime, optimisations off"
     assert report.lines[0].startswith("model.onnx: verified")
     assert len(report.lines) == 2 + len(report.runtimes) + len(report.warnings)
+
+
+def test_a_runtime_that_is_not_installed_is_named_and_the_others_run(
+    tmp_path, network, sample, images
+):
+    plugin = load_format("onnx")[1]
+
+    def open_runtime(path, runtime, *, taps):
+        if runtime == "board":
+            raise ToolMissing("the board's tools must be installed; pip install board")
+        return plugin.open_runtime(path, runtime, taps=taps)
+
+    changed = {"RUNTIMES": (*plugin.RUNTIMES, "board"), "open_runtime": open_runtime}
+    with_board = SimpleNamespace(**{**vars(plugin), **changed})
+    qmodel = network("plain")
+    export.write(qmodel, tmp_path, format="onnx", sample=sample)
+    report = export.verify(qmodel, tmp_path, format=with_board, inputs=images)
+    assert report.verified
+    assert [stage.name for stage in report.runtimes] == list(plugin.RUNTIMES)
+    assert report.warnings == (
+        "board: not run: the board's tools must be installed; pip install board",
+    )
 
 
 def test_the_output_step_is_of_the_last_layer(network):

@@ -153,6 +153,25 @@ def test_bits_that_are_not_the_policys_are_not_written(tmp_path, network, sample
     assert not (tmp_path / "out").exists()
 
 
+def test_what_belongs_to_the_file_is_written_and_replaced_with_it(tmp_path, network, sample):
+    plugin = load_format("qonnx")[1]
+
+    def write(qmodel, folder, **options):
+        plugin.write(qmodel, folder, **options)
+        (folder / "notes.txt").write_text("how to build")
+        (folder / "project").mkdir()
+        (folder / "project" / "part.cpp").touch()
+
+    project = SimpleNamespace(**{**vars(plugin), "write": write})
+    result = export.write(network("plain"), tmp_path, format=project, sample=sample)
+    assert result.others == ("notes.txt", "project")
+    (tmp_path / "project" / "old.cpp").touch()
+    export.write(network("plain"), tmp_path, format=project, sample=sample, overwrite=True)
+    assert [path.name for path in (tmp_path / "project").iterdir()] == ["part.cpp"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"export.json", plugin.FILE, "notes.txt", "project"}
+
+
 def test_a_module_serves_as_format(tmp_path, network, sample):
     result = export.write(network("plain"), tmp_path, format=load_format("qonnx")[1], sample=sample)
     assert result.format == "qonnx"
