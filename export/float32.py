@@ -33,8 +33,11 @@ class Tally:
     decisions: int = 0
     images: int = 0
     flipped: int = 0
+    codes: int = 0
+    different: dict[str, int] = field(default_factory=dict)
     readable: bool = True
     finite: bool = True
+    ties: int = 0
     exceptions: int = 0
     explained: int = 0
     tie_distance: float | None = None
@@ -58,32 +61,61 @@ class Tally:
         self.images += len(images)
         self.finite &= bool(torch.isfinite(output).all())
         self.differences.append((ours.output - output).abs().reshape(-1))
-        self.flipped += int(_flipped(ours, theirs).sum())
-        for index in (~same.all(dim=1)).nonzero().reshape(-1).tolist():
-            codes = _of_image(ours, index)
-            others = _of_image(theirs, index) if readable else codes
-            self._explain(images[index : index + 1], codes, others)
+        flipped = self._count(ours, theirs)
+        exceptions = ~same.all(dim=1)
+        odd = (exceptions | (flipped & readable)).nonzero().reshape(-1)
+        for some in odd.split(8) if len(odd) else ():  # in float64, so few at a time
+            mine = _of_images(ours, some)
+            others = _of_images(theirs, some) if readable else mine
+            self._explain(images[some], mine, others, exceptions[some])
 
-    def _explain(self, image: Tensor, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-        self.exceptions += 1
-        output, before = self.reference.replay(image, ours)
-        distance = first_flip_distance(self.reference.bits, ours, theirs, before)
-        if distance is not None:
-            self.explained += distance <= TIE
-            self.tie_distance = max(self.tie_distance or 0.0, distance)
-        elif output.dim() > 1 and output.shape[1] > 1:
-            top = output.topk(2, dim=1).values
-            self.explained += bool((top[:, 0] - top[:, 1]).min() <= OUTPUT_TIE * output.abs().max())
-        else:
-            self.explained += bool(output.abs().min() <= OUTPUT_TIE * output.abs().max())
+    def _count(self, ours: Trace, theirs: Trace) -> Tensor:
+        """Count codes that differ, by quantizer; return ``(N,)``: the images that have one."""
+        flipped = torch.zeros(len(ours.output), dtype=torch.bool)
+        for name, codes in theirs.codes.items():
+            moved = ours.codes[name] != codes
+            self.codes += moved.numel()
+            self.different[name] = self.different.get(name, 0) + int(moved.sum())
+            flipped |= moved.reshape(len(flipped), -1).any(dim=1)
+        self.flipped += int(flipped.sum())
+        return flipped
+
+    def _explain(
+        self,
+        images: Tensor,
+        ours: dict[str, Tensor],
+        theirs: dict[str, Tensor],
+        exceptions: Tensor,
+    ) -> None:
+        """Find what the differences of images began with; ``exceptions`` differ in decisions."""
+        output, before = self.reference.replay(images, ours)
+        for index, exception in enumerate(exceptions.tolist()):
+            one = torch.tensor([index])
+            mine, other, values = (_rows(x, len(images), one) for x in (ours, theirs, before))
+            distance = first_flip_distance(self.reference.bits, mine, other, values)
+            if distance is not None:
+                tie = distance <= TIE
+                self.ties += tie
+                if exception:
+                    self.tie_distance = max(self.tie_distance or 0.0, distance)
+            else:
+                tie = _near_tie(output[one])
+            if exception:
+                self.exceptions += 1
+                self.explained += tie
 
     def stage(self, name: str) -> RuntimeStage:
         """Return what was counted for the runtime of this name."""
         step = self.reference.output_step()
         differences = torch.cat(self.differences) / (step or 1.0)
+        first = next((x for x in self.reference.names if self.different.get(x)), None)
         return RuntimeStage(
             name, self.equal / self.decisions,
             self.flipped / self.images if self.readable else None,
+            self.codes if self.readable else 0,
+            sum(self.different.values()) if self.readable else 0,
+            first if self.readable else None,
+            self.ties if self.readable else 0,
             float(differences.median()), float(differences.max()), step, self.finite,
             self.exceptions, self.explained, self.tie_distance,
         )  # fmt: skip
@@ -137,19 +169,23 @@ def first_flip_distance(
     return None
 
 
-def _of_image(trace: Trace, index: int) -> dict[str, Tensor]:
-    """Return the codes of one image, also where it has several rows (windows, say)."""
-    found = {}
-    for name, codes in trace.codes.items():
-        rows = len(codes) // len(trace.output)
-        found[name] = codes[index * rows : (index + 1) * rows]
-    return found
+def _near_tie(output: Tensor) -> bool:
+    """Tell whether the decision of one image stands on a boundary."""
+    if output.dim() > 1 and output.shape[1] > 1:
+        top = output.topk(2, dim=1).values
+        margin = (top[:, 0] - top[:, 1]).min()
+    else:
+        margin = output.abs().min()
+    return bool(margin <= OUTPUT_TIE * output.abs().max())
 
 
-def _flipped(ours: Trace, theirs: Trace) -> Tensor:
-    """Return for each image ``(N,)`` whether it has a code that differs."""
-    count = len(ours.output)
-    flipped = torch.zeros(count, dtype=torch.bool)
-    for name, codes in theirs.codes.items():
-        flipped |= (ours.codes[name] != codes).reshape(count, -1).any(dim=1)
-    return flipped
+def _of_images(trace: Trace, indices: Tensor) -> dict[str, Tensor]:
+    return _rows(trace.codes, len(trace.output), indices)
+
+
+def _rows(tensors: Mapping[str, Tensor], count: int, indices: Tensor) -> dict[str, Tensor]:
+    """Return what belongs to some of ``count`` images, which may have several rows each."""
+    return {
+        name: x.reshape(count, len(x) // count, *x.shape[1:])[indices].flatten(0, 1)
+        for name, x in tensors.items()
+    }

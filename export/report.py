@@ -46,6 +46,11 @@ class RuntimeStage:
         agreement: share of equal decisions (the class of an image, or of each pixel).
         flipped: share of the images with a code that differs; None where reading the codes would
             change how the runtime computes, and flips show in the outputs alone.
+        codes: integer codes of activations that were compared: of the quantizers that the runtime
+            still has.
+        different: how many of them differ.
+        first_difference: the first activation quantizer, in execution order, with one that does.
+        ties: images whose first code that differs stood on a rounding boundary.
         median_difference: of an output value; in output steps, or absolute without a step.
         largest_difference: likewise.
         output_step: input scale times the smallest weight scale of the last layer; None if that
@@ -60,6 +65,10 @@ class RuntimeStage:
     name: str
     agreement: float
     flipped: float | None
+    codes: int
+    different: int
+    first_difference: str | None
+    ties: int
     median_difference: float
     largest_difference: float
     output_step: float | None
@@ -72,9 +81,14 @@ class RuntimeStage:
     def line(self) -> str:
         """One line for people."""
         unit = "output steps" if self.output_step else "(no output step)"
-        flips = "not readable" if self.flipped is None else f"{self.flipped:.1%} of the images"
+        flips = "codes not readable"
+        if self.flipped is not None:
+            where = f" (first at {self.first_difference})" if self.first_difference else ""
+            flips = f"{self.different} of {self.codes} codes differ{where}"
+            if self.different:
+                flips += f", in {self.flipped:.1%} of the images, {self.ties} of them by a tie"
         text = (
-            f"{self.name}: {self.agreement:.2%} of the decisions agree; flipped codes: {flips}; "
+            f"{self.name}: {self.agreement:.2%} of the decisions agree; {flips}; "
             f"difference {self.median_difference:.2g} median, {self.largest_difference:.2g} "
             f"largest {unit}"
         )

@@ -307,6 +307,8 @@ def test_an_exception_is_explained_by_a_tie_only(network, images):
     assert (stage.exceptions, stage.explained) == (1, 0)
     assert stage.tie_distance > 0.3
     assert stage.flipped == 1 / len(images)
+    assert (stage.different, stage.first_difference, stage.ties) == (1, "8_input", 0)
+    assert stage.codes == sum(codes.numel() for codes in ours.codes.values())
     assert stage.agreement == 1 - 1 / len(images)
 
     # no code differs, and the output is far from a tie: unexplained
@@ -314,6 +316,22 @@ def test_an_exception_is_explained_by_a_tie_only(network, images):
     theirs = nudged(ours, None, far, 0)
     tally.add(images, ours, theirs.output, theirs)
     assert (tally.exceptions, tally.explained, tally.tie_distance) == (1, 0, None)
+
+
+def test_a_flip_that_changes_no_decision_is_counted_and_explained(network, images):
+    reference = Reference(network("plain", bits=3))
+    ours = reference.float32(images)
+    codes = {name: value.clone() for name, value in ours.codes.items()}
+    codes["8_input"][3, 0, 0, 0] += 2  # across two boundaries: no tie
+    del codes["0_input"]  # a runtime without this quantizer
+    tally = Tally(reference)
+    tally.add(images, ours, ours.output, Trace(ours.output, codes))
+    stage = tally.stage("elsewhere")
+    assert (stage.different, stage.first_difference, stage.ties) == (1, "8_input", 0)
+    assert stage.codes == sum(x.numel() for x in codes.values())
+    assert (stage.exceptions, stage.agreement, stage.flipped) == (0, 1, 1 / len(images))
+    assert "1 of" in stage.line
+    assert "first at 8_input" in stage.line
 
 
 def test_an_exception_that_begins_on_a_boundary_is_explained(network, images):
@@ -331,6 +349,7 @@ def test_an_exception_that_begins_on_a_boundary_is_explained(network, images):
     tally.add(images, ours, theirs.output, theirs)
     assert (tally.exceptions, tally.explained) == (1, 1)
     assert tally.tie_distance == pytest.approx(float(distance.min()), abs=1e-12)
+    assert tally.stage("somewhere").ties == 1
     assert tally.tie_distance < 1e-3
 
 
