@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import _reports
+
 from sdq.cli.main import main as sdq
 
 FIGURES = ("accuracy", "balanced_accuracy", "auc")
@@ -39,10 +41,7 @@ def run(arguments: list[str], out: Path) -> float:
 
 def main() -> None:
     """Run everything and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--data-root")
-    parser.add_argument("--model", default="resnet20")
+    parser = _reports.data_parser(__doc__)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--float-epochs", default="20")
     parser.add_argument("--bits", default="2.0")
@@ -52,7 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", type=Path, required=True)
     options = parser.parse_args()
-    root = ["--data-root", options.data_root] if options.data_root else []
+    root = ["--data-root", str(options.data_root)] if options.data_root else []
     data = ["--data", options.data, *root]
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds.split(","):
@@ -105,7 +104,7 @@ def write_table(options: argparse.Namespace, results: dict[str, list[dict[str, A
         "|---|" + "---|" * (len(FIGURES) + 3),
     ]
     for name, rows in results.items():
-        cells = [spread([row[key] for row in rows]) for key in FIGURES]
+        cells = [_reports.spread([row[key] for row in rows]) for key in FIGURES]
         size = f"{max(r['bytes'] for r in rows):,.0f}" if "bytes" in rows[0] else "-"
         bits = max(row["bits"] for row in rows)
         seconds = statistics.mean(row["seconds"] for row in rows)
@@ -116,15 +115,7 @@ def write_table(options: argparse.Namespace, results: dict[str, list[dict[str, A
         for seed, row in zip(options.seeds.split(","), rows, strict=True):
             cells = [f"{row[key]:.4f}" for key in FIGURES]
             lines.append(f"| {name} | {seed} | {' | '.join(cells)} | {row['bits']:.4f} |")
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
-def spread(values: list[float]) -> str:
-    """Return mean ± standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+    _reports.write(options.table, lines)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ operands of additions, concatenations and products quantized too (folded as well
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import _reports
 import torch
 from torch import nn
 
@@ -72,11 +72,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--data-root", type=Path)
+    parser = _reports.data_parser(__doc__, model=None)
     parser.add_argument(
         "--models",
         default="vgg_like,vgg16_slim,resnet20,resnet18,resnet50,mobilenet_v1,mobilenet_v2,"
@@ -110,13 +106,10 @@ def trained(name: str, splits: Any, train: Batches, options: argparse.Namespace)
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the table as Markdown."""
-    words = list(sys.argv[1:])
-    if "--data-root" in words:
-        words[words.index("--data-root") + 1] = "DIR"
     lines = [
         f"# 8 bits everywhere, without training: {options.data}",
         "",
-        f"`python benchmarks/eight_bits.py {' '.join(words)}`",
+        f"`{_reports.command()}`",
         "",
         f"Accuracy on the test split, seed {options.seed}, {options.epochs} epochs of float "
         "training. Below the accuracy, its difference from float in points, and the share of test "
@@ -138,9 +131,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             f"| {row['model']} | {row['parameters']:,} | {row['float']:.4f} | {' | '.join(cells)} "
             f"| {row['default, seconds']:.1f} | {'met' if met else '**missed**'} |"
         )
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    _reports.write(options.table, lines)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ draws. What is in ``--out`` already is not done again, so several calls gather i
 
 import argparse
 import json
-import shlex
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import _reports
 import torch
 from torch import Tensor
 
@@ -30,9 +29,8 @@ from sdq.ptq import soft_labelled
 
 
 def open_seed(options: argparse.Namespace, seed: int) -> Source:
-    request = inp.DataRequest(
-        options.data, options.data_root, mean=options.mean, std=options.std, seed=seed
-    )
+    root = str(options.data_root) if options.data_root else None
+    request = inp.DataRequest(options.data, root, mean=options.mean, std=options.std, seed=seed)
     folder = Path(options.from_.replace("-S", f"-{seed}")) if options.from_ else None
     return open_source(options.model, options.weights, folder, request)
 
@@ -148,9 +146,7 @@ def write_table(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None
 
 def main() -> None:
     """Measure, and write the table if one is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--data-root")
+    parser = _reports.data_parser(__doc__, model=None)
     parser.add_argument("--model")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--from", dest="from_")
@@ -166,7 +162,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path)
     parser.add_argument("--commands", nargs="*", help="Shown in the table; default: this one.")
     options = parser.parse_args()
-    options.commands = options.commands or [shlex.join(["python", *sys.argv])]
+    options.commands = options.commands or [_reports.command()]
 
     def rows() -> list[dict[str, Any]]:
         lines = options.out.read_text().splitlines() if options.out.exists() else []

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _reports
 import torch
 from torch import nn
 
@@ -45,12 +46,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--model", default="resnet20")
+    parser = _reports.data_parser(__doc__)
     parser.add_argument("--bits", type=float, default=2.0)
     parser.add_argument("--float-epochs", type=int, default=20)
     parser.add_argument("--search-epochs", type=int, default=4)
@@ -88,11 +84,11 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
             )  # fmt: skip
 
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before, start = resident("VmRSS"), time.process_time()
+    before, start = _reports.resident("VmRSS"), time.process_time()
     run()
     seconds = time.process_time() - start
     epochs = options.float_epochs if options.only == FLOAT else 1  # every epoch costs the same
-    return {"seconds": seconds * epochs, "bytes": max(resident("VmHWM") - before, 0)}
+    return {"seconds": seconds * epochs, "bytes": max(_reports.resident("VmHWM") - before, 0)}
 
 
 def network(options: argparse.Namespace, splits: Any) -> nn.Module:
@@ -101,22 +97,13 @@ def network(options: argparse.Namespace, splits: Any) -> nn.Module:
     return found
 
 
-def resident(field: str) -> int:
-    """Return the resident set (VmRSS) or its highest value (VmHWM) in bytes."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if field in x)
-    return int(line.split()[1]) * 1024
-
-
 def write(options: argparse.Namespace, rows: dict[str, dict[str, float]]) -> None:
     """Write the table as Markdown."""
-    words = list(sys.argv[1:])
-    if "--data-root" in words:
-        words[words.index("--data-root") + 1] = "DIR"
     base = rows[FLOAT]
     lines = [
         f"# What a search costs: {options.model} on {options.data}",
         "",
-        f"`python benchmarks/search_cost.py {' '.join(words)}`",
+        f"`{_reports.command()}`",
         "",
         f"Budget {options.bits:g} bits; {options.search_epochs} epochs of search where a method "
         f"trains; the float training has {options.float_epochs} epochs, of which one was measured. "
@@ -131,10 +118,7 @@ def write(options: argparse.Namespace, rows: dict[str, dict[str, float]]) -> Non
             f"| {name} | {row['seconds']:.1f} | {row['seconds'] / base['seconds']:.3f} | "
             f"{row['bytes'] / 2**20:.0f} | {row['bytes'] / base['bytes']:.2f} |"
         )
-    print("\n".join(lines))
-    if options.table:
-        options.table.parent.mkdir(parents=True, exist_ok=True)
-        options.table.write_text("\n".join(lines) + "\n")
+    _reports.write(options.table, lines)
 
 
 if __name__ == "__main__":

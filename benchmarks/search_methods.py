@@ -15,11 +15,11 @@ kept in ``--out``; interrupted, the command goes on where it stopped.
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import _reports
 import torch
 from torch import nn
 
@@ -53,12 +53,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--model", default="resnet20")
+    parser = _reports.data_parser(__doc__)
     parser.add_argument("--weights", type=Path, help="float weights to start from")
     parser.add_argument("--mean", default=None, help="with --weights: their normalisation")
     parser.add_argument("--std", default=None)
@@ -193,7 +188,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         f"(where a method trains), {options.epochs} of fine-tuning, {options.act_bits}-bit "
         f"activations, {edges}. torch {torch.__version__}, device {options.device}.",
         "",
-        f"`python benchmarks/search_methods.py {command()}`",
+        f"`{_reports.command()}`",
         "",
         "`budget` is the mean of the searched layers' weight bits, `bits` what the policy has. "
         "`deviation` is that of the loss over the steps of the search's second half, `use` the "
@@ -208,7 +203,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         groups.setdefault((row["variant"], row["bits"]), []).append(row)
     for (variant, bits), found in groups.items():
-        cells = [spread([row[key] for row in found]) for key in FIGURES]
+        cells = [_reports.spread([row[key] for row in found]) for key in FIGURES]
         if variant == "float":
             lines.append(f"| float | 32 | {' | '.join(cells)} | 32 | | | | |")
             continue
@@ -228,24 +223,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         if variant != "float":
             lists = "; ".join("".join(map(str, row["policy"])) for row in found)
             lines.append(f"- {variant}, {bits:g}: {lists}")
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
-def command() -> str:
-    """Return the arguments of this run, folders outside the project by a name that says what."""
-    words = sys.argv[1:]
-    for option, name in (("--data-root", "DIR"), ("--weights", "FILE")):
-        if option in words:
-            words[words.index(option) + 1] = name
-    return " ".join(f"'{w}'" if ";" in w else w for w in words)
-
-
-def spread(values: list[float]) -> str:
-    """Return mean ± standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+    _reports.write(options.table, lines)
 
 
 if __name__ == "__main__":

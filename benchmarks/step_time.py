@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import _reports
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -260,19 +261,15 @@ def own_peak(name: str, side: int, device: str) -> int:
         before = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is of imports: forget it
-        before = resident("VmRSS")
+        before = _reports.resident("VmRSS")
     step = VARIANTS[name](images, labels)
     if device == "cpu":  # calibration, once a run, is not the step
         Path("/proc/self/clear_refs").write_text("5")
     for _ in range(WARMUP):
         step()
-    return (torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")) - before
-
-
-def resident(field: str) -> int:
-    """Return the resident set (VmRSS) or its highest value (VmHWM) in bytes."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if field in x)
-    return int(line.split()[1]) * 1024
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() - before
+    return _reports.resident("VmHWM") - before
 
 
 # ---------------------------------------------------------------------------------------- reporting
@@ -315,7 +312,7 @@ def table(side: int, options: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Measure every variant and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = _reports.parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=25)

@@ -15,7 +15,8 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from export.graph import PREPROCESSING, QUANTIZER_NODES, remove_unused_
-from export.operators import OPERATORS, Attributes, attributes, tensor
+from export.operands import Attributes, attributes, tensor
+from export.operators import OPERATORS
 from sdq.errors import RunError
 
 

@@ -176,6 +176,81 @@ def exact(tmp_path: Path) -> Callable[..., QuantModel]:
     return check
 
 
+class Between(nn.Module):
+    """A function between two convolutions; ``parts`` are what it may use besides."""
+
+    def __init__(self, compute: Callable[[Any, Tensor], Any], **parts: Any) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+        self.compute = compute
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.compute(self, self.a(x))).mean((2, 3)))
+
+
+class Head(nn.Module):
+    """The mean over positions, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.mean((2, 3)))
+
+
+def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
+
+
+def _images() -> Tensor:
+    """Noise, and a colour for each image, so that the means of images differ."""
+    rng = torch.Generator().manual_seed(1)
+    colours = torch.randn(16, 3, 1, 1, generator=rng)
+    return colours + torch.randn(16, 3, 12, 12, generator=rng)
+
+
+@pytest.fixture
+def seeded() -> Callable[[Callable[[], nn.Module]], nn.Module]:
+    """Return a function that makes a network, always with the same weights."""
+    return _seeded
+
+
+@pytest.fixture
+def between() -> Callable[..., nn.Module]:
+    """Return a function that makes the network ``Between``, always with the same weights."""
+    return lambda compute, **parts: _seeded(lambda: Between(compute, **parts))
+
+
+@pytest.fixture
+def head() -> Callable[[], nn.Module]:
+    return Head
+
+
+@pytest.fixture
+def images() -> Callable[[], Tensor]:
+    """Return a function that makes sixteen images of 3 x 12 x 12."""
+    return _images
+
+
+@pytest.fixture
+def quantized() -> Callable[..., QuantModel]:
+    """Return a function that quantizes a network for those images, and calibrates it on them."""
+
+    def make(net: nn.Module, **config: Any) -> QuantModel:
+        sample = torch.zeros_like(_images()[:1])
+        qmodel = quantize(net, QuantConfig(**{"act_bits": 8, **config}), sample=sample)
+        calibrate_(qmodel, [(_images(), torch.zeros(16))])
+        return qmodel
+
+    return make
+
+
 @pytest.fixture
 def all_of() -> Callable[[Any, str], Tensor]:
     """Return a function that reads every image of a part of the splits."""

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = sorted(FOLDER.glob("[!_]*.py"))  # what they share has a name that begins with _
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # typer imports what click deprecates
 @pytest.mark.skipif(importlib.util.find_spec("brevitas") is None, reason="brevitas is absent")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_a_script_finds_what_it_imports(script: Path) -> None:
+def test_a_script_finds_what_it_imports(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])  # as for a script that is run
     spec = importlib.util.spec_from_file_location(f"benchmark_{script.stem}", script)
     assert spec is not None
     assert spec.loader is not None
@@ -23,9 +25,19 @@ def test_a_script_finds_what_it_imports(script: Path) -> None:
     assert "benchmarks/" in (module.__doc__ or "")  # the command that reproduces its results
 
 
+def test_a_printed_command_names_no_folder_of_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    reports = importlib.import_module("_reports")
+    given = ["/x/ptq.py", "--data-root", "/y", "--weights=/z/w", "--variants", "a;b=1", "--bits=2"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert reports.command() == (
+        "python benchmarks/ptq.py --data-root DIR --weights=FILE --variants 'a;b=1' --bits=2"
+    )
+
+
 @pytest.mark.slow
 def test_a_search_method_is_measured_and_goes_on(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "search_methods.py"
+    script = FOLDER / "search_methods.py"
     command = [
         sys.executable, "-W", "ignore", script, "--data", "synthetic_derm", "--model", "mlp",
         "--train-images", "200", "--float-epochs", "1", "--search-epochs", "1", "--epochs", "1",

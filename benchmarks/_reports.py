@@ -1,0 +1,56 @@
+"""What the benchmark scripts share: common options, the command a table prints, its figures."""
+
+import argparse
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+OUTSIDE = {"--data-root": "DIR", "--weights": "FILE"}
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help is the script's docstring."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def data_parser(description: str | None, model: str | None = "resnet20") -> argparse.ArgumentParser:
+    """Return a parser of the data set and, with a default, of the model."""
+    found = parser(description)
+    found.add_argument("--data", required=True)
+    found.add_argument("--data-root", type=Path)
+    if model is not None:
+        found.add_argument("--model", default=model)
+    return found
+
+
+def command() -> str:
+    """Return this run's command; what lies outside the project by a name that says what it is."""
+    words = sys.argv[1:]
+    for option, name in OUTSIDE.items():
+        if option in words:
+            words[words.index(option) + 1] = name
+        words = [f"{option}={name}" if w.startswith(f"{option}=") else w for w in words]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
+def spread(values: list[float]) -> str:
+    """Return mean ± standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+
+
+def resident(field: str) -> int:
+    """Return the resident set (VmRSS) or its highest value (VmHWM) in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if field in x)
+    return int(line.split()[1]) * 1024
+
+
+def write(table: Path | None, lines: list[str]) -> None:
+    """Print a table's lines, and write them to its file if one is given."""
+    print("\n".join(lines))
+    if table is not None:
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text("\n".join(lines) + "\n")

@@ -1,0 +1,39 @@
+"""What an operator is given: a node's attributes, and tensors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from torch import Tensor
+
+Attributes = dict[str, Any]
+Operator = Callable[..., Any]
+
+
+def attributes(node: onnx.NodeProto) -> Attributes:
+    """Return a node's attributes, and the number of its outputs, on which a Split depends."""
+    found = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    return {"num_outputs": len(node.output), **found}
+
+
+def tensor(proto: onnx.TensorProto, single: bool = False) -> Tensor:
+    """Return a stored tensor; floats in float64, unless ``single``."""
+    values = torch.from_numpy(np.array(numpy_helper.to_array(proto)))
+    return values.double() if values.is_floating_point() and not single else values
+
+
+def ints(x: Tensor) -> list[int]:
+    """Return the values of a tensor of sizes, axes or the like."""
+    return [int(v) for v in x.reshape(-1).tolist()]
+
+
+def along(axis: int, x: Tensor, parameter: Tensor) -> Tensor:
+    """Shape a per-axis parameter so that it broadcasts to ``x``."""
+    if parameter.numel() == 1:
+        return parameter.reshape(())
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return parameter.reshape(shape)

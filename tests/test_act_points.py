@@ -1,0 +1,197 @@
+"""What integer hardware stores between layers is quantized, and what it adds has one scale."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import export
+from sdq.apply_policy import apply_policy_
+from sdq.calibration import calibrate_
+from sdq.policy import BitwidthPolicy, LayerBits
+from sdq.quant_model import QuantModel
+
+SAMPLE = torch.zeros(1, 3, 12, 12)
+
+
+class Head(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.mean((2, 3)))
+
+
+def scales(qmodel: QuantModel) -> list[set[str]]:
+    """Return the paths of the quantizers that share a scale."""
+    found: dict[int, set[str]] = {}
+    for path, quantizer in qmodel.act_quantizers().items():
+        found.setdefault(id(quantizer), set()).add(path)
+    return list(found.values())
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.b, self.c = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.head = Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.a(x)))
+        return self.head(self.c(F.relu(self.b(x) + x)))
+
+
+class Excited(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.pool = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1)
+        self.down, self.up = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.last = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        x = x * torch.sigmoid(self.up(F.relu(self.down(self.pool(x)))))
+        return self.last(x).mean((2, 3))
+
+
+class Concatenated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.c, self.head = nn.Conv2d(8, 8, 1), Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.c(torch.cat([F.relu(self.a(x)), self.b(x).tanh()], 1))))
+
+
+class Chained(nn.Module):
+    """Every layer reads all before it: one concatenation in the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.layers = nn.ModuleList(nn.Conv2d(4 * i, 4, 3, padding=1) for i in (1, 2, 3))
+        self.head = Head(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        for layer in self.layers:
+            x = torch.cat([x, F.relu(layer(x))], 1)
+        return self.head(x)
+
+
+DATAPATHS: dict[str, tuple[Callable[[], nn.Module], list[set[str]]]] = {
+    "residual": (
+        Residual,
+        [{"a_input"}, {"b_input", "b_output"}, {"c_input"}, {"head.linear_input"}],
+    ),
+    "squeeze and excitation": (
+        Excited,
+        [{"a_input"}, {"relu_output"}, {"down_input"}, {"up_input"}, {"sigmoid_output"},
+         {"last_input"}, {"mean_output"}],
+    ),
+    "concatenation": (
+        Concatenated,
+        [{"a_input"}, {"relu_output", "tanh_output", "c_input"}, {"head.linear_input"}],
+    ),
+    "chain of concatenations": (
+        Chained,
+        [{"first_input"},
+         {"layers.0_input", "relu_1_output", "layers.1_input", "relu_2_output", "layers.2_input",
+          "relu_3_output", "cat_2_output"},
+         {"head.linear_input"}],
+    ),
+    "average pool": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AvgPool2d(2), nn.MaxPool2d(2), nn.Conv2d(8, 8, 1),
+            Head(),
+        ),
+        # what is averaged is stored, and so is what the layer reads
+        [{"0_input"}, {"_2_output"}, {"4_input"}, {"5.linear_input"}],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DATAPATHS)
+def test_what_hardware_adds_or_joins_has_one_scale(
+    name: str, exact: Callable[..., Any], images: Callable[[], Tensor],
+    seeded: Callable[..., nn.Module], quantized: Callable[..., QuantModel],
+) -> None:  # fmt: skip
+    make, expected = DATAPATHS[name]
+    # twice the quantizers, and one scale for tensors of different sizes
+    qmodel = exact(seeded(make), images(), integer_datapath=True, error=1e-2)
+    assert scales(qmodel) == expected
+    plain = quantized(seeded(make))
+    assert all(path.endswith("_input") for path in plain.act_quantizers())
+
+
+def test_a_shared_scale_is_calibrated_on_all_that_share_it(
+    images: Callable[[], Tensor], seeded: Callable[..., nn.Module],
+    quantized: Callable[..., QuantModel],
+) -> None:  # fmt: skip
+    net = seeded(Concatenated)
+    with torch.no_grad():  # the branch that is no tanh is ten times larger
+        net.a.weight.mul_(10)
+    qmodel = quantized(net, integer_datapath=True)
+    quantizer = qmodel.act_quantizers()["tanh_output"]
+    with torch.no_grad():
+        largest = F.relu(net.a(images())).max()
+    assert quantizer.signed  # for tanh is
+    assert float(quantizer.scale.detach()) * 127 > 0.5 * float(largest)
+
+
+def test_operands_share_the_codes_of_an_integer_addition(
+    images: Callable[[], Tensor], seeded: Callable[..., nn.Module],
+    quantized: Callable[..., QuantModel],
+) -> None:  # fmt: skip
+    qmodel = quantized(seeded(Residual), integer_datapath=True).eval()
+    seen: list[Tensor] = []
+    modules, quantizer = qmodel.act_modules(), qmodel.act_quantizers()["b_input"]
+    for path in ("b_input", "b_output"):
+        modules[path].register_forward_hook(lambda m, args, output: seen.append(output))
+    with torch.no_grad():
+        qmodel(images())
+    for x in seen:  # whole multiples of one step
+        steps = x / quantizer.scale.detach()
+        assert (steps - steps.round()).abs().max() < 1e-4
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_learned_bits_of_a_shared_scale_change_for_all(
+    tmp_path: Any, refuses: Callable[..., Any], images: Callable[[], Tensor],
+    seeded: Callable[..., nn.Module], quantized: Callable[..., QuantModel],
+) -> None:  # fmt: skip
+    qmodel = quantized(
+        seeded(Chained), integer_datapath=True, act_choices=(2, 4, 8), first_last_bits=None
+    ).eval()
+    searched = qmodel.searched_acts()
+    assert searched == {
+        "layers.0_input": ("layers.0", "layers.1", "layers.2"),
+        "head.linear_input": ("head.linear",),
+    }
+
+    def with_acts(**bits: int) -> BitwidthPolicy:
+        names = {name.replace("_", "."): b for name, b in bits.items()}
+        return BitwidthPolicy(
+            tuple(
+                LayerBits(**{**vars(b), "act_bits": names.get(b.name, b.act_bits)})
+                for b in qmodel.policy
+            )
+        )
+
+    with refuses("layers layers.0, layers.1, layers.2: act_bits must be the same", "[4, 8]"):
+        apply_policy_(qmodel, with_acts(layers_0=4))
+    apply_policy_(qmodel, with_acts(layers_0=4, layers_1=4, layers_2=4))
+    shared = {path for group in scales(qmodel) if "layers.0_input" in group for path in group}
+    assert len(shared) == 7
+    assert {qmodel.act_quantizers()[path].bits for path in shared} == {4}
+    calibrate_(qmodel, [(images(), torch.zeros(16))])
+    for name in ("onnx", "qonnx"):
+        export.write(qmodel, tmp_path, format=name, sample=SAMPLE)
+        report = export.verify(qmodel, tmp_path, format=name, inputs=images())
+        assert report.verified, report.reason
