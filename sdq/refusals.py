@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -26,7 +27,7 @@ KINDS: dict[type[nn.Module], str] = {
 
 REFUSED = (
     nn.Conv3d, nn.ConvTranspose3d, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
-    nn.Embedding, nn.EmbeddingBag, nn.modules.lazy.LazyModuleMixin,
+    nn.Embedding, nn.EmbeddingBag, LazyModuleMixin,
 )  # fmt: skip
 
 _COMPUTES = {
@@ -115,6 +116,8 @@ def check_layers(model: nn.Module, whole: set[str]) -> None:
 def _reason(module: nn.Module) -> str | None:
     """Return why a module cannot be quantized, or None."""
     kind = type(module)
+    if isinstance(module, LazyModuleMixin):
+        return "has no shape until it has run: pass a sample through the network first"
     if isinstance(module, tuple(KINDS)):
         if parametrize.is_parametrized(module):
             return (

@@ -126,9 +126,14 @@ def test_a_parametrized_layer_may_stay_in_float(
 def test_lazy_modules_are_refused(
     refuses: Callable[..., Any], head: Callable[[], nn.Module]
 ) -> None:
-    net = nn.Sequential(nn.LazyConv2d(8, 3), head())
-    with refuses("model: layer '0' (LazyConv2d)"):
+    net = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), head())
+    with refuses("model: layer '0' (LazyConv2d)", "pass a sample through the network first"):
         quantize(net, sample=SAMPLE)
+    net[0](SAMPLE)
+    with refuses("model: layer '1' (LazyBatchNorm2d)", "pass a sample through the network first"):
+        quantize(net, sample=SAMPLE)
+    net(torch.randn(2, 3, 12, 12))
+    assert kinds(quantize(net, sample=SAMPLE)) == {"0": "conv2d", "2.linear": "linear"}
 
 
 @pytest.mark.parametrize("skip", [(), ("1",)])
