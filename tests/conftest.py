@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from hypothesis import settings
 from torch import Tensor, nn
 
+from fl import ClientData
 from sdq.apply_policy import apply_policy_
 from sdq.calibration import calibrate_, in_float
 from sdq.config import QuantConfig
+from sdq.data import ArrayImages, ImageSet
 from sdq.errors import RequestError
 from sdq.quant_model import QuantModel, quantize
 
@@ -270,3 +272,71 @@ def real_root() -> Path:
     if not root.is_dir():
         pytest.skip("no SDQ_DATA and no ../shared/data")
     return root
+
+
+HOSPITAL_SHAPE = (1, 6, 6)
+
+
+class Tiny(nn.Module):
+    """A convolution, batch norm and a head on three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.hidden = nn.Linear(16, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x)))
+        x = F.adaptive_avg_pool2d(x, 2).flatten(1)
+        return self.head(F.relu(self.hidden(x)))
+
+
+def _hospital_images(labels: Sequence[int], seed: int) -> ImageSet:
+    """Class 0 is bright above, class 1 below, class 2 on the left, under noise."""
+    rng = torch.Generator().manual_seed(seed)
+    y = torch.tensor(labels, dtype=torch.int64)
+    pixels = 90 + 30 * torch.randn(len(y), *HOSPITAL_SHAPE, generator=rng)
+    pixels[y == 0, :, :3] += 90
+    pixels[y == 1, :, 3:] += 90
+    pixels[y == 2, :, :, :3] += 90
+    return ImageSet(ArrayImages(pixels.clamp(0, 255).to(torch.uint8)), y)
+
+
+@pytest.fixture
+def hospital_images() -> Callable[[Sequence[int], int], ImageSet]:
+    return _hospital_images
+
+
+@pytest.fixture
+def tiny() -> Callable[..., nn.Module]:
+    def make(seed: int = 0) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return Tiny()
+
+    return make
+
+
+@pytest.fixture
+def hospitals() -> Callable[..., list[ClientData]]:
+    """Return a function that makes clients from the images of each class that each has."""
+
+    def make(*counts: tuple[int, int, int]) -> list[ClientData]:
+        counts = counts or ((12, 5, 4), (3, 10, 6), (8, 0, 9))
+        clients = []
+        held_out = [0, 1, 2] * 3
+        for k, per_class in enumerate(counts):
+            labels = [c for c, n in enumerate(per_class) for _ in range(n)]
+            clients.append(
+                ClientData(
+                    f"h{k}",
+                    _hospital_images(labels, 10 * k + 1),
+                    _hospital_images(held_out, 10 * k + 2),
+                    _hospital_images(held_out, 10 * k + 3),
+                )
+            )
+        return clients
+
+    return make

@@ -41,7 +41,7 @@ def read(path):
     [
         ("models", {"mlp", "resnet20", "vgg_like"}),
         ("datasets", {"synthetic_derm", "dermamnist"}),
-        ("methods", set()),
+        ("methods", {"fedavg", "fca"}),
         ("formats", {"onnx", "qonnx"}),
         ("targets", {"bit_fusion"}),
         ("search_methods", {"sdq", "hessian"}),

@@ -1,0 +1,186 @@
+"""What a client does: pure functions from a request and what it kept to a reply and what it keeps.
+
+Whoever carries the messages (the rounds in this process, or Flower) calls :func:`answer`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fl.evaluation import evaluate
+from fl.local_training import train_
+from fl.losses import criterion
+from fl.method import ClientContext, ClientData
+from fl.record import Record, Reply, Request, misfit, picked
+from fl.setting import Setting
+from fl.state import load_
+from sdq.batches import Batches, Loader, generator
+from sdq.errors import RequestError
+
+
+def answer(
+    setting: Setting, data: ClientData, request: Request, kept: Record | None
+) -> tuple[Reply, Record | None]:
+    """Do what a request asks.
+
+    Args:
+        setting: of the federation; its network is used and left changed.
+        data: the client's images.
+        request: what is asked.
+        kept: what the client kept from its last training, or None.
+
+    Returns:
+        The reply, and what the client is to keep now, or None if that does not change.
+
+    Raises:
+        RequestError: the client's data or the request do not fit the federation.
+        RunError: the training failed.
+    """
+    match request.kind:
+        case "counts":
+            return _count(setting, data, request), None
+        case "collect":
+            return _collect(setting, request, kept), None
+        case "train":
+            return _train(setting, data, request, kept)
+        case "adapt":
+            reply, _ = _train(setting, data, request, kept)
+            return Reply(reply.client, Record({}, reply.record.values)), None
+
+
+def client_generator(seed: int, client: int, purpose: str, round: int = 0) -> torch.Generator:
+    """Return a generator of one client's own."""
+    return generator(seed, f"client {client} {purpose}", round)
+
+
+def _count(setting: Setting, data: ClientData, request: Request) -> Reply:
+    setting.check(data)
+    counts = setting.counts(data.train.labels)
+    if (epsilon := setting.config.count_epsilon) is not None:
+        rng = client_generator(setting.config.seed, request.client, "counts")
+        counts = noised(counts, epsilon, rng)
+    return Reply(request.client, Record({}, {"class_counts": counts.tolist()}))
+
+
+def noised(counts: Tensor, epsilon: float, rng: torch.Generator) -> Tensor:
+    """Return counts with Laplace noise of scale 1 / epsilon, rounded and not negative.
+
+    Source: Dwork et al., "Calibrating Noise to Sensitivity in Private Data Analysis", TCC 2006,
+    for histograms: one image more or less changes one count by one.
+    """
+    # float64, and away from the ends: the logarithm of 0 would be an infinite count
+    u = torch.rand(counts.shape, generator=rng, dtype=torch.float64).clamp(1e-12, 1 - 1e-12) - 0.5
+    noise = -u.sign() * torch.log1p(-2 * u.abs()) / epsilon
+    return (counts.double() + noise).round().clamp_min(0).float()
+
+
+def _collect(setting: Setting, request: Request, kept: Record | None) -> Reply:
+    """Return the model's tensors that do not travel otherwise; none if it never trained."""
+    names = [n for n in setting.names(up=False) if n.startswith("model.")]
+    model = {n: kept.model[n] for n in names} if kept is not None else {}
+    return Reply(request.client, Record({"model": model}))
+
+
+def _train(
+    setting: Setting, data: ClientData, request: Request, kept: Record | None
+) -> tuple[Reply, Record]:
+    setting.check(data)
+    _load_(setting, request, kept)
+    context = _context(setting, data, request, kept)
+    client = setting.method.client(context)
+    progress = train_(client)
+    extra = client.finish(progress)
+    state = setting.network.state_dict()
+    up = Record(
+        {"model": picked(state, setting.names(up=True)), **extra.tensors},
+        {
+            "num_examples": len(data.train),
+            "steps": progress.steps,
+            "train_loss": progress.mean_loss,
+            **extra.values,
+        },
+    )
+    if request.record.values.get("evaluate"):
+        up.values["evaluation"] = _evaluate(setting, data, context.own_counts)
+    memory = context.memory
+    memory.tensors["model"] = picked(state, setting.names(down=False))
+    return Reply(request.client, up), memory
+
+
+def _load_(setting: Setting, request: Request, kept: Record | None) -> None:
+    """Put what came, what was kept and, for the rest, the initial state into the network."""
+    came = request.record.model
+    expected = {n: setting.initial[n] for n in setting.names(down=True)}
+    if (why := misfit(came, expected)) is not None:
+        raise RequestError(
+            f"client {request.client}: the model must be the federation's, but {why}; "
+            "server and client must have the same network and version"
+        )
+    own = {n: setting.initial[n] for n in setting.names(down=False)}
+    load_(setting.network, own | (kept.model if kept else {}) | came)
+
+
+def _context(
+    setting: Setting, data: ClientData, request: Request, kept: Record | None
+) -> ClientContext:
+    seed, client, round = setting.config.seed, request.client, request.round
+    own = setting.counts(data.train.labels)
+    everyone = torch.tensor(request.record.values["class_counts"], dtype=torch.float32)
+    memory = kept.copy() if kept is not None else Record()
+    memory.tensors.pop("model", None)
+    received = {g: t for g, t in request.record.tensors.items() if g != "model"}
+    return ClientContext(
+        client=client,
+        round=round,
+        config=setting.config,
+        network=setting.network,
+        routes=setting.routes,
+        labels=data.train.labels,
+        own_counts=own,
+        all_counts=everyone,
+        received=Record(received, request.record.values),
+        memory=memory,
+        criterion=criterion(setting.loss, own, everyone, round / setting.config.rounds),
+        batches=_batches(setting, data, client, round),
+        generator=lambda purpose: client_generator(seed, client, purpose, round),
+    )
+
+
+def _batches(setting: Setting, data: ClientData, client: int, round: int) -> Callable[..., Loader]:
+    seed = client_generator(setting.config.seed, client, "batches", round).initial_seed()
+
+    def batches(epoch: int, *, augmented: bool = True, indices: Tensor | None = None) -> Loader:
+        images = data.train if indices is None else data.train.subset(indices)
+        made = Batches(
+            images, setting.normalization, batch_size=setting.config.batch_size,
+            shuffle=augmented, augment=setting.augment if augmented else None, seed=seed,
+        )  # fmt: skip
+        made.set_epoch(epoch)
+        return made
+
+    return batches
+
+
+def _evaluate(setting: Setting, data: ClientData, counts: Tensor) -> dict[str, Any]:
+    """Return metrics of the client's model on its own validation and test images."""
+    views = setting.method.views("client")
+    found = {}
+    for part, images in (("val", data.val), ("test", data.test)):
+        if images is not None and len(images):
+            batches = setting.test_batches(images)
+            found[part] = evaluate(
+                setting.network, views, [batches], counts, adjust=setting.config.adjust
+            )
+    return found
+
+
+def share_of_clients(num_clients: int, participation: float) -> int:
+    """Return how many clients a round asks: at least one, and no fewer than the share.
+
+    >>> share_of_clients(10, 0.25)
+    3
+    """
+    return max(1, min(num_clients, math.ceil(num_clients * participation - 1e-9)))

@@ -1,0 +1,79 @@
+"""What does not depend on the method: rounds, local training, participation, evaluation."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fl.losses import LossConfig
+from fl.state import BatchNormPolicy
+from sdq.config import Config
+
+Optimizer = Literal["sgd", "adam", "adamw"]
+Select = Literal["last", "generalization", "specialization"]
+
+
+class FederationConfig(Config):
+    """A federation, whatever its method.
+
+    Args:
+        rounds: exchanges between server and clients.
+        local_epochs: passes over a client's training set in a round.
+        batch_size: images in a batch. A last batch of one is dropped, unless it is the only one;
+            then batch normalisation uses its running statistics.
+        optimizer: ``sgd``; ``adam``, with decay added to the gradient; ``adamw``.
+        lr: learning rate of the clients.
+        momentum: of ``sgd``.
+        weight_decay: of every parameter but biases and normalisation.
+        lr_decay: what the learning rate is multiplied with at each of ``lr_decay_rounds``.
+        lr_decay_rounds: rounds, counted from 0.
+        lr_decay_every: or every so many rounds.
+        keep_optimizer: a client's optimizer goes on where it was; else it starts anew each round.
+        participation: share of the clients that are asked in a round, drawn anew each time.
+        min_replies: with fewer of them a round fails.
+        batch_norm: policy, see :func:`fl.state.routes`; None: the method's.
+        geometric: patterns of tensors whose logarithms are averaged, such as quantizers' scales.
+        loss: what clients minimise; None: the method's.
+        count_epsilon: class counts leave a client with Laplace noise of scale 1 / epsilon (one
+            image more or less is then epsilon-differentially private); None: as they are.
+        evaluate_every: rounds between evaluations; the last round always is evaluated.
+        evaluate_absent: at the end, clients that the last round did not ask train on the final
+            model, are evaluated, and forget it.
+        assemble: for the evaluation of the server's model, tensors that stay with the clients are
+            collected and averaged. False: where there are such tensors, there is no
+            generalization to report.
+        adjust: tau of test-time logit adjustment, ``z - tau log prior``; 0: none.
+        select: which round's model is the result: the ``last``, or the one of greatest balanced
+            accuracy on the validation sets.
+        seed: of everything random.
+    """
+
+    rounds: Annotated[int, Field(ge=1)] = 10
+    local_epochs: Annotated[int, Field(ge=1)] = 1
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    optimizer: Optimizer = "adam"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.1
+    lr_decay_rounds: tuple[int, ...] = ()
+    lr_decay_every: Annotated[int, Field(ge=1)] | None = None
+    keep_optimizer: bool = False
+    participation: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_replies: Annotated[int, Field(ge=1)] = 1
+    batch_norm: BatchNormPolicy | None = None
+    geometric: tuple[str, ...] = ()
+    loss: LossConfig | None = None
+    count_epsilon: Annotated[float, Field(gt=0)] | None = None
+    evaluate_every: Annotated[int, Field(ge=1)] = 1
+    evaluate_absent: bool = True
+    assemble: bool = True
+    adjust: Annotated[float, Field(ge=0)] = 0.0
+    select: Select = "last"
+    seed: int = 0
+
+    def lr_in(self, round: int) -> float:
+        """Return the clients' learning rate in a round, counted from 0."""
+        times = sum(round >= r for r in self.lr_decay_rounds)
+        if self.lr_decay_every is not None:
+            times += round // self.lr_decay_every
+        return self.lr * self.lr_decay**times

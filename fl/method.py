@@ -1,0 +1,448 @@
+"""The contract of a federated method: both halves, client and server, in one file.
+
+``fl/methods/NAME.py`` defines one subclass of :class:`Method`, and the file's name is the method's.
+Every hook has a default, and the defaults together are federated averaging, so that a method is
+only its difference. This module says nothing of how messages travel.
+
+A *client* (:class:`Client`) is made for one round on one client, with the network loaded, and is
+asked, in this order::
+
+    start, then for each phase and epoch: start_epoch, for each batch: loss, correct_gradients_,
+    after_step; end_epoch; at last: finish
+
+The *server half* is the method itself::
+
+    start_server once; each round: state_for and send for each client asked; then aggregate
+
+What lasts is in records: ``context.memory`` stays with the client, ``server.memory`` with the
+server, and nothing else of a method's objects survives a round.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fl.config import FederationConfig
+from fl.losses import Criterion, LossConfig
+from fl.network import Network, Outputs
+from fl.record import Record, Reply, Tensors
+from fl.state import BatchNormPolicy, Route, weighted_mean
+from fl.store import Store
+from sdq import plugins
+from sdq.batches import Loader
+from sdq.config import Config
+from sdq.data import ImageSet
+from sdq.errors import RequestError
+
+Side = Literal["server", "client"]
+View = Callable[[Network, Tensor], Tensor]
+"""Maps the network and images to logits: one way to predict with it."""
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's images.
+
+    Args:
+        name: of the hospital or centre, for reports.
+        train: its training images.
+        val: what rounds are compared on, or None.
+        test: what it is measured on, or None.
+    """
+
+    name: str
+    train: ImageSet
+    val: ImageSet | None = None
+    test: ImageSet | None = None
+
+
+@dataclass
+class ClientContext:
+    """What a client has in one round.
+
+    Args:
+        client: its number.
+        round: counted from 0.
+        config: of the federation.
+        network: loaded with what came and what was kept; trained in place.
+        routes: of every tensor in the network's state.
+        labels: ``(N,)``, of its training images, in their own order.
+        own_counts: ``(classes,)``, images of each class in its training set.
+        all_counts: ``(classes,)``, of all clients together, as they told (perhaps with noise).
+        received: what came with the request beside the network.
+        memory: what it kept from its last round; what is in it after :meth:`Client.finish` is kept.
+        criterion: the loss; a wrapper may put another in its place.
+        batches: makes the loader of an epoch; ``batches(epoch, augmented=False)`` the same images
+            unchanged and in their own order; ``batches(epoch, indices=...)`` (int64 ``(M,)``) of
+            some images, as often as they are named.
+        generator: makes a generator for a purpose, of this client and round.
+    """
+
+    client: int
+    round: int
+    config: FederationConfig
+    network: Network
+    routes: Mapping[str, Route]
+    labels: Tensor
+    own_counts: Tensor
+    all_counts: Tensor
+    received: Record
+    memory: Record
+    criterion: Criterion
+    batches: Callable[..., Loader]
+    generator: Callable[[str], torch.Generator]
+
+    @property
+    def lr(self) -> float:
+        """Return this round's learning rate."""
+        return self.config.lr_in(self.round)
+
+    def shared_parameters(self) -> dict[str, Tensor]:
+        """Return the trained parameters that come from the server, by name."""
+        return {
+            name: p
+            for name, p in self.network.named_parameters()
+            if p.requires_grad and self.routes[name].comes_down
+        }
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of local training: so many epochs of some of the parameters, by name."""
+
+    epochs: int
+    trains: Callable[[str], bool] = lambda name: True
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What local training was: for :meth:`Client.finish`."""
+
+    steps: int
+    mean_loss: float
+
+
+class Client:
+    """One round on one client. The default is plain training with the criterion."""
+
+    def __init__(self, method: "Method", context: ClientContext) -> None:
+        self.method = method
+        self.context = context
+
+    def phases(self) -> Sequence[Phase]:
+        """Return what is trained, and how long; a phase has an optimizer of its own."""
+        return (Phase(self.context.config.local_epochs),)
+
+    def start(self) -> None:
+        """Prepare the round: the network is as received."""
+
+    def start_epoch(self, epoch: int) -> None:
+        """Prepare an epoch, counted from 0 over all phases."""
+
+    def batches(self, epoch: int) -> Loader:
+        """Return the batches of an epoch."""
+        return self.context.batches(epoch)
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Return the outputs that :meth:`loss` needs, of one pass."""
+        return self.context.network.outputs(images)
+
+    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
+        """Return what this batch minimises, with every additional term."""
+        return self.context.criterion(outputs.logits, labels)
+
+    def correct_gradients_(self) -> None:
+        """Change gradients between the backward pass and the step."""
+
+    def after_step(self) -> None:
+        """React to an optimizer step."""
+
+    def end_epoch(self, epoch: int) -> None:
+        """React to the end of an epoch."""
+
+    def finish(self, progress: Progress) -> Record:
+        """Return what goes up beside the network; keep in ``context.memory`` what is to stay."""
+        return Record()
+
+
+@dataclass
+class Server:
+    """What the server has.
+
+    Args:
+        config: of the federation.
+        network: of the right structure; its values are anyone's, the state is ``model``.
+        routes: of every tensor.
+        num_clients: of the federation, asked or not.
+        counts: by client that told them, ``(classes,)``.
+        round: the current one, counted from 0.
+        model: the tensors that go up, as last aggregated.
+        memory: what the method keeps.
+        own: the last state made for each client alone, for methods that make such.
+        generator: makes a generator for a purpose, of this round.
+    """
+
+    config: FederationConfig
+    network: Network
+    routes: Mapping[str, Route]
+    num_clients: int
+    counts: dict[int, Tensor]
+    round: int
+    model: Tensors
+    memory: Record
+    own: Store
+    generator: Callable[[str], torch.Generator]
+
+    @property
+    def all_counts(self) -> Tensor:
+        """Return the images of each class, over all clients."""
+        return torch.stack([self.counts[k] for k in sorted(self.counts)]).sum(0)
+
+    def parameter_names(self) -> set[str]:
+        """Return the names in ``model`` that are parameters: no statistic may get momentum."""
+        return {n for n, _ in self.network.named_parameters()} & set(self.model)
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """A round's result: the server's model, and a state of its own for some clients.
+
+    A client without a state of its own gets the model.
+    """
+
+    model: Tensors
+    clients: Mapping[int, Tensors] = field(default_factory=dict)
+
+
+class Method:
+    """Both halves of a method. The defaults are federated averaging."""
+
+    config_type: ClassVar[type[Config]] = Config
+    client_type: ClassVar[type[Client]] = Client
+
+    batch_norm: BatchNormPolicy = "share_all"
+    """The policy where the federation names none."""
+    loss: LossConfig = LossConfig()
+    """The loss where the federation names none."""
+    needs_head: bool = False
+    """Whether the network must have a head that is known."""
+    has_server_model: bool = True
+    """Whether the server's model is something to evaluate."""
+
+    def __init__(self, config: Any = None) -> None:
+        self.config: Any = self.config_type() if config is None else config
+
+    @property
+    def name(self) -> str:
+        """Return the name: that of the file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    # --- both halves
+
+    def check(self, config: FederationConfig) -> None:
+        """Raise RequestError where the federation's configuration does not go with the method."""
+
+    def arrange(self, clients: Sequence[ClientData]) -> Sequence[ClientData]:
+        """Return the clients as the method has them, such as pooled in one."""
+        return clients
+
+    def extend_(self, network: Network, generator: torch.Generator) -> None:
+        """Add to ``network.extras`` what the method needs beside the model."""
+
+    def route(self, name: str, network: Network) -> Route:
+        """Return the route of a tensor; extras stay with the client unless said otherwise."""
+        return Route.SHARE if name.startswith("model.") else Route.LOCAL
+
+    def views(self, side: Side) -> dict[str, View]:
+        """Return the ways to predict, the one that counts first."""
+        return {"model": lambda network, images: network.model(images)}
+
+    # --- client
+
+    def client(self, context: ClientContext) -> Client:
+        """Return one round's work on one client."""
+        return self.client_type(self, context)
+
+    # --- server
+
+    def start_server(self, server: Server) -> None:
+        """Prepare ``server.memory`` before the first round; class counts are known."""
+
+    def state_for(self, server: Server, client: int) -> Tensors:
+        """Return the tensors a client starts this round from.
+
+        By default its own, if the last rounds made one, however long it was absent; else the
+        server's model.
+        """
+        return server.own[client].model if client in server.own else server.model
+
+    def send(self, server: Server, client: int) -> Record:
+        """Return what goes down beside the network."""
+        return Record()
+
+    def weights(self, server: Server, replies: Sequence[Reply]) -> list[float]:
+        """Return each reply's weight in the mean; the sum does not matter."""
+        return [float(reply.num_examples) for reply in replies]
+
+    def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
+        """Return the new model, or one state a client. Replies are in the order of clients."""
+        states = [reply.model for reply in replies]
+        weights = self.weights(server, replies)
+        return Aggregated(weighted_mean(states, weights, server.config.geometric))
+
+
+class WrapperClient(Client):
+    """A client around another method's client: every hook is the inner one's."""
+
+    def __init__(self, method: "Wrapper", context: ClientContext) -> None:
+        super().__init__(method, context)
+        self.inner = method.inner.client(context)
+
+    def phases(self) -> Sequence[Phase]:
+        """Return the inner phases."""
+        return self.inner.phases()
+
+    def start(self) -> None:
+        """Start the inner client."""
+        self.inner.start()
+
+    def start_epoch(self, epoch: int) -> None:
+        """Pass on."""
+        self.inner.start_epoch(epoch)
+
+    def batches(self, epoch: int) -> Loader:
+        """Return the inner batches."""
+        return self.inner.batches(epoch)
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Return the inner outputs."""
+        return self.inner.forward(images)
+
+    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
+        """Return the inner loss."""
+        return self.inner.loss(outputs, labels)
+
+    def correct_gradients_(self) -> None:
+        """Pass on."""
+        self.inner.correct_gradients_()
+
+    def after_step(self) -> None:
+        """Pass on."""
+        self.inner.after_step()
+
+    def end_epoch(self, epoch: int) -> None:
+        """Pass on."""
+        self.inner.end_epoch(epoch)
+
+    def finish(self, progress: Progress) -> Record:
+        """Return the inner record; add groups and values of your own to it."""
+        return self.inner.finish(progress)
+
+
+class WrapperConfig(Config):
+    """Configuration of a wrapper.
+
+    Args:
+        around: name of the method inside.
+        inner: its hyper-parameters.
+    """
+
+    around: str = "fedavg"
+    inner: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies defaults
+
+
+class Wrapper(Method):
+    """A method around another: what it does not change is the inner one's.
+
+    The inner method aggregates with its own weights; who changes those aggregates anew. Hooks that
+    put another criterion in the context do so before the inner ``start``.
+    """
+
+    config_type = WrapperConfig
+    client_type = WrapperClient
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.inner = method(self.config.around, **self.config.inner)
+        self.batch_norm = self.inner.batch_norm
+        self.loss = self.inner.loss
+        self.needs_head = self.needs_head or self.inner.needs_head
+        self.has_server_model = self.inner.has_server_model
+
+    def check(self, config: FederationConfig) -> None:
+        """Ask the inner method."""
+        self.inner.check(config)
+
+    def arrange(self, clients: Sequence[ClientData]) -> Sequence[ClientData]:
+        """Return the inner arrangement."""
+        return self.inner.arrange(clients)
+
+    def extend_(self, network: Network, generator: torch.Generator) -> None:
+        """Add what the inner method needs."""
+        self.inner.extend_(network, generator)
+
+    def route(self, name: str, network: Network) -> Route:
+        """Return the inner route."""
+        return self.inner.route(name, network)
+
+    def views(self, side: Side) -> dict[str, View]:
+        """Return the inner views."""
+        return self.inner.views(side)
+
+    def start_server(self, server: Server) -> None:
+        """Prepare what the inner method keeps."""
+        self.inner.start_server(server)
+
+    def state_for(self, server: Server, client: int) -> Tensors:
+        """Return the inner state."""
+        return self.inner.state_for(server, client)
+
+    def send(self, server: Server, client: int) -> Record:
+        """Return the inner record; add groups and values of your own to it."""
+        return self.inner.send(server, client)
+
+    def weights(self, server: Server, replies: Sequence[Reply]) -> list[float]:
+        """Return the inner weights."""
+        return self.inner.weights(server, replies)
+
+    def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
+        """Return what the inner method makes of the replies."""
+        return self.inner.aggregate(server, replies)
+
+
+def method(name: str, **hyper: Any) -> Method:
+    """Return a method by name, with hyper-parameters as its ``Config`` names them.
+
+    Raises:
+        RequestError: no such method, or a hyper-parameter is wrong.
+
+    >>> method("fedprox", mu=0.1).config.mu
+    0.1
+    """
+    module = plugins.load("fl.methods", name)
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Method)
+        # what the file imports, to build on, is another file's
+        and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise RequestError(
+            f"{module.__name__}: must define one subclass of Method, got {len(found)}; "
+            "one file is one method"
+        )
+    return found[0](found[0].config_type(**hyper))
+
+
+def require_head(method: Method, network: Network) -> None:
+    """Raise RequestError if the method needs a head and the network has none that is known."""
+    if method.needs_head and not network.has_head:
+        try:
+            _ = network.head_name
+        except RequestError as error:
+            raise RequestError(f"{method.name}: needs the network's head; {error}") from None

@@ -1,0 +1,151 @@
+r"""SCAFFOLD: control variates take the difference between clients out of every step.
+
+.. math:: g \leftarrow g - c_k + c
+
+With ``control="steps"`` (option II), after S steps with learning rate :math:`\eta`,
+:math:`c_k^+ = c_k - c + (\bar w - w_k) / (S \eta)`; with ``"gradient"`` (option I) the gradient of
+the client's loss at :math:`\bar w`. The server adds :math:`\frac{1}{N}\sum_k (c_k^+ - c_k)` to c.
+
+Source: Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
+ICML 2020, algorithm 1, https://arxiv.org/abs/1910.06378.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from fl.config import FederationConfig
+from fl.method import Aggregated, Client, Method, Progress, Server
+from fl.record import Record, Reply, Tensors
+from fl.state import weighted_mean
+from sdq.config import Config
+from sdq.errors import RequestError
+
+GROUP = "scaffold"
+
+
+class ScaffoldConfig(Config):
+    """Hyper-parameters.
+
+    Args:
+        control: how a client's control variate is renewed. ``steps`` is exact for plain SGD alone;
+            None takes it there, and ``gradient``, which costs one more pass, for any other
+            optimizer.
+        weighting: of the clients' models: ``uniform``, as in the paper, or by ``examples``.
+        server_lr: of the server's step.
+    """
+
+    control: Literal["steps", "gradient"] | None = None
+    weighting: Literal["uniform", "examples"] = "uniform"
+    server_lr: Annotated[float, Field(gt=0)] = 1.0
+
+
+def _control(config: ScaffoldConfig, federation: FederationConfig) -> str:
+    plain = federation.optimizer == "sgd" and federation.momentum == 0
+    return config.control or ("steps" if plain else "gradient")
+
+
+class ScaffoldClient(Client):
+    """Training with corrected gradients."""
+
+    def start(self) -> None:
+        """Read both control variates, zero in the first round, and remember the server's model."""
+        self.shared = self.context.shared_parameters()
+        self.anchor = {n: p.detach().clone() for n, p in self.shared.items()}
+        self.common = self._on_device(self.context.received.tensors.get(GROUP, {}))
+        self.own = self._on_device(self.context.memory.tensors.get(GROUP, {}))
+        self.correction = {n: self.common[n] - self.own[n] for n in self.shared}
+        self.renewed: Tensors = {}
+        if _control(self.method.config, self.context.config) == "gradient":
+            self.renewed = self._gradient()
+
+    def _on_device(self, tensors: Tensors) -> Tensors:
+        return {
+            n: tensors[n].to(p.device) if n in tensors else torch.zeros_like(p)
+            for n, p in self.shared.items()
+        }
+
+    def _gradient(self) -> Tensors:
+        """Return the mean gradient over the training set, statistics as they are."""
+        total = {n: torch.zeros_like(p) for n, p in self.shared.items()}
+        network = self.context.network.eval()
+        for images, labels in self.context.batches(0, augmented=False):
+            device = next(network.parameters()).device
+            loss = self.loss(self.forward(images.to(device)), labels.to(device))
+            gradients = torch.autograd.grad(loss, list(self.shared.values()), allow_unused=True)
+            share = len(labels) / len(self.context.labels)
+            for name, gradient in zip(self.shared, gradients, strict=True):
+                if gradient is not None:
+                    total[name] += share * gradient
+        return total
+
+    def correct_gradients_(self) -> None:
+        """Add ``c - c_k``."""
+        for name, parameter in self.shared.items():
+            if parameter.grad is not None:
+                parameter.grad += self.correction[name]
+
+    def finish(self, progress: Progress) -> Record:
+        """Keep the renewed control variate, and send its change."""
+        if not self.renewed:
+            scale = 1 / (progress.steps * self.context.lr)
+            self.renewed = {
+                n: scale * (self.anchor[n] - p.detach()) - self.correction[n]
+                for n, p in self.shared.items()
+            }
+        change = {n: (self.renewed[n] - self.own[n]).cpu() for n in self.shared}
+        self.context.memory.tensors[GROUP] = {n: t.cpu() for n, t in self.renewed.items()}
+        return Record({GROUP: change})
+
+
+class Scaffold(Method):
+    """Control variates on both sides."""
+
+    config_type = ScaffoldConfig
+    client_type = ScaffoldClient
+
+    def check(self, config: FederationConfig) -> None:
+        """Refuse ``steps`` with an optimizer for which it is not the mean gradient."""
+        plain = config.optimizer == "sgd" and config.momentum == 0
+        if self.config.control == "steps" and not plain:
+            raise RequestError(
+                "scaffold.control: must be 'gradient' unless the optimizer is sgd without "
+                f"momentum, got 'steps' with {config.optimizer}; leave it out"
+            )
+
+    def start_server(self, server: Server) -> None:
+        """Begin with a control variate of zero."""
+        # what comes down is what clients correct
+        server.memory.tensors[GROUP] = {
+            n: torch.zeros_like(server.model[n])
+            for n in sorted(server.parameter_names())
+            if server.routes[n].comes_down
+        }
+
+    def send(self, server: Server, client: int) -> Record:
+        """Send the server's control variate."""
+        return Record({GROUP: server.memory.tensors[GROUP]})
+
+    def weights(self, server: Server, replies: Sequence[Reply]) -> list[float]:
+        """Return equal weights, or the images."""
+        if self.config.weighting == "uniform":
+            return [1.0] * len(replies)
+        return super().weights(server, replies)
+
+    def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
+        """Step towards the mean model, and renew the control variate."""
+        mean = super().aggregate(server, replies).model
+        trained = server.parameter_names()
+        model = {
+            n: server.model[n] + self.config.server_lr * (t - server.model[n])
+            if n in trained
+            else t
+            for n, t in mean.items()
+        }
+        change = weighted_mean([r.record.tensors[GROUP] for r in replies], [1.0] * len(replies))
+        share = len(replies) / server.num_clients
+        common = server.memory.tensors[GROUP]
+        server.memory.tensors[GROUP] = {n: c + share * change[n] for n, c in common.items()}
+        return Aggregated(model)

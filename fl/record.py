@@ -1,0 +1,151 @@
+"""What travels and what is kept: named tensors in groups, and plain values.
+
+One type serves the request to a client, its reply, what a client keeps between rounds and what
+the server keeps. It is what a message of Flower can hold (a group is an ArrayRecord, the values a
+JSON text) and what a safetensors file can hold; nothing is pickled.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from sdq.checkpoint import load_tensors, save_tensors
+from sdq.errors import RunError
+
+Tensors = dict[str, Tensor]
+Kind = Literal["counts", "train", "adapt", "collect"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Tensors by group and name, and values that JSON can hold.
+
+    The group ``model`` holds tensors of the network by their names in it; a method calls a group
+    of its own after itself (``scaffold``).
+    """
+
+    tensors: dict[str, Tensors] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Tensors:
+        """Return the tensors of the network."""
+        return self.tensors.get("model", {})
+
+    def copy(self) -> "Record":
+        """Return a record with dictionaries and tensors of its own."""
+        tensors = {g: {n: t.clone() for n, t in ts.items()} for g, ts in self.tensors.items()}
+        return Record(tensors, dict(self.values))
+
+    def num_bytes(self) -> int:
+        """Return the bytes of the tensors."""
+        return sum(t.nbytes for group in self.tensors.values() for t in group.values())
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the server asks of one client.
+
+    Args:
+        kind: ``counts`` (its class counts, before the first round), ``train``, ``adapt`` (train and
+            evaluate, and forget it) or ``collect`` (its tensors that do not travel otherwise, for
+            the evaluation of the server's model alone).
+        client: its number.
+        round: counted from 0.
+        record: what comes with it.
+    """
+
+    kind: Kind
+    client: int
+    round: int
+    record: Record
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client sends back; ``values`` of a training has ``num_examples`` and ``steps``."""
+
+    client: int
+    record: Record
+
+    @property
+    def model(self) -> Tensors:
+        """Return the tensors of the network."""
+        return self.record.model
+
+    @property
+    def num_examples(self) -> int:
+        """Return the images the client trained on."""
+        return int(self.record.values["num_examples"])
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that gave no reply that can be used, and why."""
+
+    client: int
+    reason: str
+
+
+def save(path: Path, record: Record) -> None:
+    """Write a record to one safetensors file, atomically; the values go to its header as JSON.
+
+    Raises:
+        RunError: a value is NaN or infinite, or JSON cannot hold it.
+    """
+    flat = {f"{g}/{name}": t for g, group in record.tensors.items() for name, t in group.items()}
+    try:
+        text = json.dumps(record.values, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{path}: values must be what JSON can hold, but: {error}") from error
+    groups = json.dumps(list(record.tensors))
+    save_tensors(path, flat, {"values": text, "groups": groups})
+
+
+def load(path: Path) -> Record:
+    """Read such a file; RequestError if it is not there or not whole."""
+    flat, metadata = load_tensors(path)
+    tensors: dict[str, Tensors] = {g: {} for g in json.loads(metadata.get("groups", "[]"))}
+    for name, tensor in flat.items():
+        group, _, own = name.partition("/")
+        tensors.setdefault(group, {})[own] = tensor
+    return Record(tensors, json.loads(metadata.get("values", "{}")))
+
+
+def not_finite(record: Record) -> str | None:
+    """Return the name of a tensor or value that is NaN or infinite, or None."""
+    for group, tensors in record.tensors.items():
+        for name, tensor in tensors.items():
+            # the sum is a tenth of the work; a finite tensor whose sum overflows is looked at twice
+            if not tensor.is_floating_point() or bool(tensor.sum().isfinite()):
+                continue
+            if not bool(tensor.isfinite().all()):
+                return f"{group}/{name}"
+    try:
+        json.dumps(record.values, allow_nan=False)
+    except ValueError:
+        return "values"
+    return None
+
+
+def misfit(sent: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """Return how names, shapes or dtypes differ from what is expected, or None."""
+    for name in sorted(set(sent) ^ set(expected)):
+        return f"{name!r} is {'missing' if name in expected else 'unknown'}"
+    for name, tensor in sent.items():
+        want = expected[name]
+        if tensor.shape != want.shape or tensor.dtype != want.dtype:
+            return (
+                f"{name!r} is {tensor.dtype} {tuple(tensor.shape)} instead of "
+                f"{want.dtype} {tuple(want.shape)}"
+            )
+    return None
+
+
+def picked(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Tensors:
+    """Return copies of some tensors, by name, on the CPU."""
+    return {name: tensors[name].detach().to("cpu", copy=True) for name in names}

@@ -1,0 +1,298 @@
+"""The one round loop, whoever carries the messages; and the server's state in one file.
+
+After every round the server's state is written whole; together with the clients' files it is
+enough to go on, on a CPU to the same last bit.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fl.client import share_of_clients
+from fl.method import Server
+from fl.record import (
+    Failure,
+    Kind,
+    Record,
+    Reply,
+    Request,
+    Tensors,
+    misfit,
+    not_finite,
+    save,
+)
+from fl.setting import Setting
+from fl.state import load_
+from fl.store import Store
+from sdq.batches import generator
+from sdq.errors import RunError
+
+
+class Transport(Protocol):
+    """What carries requests to clients and their replies back."""
+
+    def ask(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
+        """Yield one answer a request, in any order; a client that fails is a Failure."""
+        ...
+
+    def commit(self, rounds: int) -> dict[str, Any]:
+        """Make what clients keep after this many rounds last; return what finds it again."""
+        ...
+
+
+@dataclass
+class RoundReport:
+    """What happened in one round; ``round`` counts from 0."""
+
+    round: int
+    asked: list[int]
+    replied: list[int] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    train_loss: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    evaluations: dict[int, Any] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """Return it as JSON has it, without the clients' metrics."""
+        return {
+            "round": self.round,
+            "asked": self.asked,
+            "replied": self.replied,
+            "failures": [{"client": f.client, "reason": f.reason} for f in self.failures],
+            "train_loss": self.train_loss,
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+        }
+
+
+class Rounds:
+    """A federation in progress: the server's half of every round.
+
+    Args:
+        setting: of the federation.
+        transport: to the clients.
+        num_clients: of the federation; they are numbered from 0.
+        own: the states a method makes for single clients.
+    """
+
+    def __init__(
+        self, setting: Setting, transport: Transport, num_clients: int, own: Store | None = None
+    ) -> None:
+        self.setting = setting
+        self.transport = transport
+        self.server = Server(
+            config=setting.config,
+            network=setting.network,
+            routes=setting.routes,
+            num_clients=num_clients,
+            counts={},
+            round=0,
+            model={name: setting.initial[name] for name in setting.names(up=True)},
+            memory=Record(),
+            own=own or Store(),
+            generator=lambda purpose: generator(
+                setting.config.seed, f"server {purpose}", self.server.round
+            ),
+        )
+
+    def begin(self) -> list[Failure]:
+        """Exchange class counts, once; return the clients that told none.
+
+        Raises:
+            RunError: no client told any.
+        """
+        failures = []
+        everyone = range(self.server.num_clients)
+        requests = (Request("counts", k, 0, Record()) for k in everyone)
+        for answer in self._ask(requests):
+            if isinstance(answer, Failure):
+                failures.append(answer)
+            elif (counts := self._counts(answer)) is None:
+                failures.append(Failure(answer.client, "its class counts are not usable"))
+            else:
+                self.server.counts[answer.client] = counts
+        if not self.server.counts:
+            raise RunError(f"federation: some client must have images, got none: {_why(failures)}")
+        self.setting.method.start_server(self.server)
+        return sorted(failures, key=lambda f: f.client)
+
+    def sample(self) -> list[int]:
+        """Return the clients this round asks, ascending."""
+        total = self.server.num_clients
+        count = share_of_clients(total, self.setting.config.participation)
+        order = torch.randperm(total, generator=self.server.generator("participation"))
+        return sorted(order[:count].tolist())
+
+    def round(self, *, evaluate: bool) -> RoundReport:
+        """Run one round: ask, check, aggregate.
+
+        Raises:
+            RunError: fewer clients replied than must; nothing of the server is changed.
+        """
+        server = self.server
+        report = RoundReport(server.round, self.sample())
+        replies: list[Reply] = []
+        for answer in self._ask(self._requests("train", report.asked, report, evaluate=evaluate)):
+            checked = answer if isinstance(answer, Failure) else self._checked(answer)
+            if isinstance(checked, Failure):
+                report.failures.append(checked)
+            else:
+                replies.append(checked)
+        # the order in which replies come must not change a sum's last bit
+        replies.sort(key=lambda r: r.client)
+        report.failures.sort(key=lambda f: f.client)
+        report.replied = [r.client for r in replies]
+        if len(replies) < self.setting.config.min_replies:
+            raise RunError(
+                f"round {server.round + 1}: at least {self.setting.config.min_replies} clients "
+                f"must reply, got {len(replies)} of {len(report.asked)}: {_why(report.failures)}"
+            )
+        self._conclude(replies, report)
+        return report
+
+    def adapt(self, clients: Iterable[int]) -> tuple[dict[int, Any], list[Failure]]:
+        """Return the metrics of clients that train on the current model and forget it again.
+
+        And the clients that failed.
+        """
+        found, failures = {}, []
+        for answer in self._ask(self._requests("adapt", clients, None, evaluate=True)):
+            if isinstance(answer, Failure):
+                failures.append(answer)
+            else:
+                found[answer.client] = answer.record.values["evaluation"]
+        return found, failures
+
+    def load_model_(self) -> bool:
+        """Put the server's model into the setting's network; tell whether it is whole.
+
+        Tensors of the model that stay with the clients are collected and averaged over those that
+        have trained, if the configuration says so.
+        """
+        load_(self.setting.network, self.setting.initial | self.server.model)
+        missing = [n for n in self.setting.names(up=False) if n.startswith("model.")]
+        if not missing:
+            return True
+        if not self.setting.config.assemble:
+            return False
+        return self._assemble_()
+
+    def _assemble_(self) -> bool:
+        sums: Tensors = {}
+        last: Tensors = {}
+        total = 0.0
+        clients = sorted(self.server.counts)
+        requests = (Request("collect", k, self.server.round, Record()) for k in clients)
+        answers = (a for a in self._ask(requests) if isinstance(a, Reply) and a.model)
+        for answer in answers:  # one at a time: a thousand models need not be in memory
+            weight = float(self.server.counts[answer.client].sum()) or 1.0
+            total += weight
+            for name, tensor in answer.model.items():
+                if tensor.is_floating_point():
+                    sums[name] = sums.get(name, 0) + tensor.double() * weight
+                else:
+                    last.setdefault(name, tensor)
+        if not total:
+            return False
+        load_(self.setting.network, {n: t / total for n, t in sums.items()} | last)
+        return True
+
+    def _requests(
+        self, kind: Kind, clients: Iterable[int], report: RoundReport | None, *, evaluate: bool
+    ) -> Iterator[Request]:
+        server, method = self.server, self.setting.method
+        down = self.setting.names(down=True)
+        counts = server.all_counts.tolist()
+        for client in clients:
+            state = method.state_for(server, client)
+            extra = method.send(server, client)
+            record = Record(
+                {"model": {n: state[n] for n in down}, **extra.tensors},
+                {"class_counts": counts, "evaluate": evaluate, **extra.values},
+            )
+            if report is not None:
+                report.bytes_down += record.num_bytes()
+            yield Request(kind, client, server.round, record)
+
+    def _ask(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
+        yield from self.transport.ask(requests)
+
+    def _counts(self, reply: Reply) -> Tensor | None:
+        counts = torch.tensor(reply.record.values.get("class_counts", []), dtype=torch.float32)
+        good = counts.shape == (self.setting.num_classes,) and bool((counts >= 0).all())
+        return counts if good and bool(counts.isfinite().all()) else None
+
+    def _checked(self, reply: Reply) -> Reply | Failure:
+        expected = {n: self.setting.initial[n] for n in self.setting.names(up=True)}
+        if (why := misfit(reply.model, expected)) is not None:
+            return Failure(reply.client, f"its model is not the federation's: {why}")
+        if (name := not_finite(reply.record)) is not None:
+            return Failure(reply.client, f"its reply is NaN or infinite in {name!r}")
+        count = reply.record.values.get("num_examples", 0)
+        if not isinstance(count, int) or count < 1:
+            return Failure(reply.client, f"its num_examples is {count!r}")
+        return reply
+
+    def _conclude(self, replies: list[Reply], report: RoundReport) -> None:
+        server = self.server
+        aggregated = self.setting.method.aggregate(server, replies)
+        for name, tensor in aggregated.model.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise RunError(
+                    f"round {server.round + 1}: the aggregated model must be finite, got NaN or "
+                    f"infinity in {name!r}; lower the server's learning rate"
+                )
+        server.model = aggregated.model
+        for client, state in aggregated.clients.items():
+            server.own.put(client, Record({"model": state}), server.round)
+        images = sum(r.num_examples for r in replies)
+        report.train_loss = (
+            sum(r.record.values["train_loss"] * r.num_examples for r in replies) / images
+        )
+        report.bytes_up = sum(r.record.num_bytes() for r in replies)
+        report.evaluations = {
+            r.client: r.record.values["evaluation"]
+            for r in replies
+            if "evaluation" in r.record.values
+        }
+        server.round += 1
+
+    # --- state
+
+    def save(self, path: Path, rest: Record) -> None:
+        """Write the server's state, and what the caller adds to it, to one file."""
+        server = self.server
+        groups = {f"memory:{g}": t for g, t in server.memory.tensors.items()}
+        values = {
+            "round": server.round,
+            "counts": {str(k): c.tolist() for k, c in server.counts.items()},
+            "memory": server.memory.values,
+            "own": {str(k): r for k, r in server.own.index.items()},
+            "transport": self.transport.commit(server.round),
+            **rest.values,
+        }
+        save(path, Record({"model": server.model, **groups, **rest.tensors}, values))
+        server.own.forget_old_()
+
+    def load_(self, saved: Record, own_folder: Path | None) -> None:
+        """Take up such a state."""
+        server = self.server
+        server.round = saved.values["round"]
+        server.counts = {int(k): torch.tensor(c) for k, c in saved.values["counts"].items()}
+        server.own = Store(own_folder, {int(k): r for k, r in saved.values["own"].items()})
+        server.model = saved.model
+        groups = {
+            g.removeprefix("memory:"): t
+            for g, t in saved.tensors.items()
+            if g.startswith("memory:")
+        }
+        server.memory = Record(groups, saved.values["memory"])
+
+
+def _why(failures: Iterable[Failure]) -> str:
+    return "; ".join(f"client {f.client}: {f.reason}" for f in failures)

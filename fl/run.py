@@ -1,0 +1,289 @@
+"""Run a federation in this process: deterministic, resumable after any round."""
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fl import evaluation
+from fl.client import answer
+from fl.config import FederationConfig
+from fl.method import ClientData, Method
+from fl.method import method as method_of
+from fl.record import Failure, Record, Reply, Request, Tensors, load, not_finite
+from fl.rounds import RoundReport, Rounds
+from fl.setting import Setting
+from fl.store import Store
+from sdq.batches import Augmentation, Normalization
+from sdq.data import ImageSet
+from sdq.errors import RequestError
+
+CRASHES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, OSError, MemoryError)
+"""What a client may raise: it is left out of the round, whatever broke in its data or training."""
+
+Watcher = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Federated:
+    """What a federation gives.
+
+    Args:
+        state: the selected round's model, by the user's names: what ``load_state_dict`` takes.
+            Tensors that stay with the clients are their mean, or the initial ones where
+            ``assemble`` is off.
+        round: the selected round, counted from 1.
+        selected_by: ``last``, ``generalization`` or ``specialization`` (on validation images).
+        generalization: metrics of the server's model, or None where there is none.
+        specialization: of the clients' models, or None where no client has test images.
+        history: one summary a round.
+        bytes_up: of all rounds.
+        bytes_down: of all rounds.
+    """
+
+    state: Tensors
+    round: int
+    selected_by: str
+    generalization: dict[str, Any] | None
+    specialization: dict[str, Any] | None
+    history: list[dict[str, Any]]
+    bytes_up: int
+    bytes_down: int
+
+
+class InProcess:
+    """Clients in this process, one after the other on the one network.
+
+    Args:
+        setting: of the federation.
+        clients: their images.
+        store: what they keep.
+    """
+
+    def __init__(self, setting: Setting, clients: Sequence[ClientData], store: Store) -> None:
+        self.setting = setting
+        self.clients = clients
+        self.store = store
+
+    def ask(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
+        """Answer each request in turn."""
+        for request in requests:
+            yield self._answer(request)
+
+    def commit(self, rounds: int) -> dict[str, Any]:
+        """Return which round each client's state is of."""
+        return {str(client): round for client, round in self.store.index.items()}
+
+    def _answer(self, request: Request) -> Reply | Failure:
+        client = request.client
+        kept = self.store.get(client)
+        try:
+            reply, keeps = answer(self.setting, self.clients[client], request, kept)
+        except CRASHES as error:
+            return Failure(client, f"{type(error).__name__}: {error}")
+        if keeps is not None:
+            if (name := not_finite(keeps)) is not None:
+                return Failure(client, f"what it keeps is NaN or infinite in {name!r}")
+            self.store.put(client, keeps, request.round)
+        return reply
+
+
+def run(
+    model: nn.Module,
+    *,
+    method: str | Method = "fedavg",
+    clients: Sequence[ClientData],
+    num_classes: int,
+    config: FederationConfig | None = None,
+    rounds: int | None = None,
+    test: Sequence[ImageSet] | None = None,
+    val: Sequence[ImageSet] | None = None,
+    normalization: Normalization | None = None,
+    augment: Augmentation | None = None,
+    head: str | None = None,
+    folder: Path | None = None,
+    watch: Watcher | None = None,
+) -> Federated:
+    """Train a model across clients.
+
+    Args:
+        model: what every client starts from; a copy is trained, on the model's device.
+        method: a name, or a method made with :func:`fl.method`.
+        clients: their images; a client is known by its place in the sequence.
+        num_classes: of the task.
+        config: everything that does not depend on the method.
+        rounds: instead of the configuration's.
+        test: what generalization is measured on; None: the clients' test images together.
+        val: likewise, for the selection of a round.
+        normalization: see :meth:`fl.setting.Setting.of`.
+        augment: of training images, or None.
+        head: path of the network's head, or None to find it.
+        folder: where the state is written after each round, and taken up from if there is one;
+            clients' states are then on disk. None: everything in memory.
+        watch: called with each round's summary.
+
+    Returns:
+        The selected model and its figures.
+
+    Raises:
+        RequestError: method, configuration, network and data do not go together.
+        RunError: a round failed.
+    """
+    config = config or FederationConfig()
+    if rounds is not None:
+        config = config.replaced(rounds=rounds)
+    method = method_of(method) if isinstance(method, str) else method
+    if not clients:
+        raise RequestError("clients: there must be at least one, got none")
+    clients = method.arrange(clients)
+    setting = Setting.of(
+        copy.deepcopy(model), method, config, num_classes=num_classes,
+        image_shape=clients[0].train.images.shape[1:], normalization=normalization,
+        augment=augment, head=head,
+    )  # fmt: skip
+    return _Run(setting, clients, test, val, folder, watch).go()
+
+
+class _Run:
+    """One run: rounds, evaluation, selection, and the file they are kept in."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        clients: Sequence[ClientData],
+        test: Sequence[ImageSet] | None,
+        val: Sequence[ImageSet] | None,
+        folder: Path | None,
+        watch: Watcher | None,
+    ) -> None:
+        self.setting, self.folder, self.watch = setting, folder, watch
+        self.test = _nonempty([c.test for c in clients] if test is None else test)
+        self.val = _nonempty([c.val for c in clients] if val is None else val)
+        self.transport = InProcess(setting, clients, Store(self._at("clients")))
+        self.rounds = Rounds(setting, self.transport, len(clients), Store(self._at("own")))
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {"round": 0, "score": None}
+        self.best_model: Tensors = {}
+        self.identity = {
+            "method": [setting.method.name, setting.method.config.model_dump(mode="json")],
+            "config": setting.config.model_dump(mode="json"),
+            "clients": [[c.name, len(c.train)] for c in clients],
+            "tensors": {n: list(t.shape) for n, t in setting.initial.items()},
+            "classes": setting.num_classes,
+        }
+
+    def go(self) -> Federated:
+        """Run what is left of the rounds."""
+        if not self._resume():
+            failures = self.rounds.begin()
+            if failures and self.watch:
+                self.watch({"counts": [{"client": f.client, "reason": f.reason} for f in failures]})
+        total = self.setting.config.rounds
+        while self.rounds.server.round < total:
+            number = self.rounds.server.round + 1
+            due = number == total or number % self.setting.config.evaluate_every == 0
+            report = self.rounds.round(evaluate=due)
+            summary = report.summary()
+            if due:
+                self._evaluate(report, summary, last=number == total)
+            self.history.append(summary)
+            if self.folder is not None:
+                self._save(self.folder)
+            if self.watch:
+                self.watch(summary)
+        chosen = self.history[self.best["round"] - 1]
+        return Federated(
+            state={
+                n.removeprefix("model."): t
+                for n, t in self.best_model.items()
+                if n.startswith("model.")
+            },
+            round=self.best["round"],
+            selected_by=self.setting.config.select if self.best["score"] is not None else "last",
+            generalization=chosen.get("generalization", {}).get("test"),
+            specialization=chosen.get("specialization", {}).get("test"),
+            history=self.history,
+            bytes_up=sum(r["bytes_up"] for r in self.history),
+            bytes_down=sum(r["bytes_down"] for r in self.history),
+        )
+
+    def _evaluate(self, report: RoundReport, summary: dict[str, Any], *, last: bool) -> None:
+        clients = dict(report.evaluations)
+        if last and self.setting.config.evaluate_absent:
+            absent = [k for k in range(self.rounds.server.num_clients) if k not in report.asked]
+            adapted, failures = self.rounds.adapt(absent)
+            clients |= adapted
+            summary["failures"] += [{"client": f.client, "reason": f.reason} for f in failures]
+        summary["specialization"] = {
+            part: evaluation.specialization(known)
+            for part in ("val", "test")
+            if (known := {k: e[part] for k, e in clients.items() if part in e})
+        }
+        whole = self.rounds.load_model_()
+        if whole and self.setting.method.has_server_model:
+            summary["generalization"] = self._generalization()
+        self._select(summary)
+
+    def _generalization(self) -> dict[str, Any]:
+        setting, found = self.setting, {}
+        for part, sets in (("val", self.val), ("test", self.test)):
+            if sets:
+                views = evaluation.evaluate(
+                    setting.network,
+                    setting.method.views("server"),
+                    [setting.test_batches(images) for images in sets],
+                    self.rounds.server.all_counts,
+                    adjust=setting.config.adjust,
+                )
+                found[part] = {**evaluation.primary(views), "views": views}
+        return found
+
+    def _select(self, summary: dict[str, Any]) -> None:
+        """Keep this round's model if it is the best so far, by validation images alone."""
+        select = self.setting.config.select
+        score = None
+        if select != "last":
+            score = summary.get(select, {}).get("val", {}).get("balanced_accuracy")
+        best = self.best["score"]
+        if best is None or (score is not None and score >= best):
+            self.best = {"round": summary["round"] + 1, "score": score}
+            state = self.setting.network.state_dict()
+            self.best_model = {n: t.detach().cpu().clone() for n, t in state.items()}
+
+    # --- state
+
+    def _at(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / name
+
+    def _save(self, folder: Path) -> None:
+        values = {"history": self.history, "best": self.best, "identity": self.identity}
+        path = folder / "federation.safetensors"
+        self.rounds.save(path, Record({"best": self.best_model}, values))
+        self.transport.store.forget_old_()
+
+    def _resume(self) -> bool:
+        if self.folder is None or not (path := self.folder / "federation.safetensors").is_file():
+            return False
+        saved = load(path)
+        now = json.loads(json.dumps(self.identity))
+        for key, value in now.items():
+            if saved.values["identity"].get(key) != value:
+                raise RequestError(
+                    f"{path}: {key} must be as in the interrupted federation, "
+                    f"{saved.values['identity'].get(key)!r:.200}, got {value!r:.200}; "
+                    "repeat the same request, or start in a new folder"
+                )
+        self.rounds.load_(saved, self._at("own"))
+        index = {int(k): r for k, r in saved.values["transport"].items()}
+        self.transport.store = Store(self._at("clients"), index)
+        self.history, self.best = saved.values["history"], saved.values["best"]
+        self.best_model = saved.tensors.get("best", {})
+        return True
+
+
+def _nonempty(sets: Iterable[ImageSet | None]) -> list[ImageSet]:
+    return [s for s in sets if s is not None and len(s)]

@@ -1,0 +1,144 @@
+"""What server and clients of one federation have in common: network, method, configuration."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fl.config import FederationConfig
+from fl.losses import LossConfig
+from fl.method import ClientData, Method, require_head
+from fl.network import Network
+from fl.record import Tensors, picked
+from fl.state import Route, routes
+from sdq.batches import Augmentation, Batches, Normalization, generator
+from sdq.data import ImageSet
+from sdq.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A federation's fixed part. One network is reused for every client of a process.
+
+    Args:
+        method: with its hyper-parameters.
+        config: of the federation.
+        network: with the method's extras.
+        routes: of every tensor of its state.
+        initial: its state before the first round, which every client starts from.
+        num_classes: of the task.
+        image_shape: ``(C, H, W)``.
+        normalization: of every image.
+        augment: of training images, or None.
+    """
+
+    method: Method
+    config: FederationConfig
+    network: Network
+    routes: dict[str, Route]
+    initial: Tensors
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    normalization: Normalization
+    augment: Augmentation | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        method: Method,
+        config: FederationConfig,
+        *,
+        num_classes: int,
+        image_shape: tuple[int, int, int],
+        normalization: Normalization | None = None,
+        augment: Augmentation | None = None,
+        head: str | None = None,
+    ) -> "Setting":
+        """Prepare a model for a method.
+
+        Args:
+            model: trained in place; on its device.
+            method: the method.
+            config: of the federation.
+            num_classes: of the task; the model must have as many logits.
+            image_shape: ``(C, H, W)``.
+            normalization: None maps pixels to -1..1, which tells nobody anything of the images.
+            augment: of training images, or None.
+            head: path of the head in the model, or None to find it.
+
+        Raises:
+            RequestError: the method does not go with the configuration or the network.
+        """
+        device = next(model.parameters()).device
+        sample = torch.zeros(1, *image_shape, device=device)
+        network = Network(model, sample, head)
+        require_head(method, network)
+        method.check(config)
+        method.extend_(network, generator(config.seed, "extras"))
+        network.to(device)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        channels = image_shape[0]
+        default = Normalization((0.5,) * channels, (0.5,) * channels)
+        setting = cls(
+            method=method,
+            config=config,
+            network=network,
+            routes=routes(
+                network,
+                lambda name: method.route(name, network),
+                config.batch_norm or method.batch_norm,
+            ),
+            initial=picked(network.state_dict(), network.state_dict()),
+            num_classes=num_classes,
+            image_shape=image_shape,
+            normalization=normalization or default,
+            augment=augment,
+        )
+        logits = network.eval()(sample)
+        if logits.dim() < 2 or logits.shape[1] != num_classes:
+            raise RequestError(
+                f"model: must give one logit for each of {num_classes} classes, got "
+                f"{tuple(logits.shape)}; build it for this data"
+            )
+        return setting
+
+    @property
+    def loss(self) -> LossConfig:
+        """Return the loss that clients minimise."""
+        return self.config.loss or self.method.loss
+
+    def names(self, *, up: bool | None = None, down: bool | None = None) -> list[str]:
+        """Return the tensors that do, or do not, go up or come down."""
+        return [
+            name
+            for name, route in self.routes.items()
+            if (up is None or route.goes_up is up) and (down is None or route.comes_down is down)
+        ]
+
+    def check(self, data: ClientData) -> None:
+        """Raise RequestError where a client's images or labels are not of this federation."""
+        for part, images in (("train", data.train), ("val", data.val), ("test", data.test)):
+            if images is None or len(images) == 0:
+                if part == "train":
+                    raise RequestError(f"client {data.name!r}: train must have images, got none")
+                continue
+            if images.images.shape[1:] != self.image_shape:
+                raise RequestError(
+                    f"client {data.name!r}: {part} images must be {self.image_shape}, got "
+                    f"{images.images.shape[1:]}; resize them"
+                )
+            low, high = int(images.labels.min()), int(images.labels.max())
+            if low < 0 or high >= self.num_classes:
+                raise RequestError(
+                    f"client {data.name!r}: {part} labels must be from 0 to "
+                    f"{self.num_classes - 1}, got {low} to {high}; use the federation's classes"
+                )
+
+    def counts(self, labels: Tensor) -> Tensor:
+        """Return the images of each class, float32 ``(classes,)``."""
+        return torch.bincount(labels, minlength=self.num_classes).float()
+
+    def test_batches(self, images: ImageSet) -> Batches:
+        """Return images for evaluation."""
+        return Batches(images, self.normalization, batch_size=max(self.config.batch_size, 64))
