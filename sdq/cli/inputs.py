@@ -14,6 +14,7 @@ from sdq.apply_policy import apply_policy_
 from sdq.batches import Augmentation, Batches, Normalization
 from sdq.checkpoint import load_tensors
 from sdq.cli.options import numbers
+from sdq.cli.weights import load_weights_
 from sdq.config import QuantConfig
 from sdq.data import DataOptions, ImageSet, Splits, open_data
 from sdq.errors import RequestError
@@ -226,40 +227,11 @@ def build_model(reference: str, splits_shape: tuple[int, ...], classes: int) -> 
     return model
 
 
-def load_weights_(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Load a state dict that must fit exactly; RequestError names the first tensor that does not.
-
-    Wrappers' prefixes (``module.`` of DataParallel) are removed.
-    """
-    if tensors and all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
-    own = model.state_dict()
-    counters = {name for name in own if name.endswith("num_batches_tracked")}
-    missing = sorted(set(own) - set(tensors) - counters)
-    unknown = sorted(set(tensors) - set(own))
-    if missing or unknown:
-        first = f"no {missing[0]!r}" if missing else f"{unknown[0]!r}, which the network has not"
-        raise RequestError(
-            f"{where}: must hold the weights of this architecture, but has {first} "
-            f"({len(missing)} missing, {len(unknown)} unknown); name the --model they belong to"
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            raise RequestError(
-                f"{where}: {name!r} must have shape {tuple(own[name].shape)}, "
-                f"got {tuple(tensor.shape)}; check the number of classes and channels"
-            )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise RequestError(
-                f"{where}: {name!r} must be finite, got NaN or infinity; train it again"
-            )
-    model.load_state_dict({**{name: own[name] for name in counters}, **tensors})
-
-
 def load_float_file(reference: str, weights: Path, inputs: Inputs) -> nn.Module:
     """Build ``--model`` for the data and load ``--weights`` into it."""
-    network = build_model(reference, inputs.splits.image_shape, len(inputs.splits.class_names))
-    load_weights_(network, load_tensors(weights)[0], str(weights))
+    classes = len(inputs.splits.class_names)
+    network = build_model(reference, inputs.splits.image_shape, classes)
+    load_weights_(network, load_tensors(weights)[0], str(weights), classes)
     return network
 
 

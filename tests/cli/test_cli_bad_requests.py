@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from sdq.run_folder import RunFolder
 
@@ -246,6 +248,28 @@ def test_weights_of_another_number_of_classes_are_refused(sdq, files, tmp_path):
     weights = files / "float" / "model.safetensors"
     command = f"evaluate --model mlp --weights {weights} --data {files / 'five.npz'}"
     refused(sdq, tmp_path / "out", command, "'layers.10.bias' must have shape (5,), got (7,)")
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "quantize --bits 2"])
+def test_a_head_of_a_thousand_classes_is_told_what_to_do(sdq, files, tmp_path, verb):
+    weights = load_file(files / "float" / "model.safetensors")
+    head = {"layers.10.weight": torch.zeros(1000, 64), "layers.10.bias": torch.zeros(1000)}
+    save_file(weights | head, tmp_path / "thousand.safetensors")
+    command = f"{verb} --model mlp --weights {tmp_path / 'thousand.safetensors'} --data"
+    expected = (
+        "thousand.safetensors: 'layers.10.bias' must have shape (7,), got (1000,); the data have "
+        "7 classes and these weights 1000: give data of 1000 classes, or first train a head of 7 "
+        "with `sdq train --model FILE.py:FUNCTION`, whose function loads all but 'layers.10.bias', "
+        "'layers.10.weight'"
+    )
+    refused(sdq, tmp_path / "out", f"{command} {files / 'ok.npz'}", expected)
+
+
+def test_weights_for_other_channels_get_no_advice_on_classes(sdq, files, tmp_path):
+    weights = files / "float" / "model.safetensors"
+    command = f"evaluate --model mlp --weights {weights} --data {files / 'grey.npz'}"
+    expected = "'layers.1.weight' must have shape (128, 784), got (128, 2352); check the number of"
+    refused(sdq, tmp_path / "out", command, expected)
 
 
 @pytest.mark.parametrize(("function", "expected"), MODELS)
