@@ -7,6 +7,9 @@
 ``error.png``       the relative quantization error of each layer, before and after fine-tuning
 ``histograms.png``  the largest searched layers' weights among their levels, before and after
 ==================  ===========================================================================
+
+"Before" are the float weights; where batch normalisation is folded, the folded ones, from which
+fine-tuning starts.
 """
 
 import io
@@ -89,7 +92,8 @@ def _figures(run: RunFolder) -> Iterator[tuple[str, "Figure"]]:
     if course is not None:
         yield "trajectory", trajectory_figure.trajectory_figure(course, len(policy))
     layers = read_layers(run.path / "layers.json")
-    before = weight_levels.before(run.read_tensors("float.safetensors"), policy, config, layers)
+    start = "folded.safetensors" if config.batch_norm == "fold" else "float.safetensors"
+    before = weight_levels.before(run.read_tensors(start), policy, config, layers)
     after: dict[str, weight_levels.Quantized] = {}
     if (run.path / "model.safetensors").exists():  # `sdq search` does not fine-tune
         after = weight_levels.after(run.read_tensors("model.safetensors"), policy, config, layers)

@@ -6,6 +6,7 @@
 ``layers.json``           shapes and MACs of the quantizable layers
 ``model.safetensors``     the result's weights (quantized runs: with scales)
 ``float.safetensors``     quantized runs: the float weights they started from
+``folded.safetensors``    of ``batch_norm="fold"``: the layers' weights, folded, not yet trained
 ``metrics.json``          what the result is worth
 ``log.jsonl``             one record an epoch
 ``checkpoints/``          one file a phase

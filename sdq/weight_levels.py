@@ -70,7 +70,7 @@ def before(
     """Return the float weights with the quantizers that fine-tuning starts from, by layer.
 
     Args:
-        tensors: of the float network.
+        tensors: of the float network; with folded batch normalisation, the folded weights.
         policy: what bits the layers have; layers in float are left out.
         config: the configuration of quantization.
         layers: of the network, in the policy's order.

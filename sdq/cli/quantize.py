@@ -130,6 +130,11 @@ def start(run: RunFolder, source: Source, plan: Plan, qmodel: QuantModel, seed: 
         quant=plan.quant.model_dump(),
     )  # fmt: skip
     run.write_tensors("float.safetensors", source.network.state_dict())
+    if plan.quant.batch_norm == "fold":  # what training starts from, which the plots compare with
+        names = [b.name for b in qmodel.policy if b.weight_bits != FLOAT_BITS]
+        run.write_tensors(
+            "folded.safetensors", {f"{name}.weight": qmodel.weight(name) for name in names}
+        )
     run.write_layers(qmodel.layers)
 
 

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from sdq import plots
+from sdq import plots, weight_figures
 from sdq.errors import RequestError
 
 SEARCHED = {"bits.png", "error.png", "histograms.png", "trajectory.png"}
@@ -92,6 +94,26 @@ def test_learned_activation_bits(plotted):
 def test_a_uniform_policy_has_no_trajectory(plotted):
     run = plotted("quantize --bits 2 --epochs 0 --search-method uniform")
     assert drawn(run) == SEARCHED - {"trajectory.png"}
+
+
+def test_before_fine_tuning_folded_weights_are_folded(plotted, monkeypatch):
+    shown = []
+    draw = weight_figures.error_figure
+    monkeypatch.setattr(
+        weight_figures, "error_figure", lambda *errors: shown.extend(errors) or draw(*errors)
+    )
+    options = "--batch-norm fold --weight-scale per_tensor --search-method uniform"
+    run = plotted(f"quantize --bits 2 --epochs 0 {options}")
+    before, after = shown
+    assert before.keys() == after.keys()
+    assert before == pytest.approx(after)  # nothing was trained
+    names = ("folded", "model", "float")
+    folded, model, given = (load_file(run / f"{name}.safetensors") for name in names)
+    for name, weight in folded.items():
+        assert torch.equal(weight, model[f"net.{name}"])
+    # the first layer has a normalisation behind it, and the last has none
+    assert not torch.equal(folded["layers.1.weight"], given["layers.1.weight"])
+    assert torch.equal(folded["layers.10.weight"], given["layers.10.weight"])
 
 
 @pytest.mark.parametrize("verb", ["search", "quantize --epochs 0"])
