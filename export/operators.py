@@ -41,7 +41,9 @@ def attributes(node: onnx.NodeProto) -> Attributes:
 
 def tensor(proto: onnx.TensorProto, single: bool = False) -> Tensor:
     """Return a stored tensor; floats in float64, unless ``single``."""
-    values = torch.from_numpy(np.array(numpy_helper.to_array(proto)))
+    stored = numpy_helper.to_array(proto)
+    packed = proto.data_type in (TensorProto.INT2, TensorProto.INT4)
+    values = torch.from_numpy(np.array(stored, np.int8 if packed else stored.dtype))
     return values.double() if values.is_floating_point() and not single else values
 
 
@@ -72,7 +74,9 @@ def _dequantize_linear(
 ) -> Tensor:
     axis = a.get("axis", 1)
     offset = 0 if zero is None else _along(axis, x, zero.double())
-    return (x.double() - offset) * _along(axis, x, scale)
+    values = (x.double() - offset) * _along(axis, x, scale)
+    # a bias is a float32 constant, whose code may take all digits of one: every reader rounds it
+    return values.float().double() if x.dtype is torch.int32 else values
 
 
 def _quant(a: Attributes, x: Tensor, scale: Tensor, zero: Tensor, bits: Tensor) -> Tensor:
