@@ -1,0 +1,102 @@
+"""What every target owes: costs of every layer, sums, legal bitwidths, and no gain from more bits."""
+
+import functools
+import json
+import math
+import random
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import hw
+from hw.target import Demand, choices_of, cost_fn
+from sdq import plugins
+from sdq.config import QuantConfig
+from sdq.layers import LayerSpec
+from sdq.policy import BitwidthPolicy
+from sdq.quant_model import quantize
+
+TARGETS = plugins.names("hw.targets")
+MODELS = plugins.names("sdq.models")
+DEEP = {"resnet50", "efficientnet_b0", "densenet121"}
+NETWORKS = [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in MODELS]
+SIDE = 16
+
+
+@functools.cache
+def network(name: str) -> tuple[tuple[LayerSpec, ...], BitwidthPolicy]:
+    module = plugins.call_with_known(
+        plugins.load("sdq.models", name).build,
+        num_classes=5, in_channels=3, image_size=SIDE, width=8,
+    )  # fmt: skip
+    qmodel = quantize(module, QuantConfig(), sample=torch.zeros(1, 3, SIDE, SIDE))
+    draw = random.Random(0)
+    bits = {b.name: draw.choice((1, 2, 3, 4, 6, 8)) for b in qmodel.policy if b.searched}
+    return qmodel.layers, qmodel.policy.with_weight_bits(bits)
+
+
+def test_there_are_targets() -> None:
+    assert {"bit_fusion", "pynq_z2"} <= set(TARGETS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_costs_of_a_network(name: str, target: str) -> None:
+    layers, policy = network(name)
+    found = hw.report(layers, policy, target)
+    device = hw.target(target).under(layers, Demand(), choices_of(policy))
+    assert device.cost(layers, policy) == found
+    assert "latency_s" in device.costs
+    assert [layer.name for layer in found.layers] == [spec.name for spec in layers]
+    for layer in found.layers:
+        assert all(math.isfinite(value) and value >= 0 for value in layer.costs.values())
+        assert layer.costs["latency_s"] > 0
+        assert layer.pace_s > 0
+    paces = [layer.pace_s for layer in found.layers]
+    assert paces[found.bottleneck] == max(paces)
+    for cost in device.costs:
+        function = cost_fn(device, cost)
+        assert function.__name__ == cost
+        values = [
+            function(spec, bits.weight_bits, bits.act_bits)
+            for spec, bits in zip(layers, policy, strict=True)
+        ]
+        assert values == [layer.costs[cost] for layer in found.layers]
+        assert found.totals[cost] == pytest.approx(sum(values), rel=1e-12)
+    assert set(found.limits) <= set(found.totals)
+    assert set(found.capacity) <= set(found.totals)
+    assert found.fits == (not found.over)
+    assert all(found.totals[over] > found.limits[over] for over in found.over)
+    document = {**asdict(found), "shares": found.shares}
+    assert json.loads(json.dumps(document, allow_nan=False))["totals"] == dict(found.totals)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bits_are_legal_and_more_of_them_cost_no_less(name: str, target: str) -> None:
+    """Where a device lays a layer out in the same way."""
+    layers, policy = network(name)
+    device = hw.target(target)
+    fastest = device.under(layers, Demand(latency_s=1e9, fps=1e-9), choices_of(policy))
+    rises = 0
+    for spec in layers:
+        legal = device.legal_weight_bits(spec)
+        assert list(legal) == sorted(legal)
+        assert set(legal) <= set(device.weight_bits)
+        for acts in ([a] * 8 for a in device.act_bits if a <= 8):
+            uses = [fastest.use(spec, w, a) for w, a in zip(range(1, 9), acts, strict=True)]
+            for few, more in zip(uses, uses[1:], strict=False):
+                if few.layout == more.layout:
+                    for cost in device.costs:
+                        assert few.costs[cost] <= more.costs[cost], (spec.name, cost)
+                        rises += few.costs[cost] < more.costs[cost]
+    assert rises  # bits do matter
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_asked_becomes_a_limit(target: str) -> None:
+    layers, policy = network("vgg_like")
+    device = hw.target(target).under(layers, Demand(latency_s=10.0), choices_of(policy))
+    assert device.limits["latency_s"] == 10.0
+    assert device.cost(layers, policy).latency_s <= 10.0
