@@ -21,6 +21,7 @@ _KINDS: dict[Any, str] = {
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d), "avg_pool"),
     **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d), "avg_pool"),
     **dict.fromkeys((torch.mean, "mean"), "avg_pool"),
+    **dict.fromkeys((nn.Flatten, torch.flatten, "flatten", "view", "reshape"), "flatten"),
     **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, F.interpolate), "upsample"),
 }
 
@@ -45,6 +46,8 @@ def between(
     if kind in ("add", "multiply") and len(tensors) < 2:  # with a constant: no second stream
         return []
     in_shape, out_shape = tuple(tensors[0].shape[1:]), tuple(output.shape[1:])
+    if kind == "flatten" and len(out_shape) >= len(in_shape):
+        return []
     if not kind.endswith("pool"):
         return [Between(kind, in_shape, out_shape)]
     sides = in_shape[1:]

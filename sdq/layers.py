@@ -9,7 +9,7 @@ class Between:
 
     Args:
         kind: ``max_pool``, ``avg_pool``, ``global_pool``, ``add``, ``multiply``, ``concat``,
-            ``upsample``, or ``fork`` for a tensor that several read.
+            ``upsample``, ``flatten``, or ``fork`` for a tensor that several read.
         in_shape: of one sample, without the batch; of the first operand.
         out_shape: of one sample, without the batch.
         kernel: window of a pooling, an entry a dimension; empty for others.

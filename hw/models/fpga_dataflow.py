@@ -316,8 +316,8 @@ def _input_codes(
     setting: Setting, spec: LayerSpec, before: LayerSpec | None, act_bits: int
 ) -> Iterator[Unit]:
     """Yield the thresholds that make a layer's codes out of the sums of the layer before."""
-    if before is None:
-        channels, places = _map(spec.in_shape)
+    if before is None:  # a flattened image has thresholds for its channels, not for its pixels
+        channels, places = _map(spec.before[0].in_shape if spec.before else spec.in_shape)
         yield units.thresholds(
             channels, places, setting.input_bits + 1, act_bits, setting.interval, uram=setting.uram
         )
@@ -372,6 +372,8 @@ def _between(operation: Between, act_bits: int, interval: int) -> list[Unit]:
     """Return the units of an operation without weights."""
     channels, places = _map(operation.in_shape)
     kind = operation.kind
+    if kind == "flatten":  # a stream has no shape
+        return []
     if kind == "global_pool":
         return [units.streaming("global pool", channels, places, interval, passes=1)]
     if kind.endswith("pool"):

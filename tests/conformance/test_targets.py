@@ -1,10 +1,11 @@
-"""What every target owes: costs of every layer, sums, legal bitwidths, and no gain from more bits."""
+"""What every target owes: costs of every layer, their sums, legal bits, no gain from more bits."""
 
 import functools
 import json
 import math
 import random
 from dataclasses import asdict
+from itertools import pairwise
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_bits_are_legal_and_more_of_them_cost_no_less(name: str, target: str) ->
         assert set(legal) <= set(device.weight_bits)
         for acts in ([a] * 8 for a in device.act_bits if a <= 8):
             uses = [fastest.use(spec, w, a) for w, a in zip(range(1, 9), acts, strict=True)]
-            for few, more in zip(uses, uses[1:], strict=False):
+            for few, more in pairwise(uses):
                 if few.layout == more.layout:
                     for cost in device.costs:
                         assert few.costs[cost] <= more.costs[cost], (spec.name, cost)
