@@ -37,6 +37,9 @@ def cost(
     """
     request = DeviceRequest.of(target, latency_ms, fps)
     policy, layers = read_policy(what)
+    found = None
+    if target is not None:
+        found = hw.report(layers, policy, target, request.demand)
     costs = hw.layer_costs(layers, policy)
     rows: list[dict[str, Any]] = [asdict(c) for c in costs]
     total: dict[str, Any] = {
@@ -49,8 +52,7 @@ def cost(
     }
     last = {key: total.get(key) for key in rows[0]} | {"name": "total"}
     show_table(str(what), [*rows, last], quiet=quiet)
-    if target is not None:
-        found = hw.report(layers, policy, target, request.demand)
+    if target is not None and found is not None:
         if not quiet:
             show_device(target, found, policy)
         uses = zip(rows, found.layers, strict=True)
