@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sdq.between import between, fork
 from sdq.errors import RequestError
-from sdq.layers import LayerSpec
+from sdq.layers import Between, LayerSpec
 from sdq.refusals import KINDS, has_layers
 
 
@@ -38,15 +40,33 @@ def measure(net: fx.GraphModule, sample: Tensor) -> tuple[LayerSpec, ...]:
             "model: must have a convolution or linear layer to quantize, got "
             + (", ".join(sorted({type(m).__name__ for m in net.children()})) or "no layers")
         )
-    return tuple(_spec(path, net.get_submodule(path), calls[path]) for path in calls)
+    return tuple(
+        replace(_spec(path, net.get_submodule(path), calls[path]), before=watch.before[path])
+        for path in calls
+    )
 
 
 class _Calls(fx.Interpreter):
-    """Notes what layers are called with, and what they give."""
+    """Notes what layers are called with, what they give, and what stands before each."""
 
     def __init__(self, net: fx.GraphModule) -> None:
         super().__init__(net)
         self.calls: dict[str, list[tuple[Any, Any, Any]]] = {}
+        self.before: dict[str, tuple[Between, ...]] = {}
+        self._since: list[Between] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, and note what it is."""
+        output = super().run_node(n)
+        if n.op == "call_module" and has_layers(self.fetch_attr(str(n.target))):
+            self.before.setdefault(str(n.target), tuple(self._since))
+            self._since = []
+        else:
+            module = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            self._since += between(n, module, args, kwargs, output)
+        self._since += fork(n, output)
+        return output
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         output = super().call_module(target, args, kwargs)
@@ -79,7 +99,19 @@ def _spec(path: str, module: nn.Module, calls: list[Any]) -> LayerSpec:
         shape = tuple(weight.shape)
         # every output element takes one multiply for each weight of its channel
         macs = sum(y[0].numel() * weight[0].numel() for _, _, y in calls)
-    return LayerSpec(path, kind, shape, in_shape, out_shape, macs, module.bias is not None)
+    found = LayerSpec(path, kind, shape, in_shape, out_shape, macs, module.bias is not None)
+    return replace(found, **_geometry(module)) if kind != "linear" else found
+
+
+def _geometry(module: Any) -> dict[str, Any]:
+    """Return stride, padding (both sides together) and dilation of a convolution."""
+    if isinstance(module.padding, str):  # "same" needs what the window takes away
+        windows = zip(module.kernel_size, module.dilation, strict=True)
+        taken = tuple(dilation * (side - 1) for side, dilation in windows)
+        padding = taken if module.padding == "same" else (0,) * len(taken)
+    else:
+        padding = tuple(2 * side for side in module.padding)
+    return {"stride": module.stride, "padding": padding, "dilation": module.dilation}
 
 
 def _macs(module: nn.Module, args: Any, kwargs: Any) -> int:

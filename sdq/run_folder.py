@@ -34,7 +34,7 @@ import torch
 from sdq.checkpoint import Checkpoint, load_tensors, save_tensors, write_bytes_atomically
 from sdq.data import ImageSet, Splits
 from sdq.errors import RequestError, RunError
-from sdq.layers import LayerSpec
+from sdq.layers import Between, LayerSpec
 
 SCHEMA = "sdq.run/1"
 
@@ -238,8 +238,12 @@ def read_layers(path: Path) -> tuple[LayerSpec, ...]:
 
 
 def _spec(layer: dict[str, Any]) -> LayerSpec:
-    shapes = {key: tuple(layer[key]) for key in ("weight_shape", "in_shape", "out_shape")}
-    return LayerSpec(**{**layer, **shapes})
+    before = tuple(Between(**_with_tuples(operation)) for operation in layer.get("before", ()))
+    return LayerSpec(**{**_with_tuples(layer), "before": before})
+
+
+def _with_tuples(document: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
 
 
 def versions() -> dict[str, str]:

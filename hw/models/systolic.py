@@ -4,18 +4,23 @@ Each unit multiplies 8 by 8 bits in one cycle, or splits into up to 16 multiplie
 Operands are widened to a power of two of at least 2 bits, so 3 bits cost as much as 4, and 1 as
 much as 2; wider than 8 bits takes several passes.
 
+Energy is that of the products at their fused widths, and of fetching the weights once from DRAM
+(:mod:`hw.energy`); buffers are not counted.
+
 Source: Sharma et al., "Bit Fusion", ISCA 2018, https://arxiv.org/abs/1712.01507: the cycle count
 of their published simulator, compute only, without the memory system.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
-from hw.target import TargetCost
+from hw.energy import mac_joules, weight_fetch_joules
+from hw.sequential import summed
+from hw.target import Choices, Demand, LayerUse, TargetCost
 from sdq.layers import LayerSpec
-from sdq.policy import FLOAT_BITS, BitwidthPolicy
+from sdq.policy import FLOAT_BITS, BitwidthPolicy, LayerBits
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class FusibleArray:
         clock_hz: clock frequency.
         weight_bits: bitwidths of weights that it takes; others are computed as the next wider.
         act_bits: likewise of activations.
+        within_s: the time one sample may take, if that was demanded.
     """
 
     rows: int
@@ -35,6 +41,24 @@ class FusibleArray:
     clock_hz: float
     weight_bits: tuple[int, ...] = tuple(range(1, 9))
     act_bits: tuple[int, ...] = (*range(2, 9), 16)
+    within_s: float | None = None
+
+    costs = ("cycles", "latency_s", "energy_j")
+
+    @property
+    def limits(self) -> Mapping[str, float]:
+        """What was demanded."""
+        return {} if self.within_s is None else {"latency_s": self.within_s}
+
+    def legal_weight_bits(self, spec: LayerSpec) -> tuple[int, ...]:
+        """Return all that it takes; every layer is computed alike."""
+        return self.weight_bits
+
+    def under(
+        self, layers: Sequence[LayerSpec], demand: Demand, choices: Choices
+    ) -> "FusibleArray":
+        """Return the target with what is demanded of one sample; layers follow one another."""
+        return replace(self, within_s=demand.seconds)
 
     def cycles(self, spec: LayerSpec, weight_bits: int, act_bits: int) -> int:
         """Return the cycles of one layer for one sample.
@@ -71,15 +95,31 @@ class FusibleArray:
         """Return the time one layer takes for one sample."""
         return self.cycles(spec, weight_bits, act_bits) / self.clock_hz
 
+    def use(self, spec: LayerSpec, weight_bits: int, act_bits: int) -> LayerUse:
+        """Return what one layer takes."""
+        bits = LayerBits(spec.name, weight_bits, act_bits, False, spec.num_weights)
+        return self._use(spec, bits)
+
+    def _use(self, spec: LayerSpec, bits: LayerBits) -> LayerUse:
+        if bits.channel_bits is None:
+            cycles = self.cycles(spec, bits.weight_bits, bits.act_bits)
+        else:
+            cycles = self._cycles(spec, bits.channel_bits, bits.act_bits)
+        channels = bits.channel_bits or (bits.weight_bits,)
+        products = sum(mac_joules(_fused(w), _fused(bits.act_bits)) for w in channels)
+        energy = spec.macs * products / len(channels)
+        energy += weight_fetch_joules(bits.total_weight_bits)
+        seconds = cycles / self.clock_hz
+        costs = {"cycles": cycles, "latency_s": seconds, "energy_j": energy}
+        return LayerUse(spec.name, costs, seconds, {})
+
     def cost(self, layers: Sequence[LayerSpec], policy: BitwidthPolicy) -> TargetCost:
-        """Return the cycles of every layer and the latency of one sample."""
-        cycles = tuple(
-            self.cycles(spec, bits.weight_bits, bits.act_bits)
-            if bits.channel_bits is None
-            else self._cycles(spec, bits.channel_bits, bits.act_bits)
-            for spec, bits in zip(layers, policy, strict=True)
-        )
-        return TargetCost(cycles, sum(cycles) / self.clock_hz)
+        """Return the cycles and energy of every layer and the latency of one sample."""
+        uses = [self._use(spec, bits) for spec, bits in zip(layers, policy, strict=True)]
+        total = summed(uses, self.costs, limits=self.limits)
+        # one rounding, of whole cycles
+        seconds = total.totals["cycles"] / self.clock_hz
+        return replace(total, totals={**total.totals, "latency_s": seconds})
 
 
 def _fused(bits: int) -> int:

@@ -1,5 +1,6 @@
 """``sdq cost``: what a policy costs."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +9,7 @@ import typer
 
 import hw
 from sdq.cli import options
+from sdq.cli.device import DeviceRequest
 from sdq.cli.progress import show_json, show_table
 from sdq.errors import RequestError
 from sdq.layers import LayerSpec
@@ -18,18 +20,26 @@ from sdq.run_folder import read_layers
 def cost(
     what: Annotated[Path, typer.Argument(help="A run folder, or the policy.json in one.")],
     target: Annotated[
-        str | None, typer.Option(help="Also latency on a device (see `sdq list targets`).")
+        str | None, typer.Option(help="Also on a device (see `sdq list targets`).")
     ] = None,
+    latency_ms: options.LatencyMs = None,
+    fps: options.Fps = None,
     json_: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Print MACs, parameters, weight bytes and bit operations, per layer and in total.
 
-    Bit operations are MACs x weight bits x activation bits.
+    Bit operations are MACs x weight bits x activation bits. With --target also what each layer
+    takes of the device, and whether the network fits it. An FPGA is laid out for --fps or
+    --latency-ms, or for the highest rate that fits.
 
-    Example: `sdq cost q --target bit_fusion`
+    Example: `sdq cost q --target pynq_z2 --fps 1000`
     """
+    request = DeviceRequest.of(target, latency_ms, fps)
     policy, layers = read_policy(what)
+    found = None
+    if target is not None:
+        found = hw.report(layers, policy, target, request.demand)
     costs = hw.layer_costs(layers, policy)
     rows: list[dict[str, Any]] = [asdict(c) for c in costs]
     total: dict[str, Any] = {
@@ -40,22 +50,51 @@ def cost(
         "avg_weight_bits": policy.avg_weight_bits,
         "avg_weight_bits_all": policy.avg_weight_bits_all,
     }
-    if target is not None:
-        found = hw.target(target).cost(layers, policy)
-        for row, cycles in zip(rows, found.layer_cycles, strict=True):
-            row["cycles"] = cycles
-        total |= {
-            "target": target,
-            "cycles": sum(found.layer_cycles),
-            "latency_s": found.latency_s,
-            "bottleneck": rows[found.bottleneck]["name"],
-        }
     last = {key: total.get(key) for key in rows[0]} | {"name": "total"}
     show_table(str(what), [*rows, last], quiet=quiet)
-    if target is not None and not quiet:
-        print(f"{target}: {total['latency_s'] * 1e3:.4f} ms, bottleneck {total['bottleneck']}")
+    if target is not None and found is not None:
+        if not quiet:
+            show_device(target, found, policy)
+        uses = zip(rows, found.layers, strict=True)
+        rows = [{**row, **use.costs, **use.layout} for row, use in uses]
+        total |= {"target": target, **found.totals, "bottleneck": rows[found.bottleneck]["name"]}
+        total |= {"fits": found.fits, "shares": found.shares, "limits": dict(found.limits)}
     if json_:
         show_json({"layers": rows, "total": total})
+
+
+SHOWN: dict[str, tuple[str, float]] = {
+    "latency_s": ("ms", 1e3), "energy_j": ("energy (uJ)", 1e6), "flash_bytes": ("flash (kB)", 1e-3),
+}  # fmt: skip
+"""How a table shows costs whose own unit is too small or too large: name, and what to multiply."""
+
+
+def show_device(target: str, found: hw.TargetCost, policy: BitwidthPolicy) -> None:
+    """Print what each layer takes of a device, and what all take together."""
+    rows: list[dict[str, Any]] = []
+    for i, (use, bits) in enumerate(zip(found.layers, policy, strict=True)):
+        mark = "<- bottleneck" if i == found.bottleneck else ""
+        shown = {"layer": use.name, "weight bits": bits.weight_bits, "act bits": bits.act_bits}
+        rows.append({**shown, **_shown(use.costs), **use.layout, "": mark})
+    last = dict.fromkeys(rows[0]) | {"layer": "total", "": ""}
+    totals = {key: value for key, value in _shown(found.totals).items() if key in last}
+    show_table(target, [*rows, {**last, **totals}])
+    for name, share in found.shares.items():
+        limit = found.limits.get(name, found.capacity[name])
+        over = "" if found.totals[name] <= limit else f": more than {limit:,.0f}"
+        print(
+            f"{name}: {found.totals[name]:,.0f} of {found.capacity[name]:,.0f} ({share:.1%}){over}"
+        )
+    rate = f", {found.totals['fps']:,.1f} samples a second" if "fps" in found.totals else ""
+    slowest = found.layers[found.bottleneck].name
+    print(f"{target}: {found.latency_s * 1e3:.4f} ms{rate}, bottleneck {slowest}")
+    if found.limits:
+        print("fits" if found.fits else f"does not fit: {', '.join(found.over)}")
+
+
+def _shown(costs: Mapping[str, float]) -> dict[str, float]:
+    names = {name: SHOWN.get(name, (name, 1)) for name in costs}
+    return {shown: costs[name] * factor for name, (shown, factor) in names.items()}
 
 
 def read_policy(what: Path) -> tuple[BitwidthPolicy, tuple[LayerSpec, ...]]:

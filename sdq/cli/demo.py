@@ -11,12 +11,11 @@ from sdq.cli import inputs as inp
 from sdq.cli import options
 from sdq.cli.evaluate import run_inputs
 from sdq.cli.export_run import describe, write_and_verify
-from sdq.cli.plan import Plan
+from sdq.cli.plan import Limits, Plan
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.quantize import asked_for, open_source, prepare, run_quantize
 from sdq.cli.train import train
 from sdq.config import QuantConfig, SearchConfig, TrainConfig
-from sdq.cost import Budget
 from sdq.errors import RequestError, RunError
 from sdq.parallel import open_fabric
 from sdq.policy import FLOAT_BITS, BitwidthPolicy
@@ -69,7 +68,7 @@ def _quantized(out: Path, method: str, seed: int, quiet: bool) -> dict[str, Any]
     plan = Plan(
         # every layer is searched, so that all of the weights are equally many bytes in both
         QuantConfig(first_last_bits=None),
-        Budget(avg_weight_bits=BITS),
+        Limits(bits=BITS),
         method,
         SearchConfig(epochs=EPOCHS["search"], seed=seed),
         TrainConfig(epochs=EPOCHS["finetune"], seed=seed),

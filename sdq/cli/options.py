@@ -185,10 +185,18 @@ ConfigPath = Annotated[
     ),
 ]
 Target = Annotated[
-    str | None, typer.Option(help="A device (see `sdq list targets`), for --latency-ms.")
+    str | None,
+    typer.Option(help="A device (see `sdq list targets`): its bitwidths, and for the next three."),
 ]
 LatencyMs = Annotated[
-    float | None, typer.Option(help="Budget: milliseconds of one sample on --target.")
+    float | None, typer.Option(help="Budget: milliseconds of one sample on --target, at most.")
+]
+Fps = Annotated[float | None, typer.Option(help="Budget: samples a second on --target, at least.")]
+ResourceBudget = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget", help="'NAME=VALUE': limit of a cost that --target names, as lut. Repeatable."
+    ),
 ]
 WeightQuantizer = Annotated[
     config.WeightQuantizerKind, typer.Option(help="Of the searched layers' weights.")

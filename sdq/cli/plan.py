@@ -1,18 +1,18 @@
 """From the options of ``sdq quantize`` and ``sdq search`` to what is to be done."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import hw
 from sdq import config, plugins
 from sdq.cli import options
+from sdq.cli.device import DeviceRequest, on_target
 from sdq.cli.teacher import TeacherRequest
 from sdq.config import Config, PtqConfig, QuantConfig, SearchConfig, TrainConfig
-from sdq.cost import Budget, CostFn
+from sdq.cost import Budget
 from sdq.errors import RequestError
-from sdq.policy import FLOAT_BITS
+from sdq.search_space import SearchSpace
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
@@ -22,7 +22,8 @@ class Plan:
     """What a quantize or search run does, apart from data and network."""
 
     quant: QuantConfig
-    budget: Budget | None
+    limits: "Limits | None"
+    """None with a given policy."""
     method: str
     search: SearchConfig
     train: TrainConfig | None
@@ -35,10 +36,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return what is asked, for ``run.json``."""
-        budget = None
-        if self.budget is not None:
-            costs = {f"{self.target}:{cost.__name__}": limit for cost, limit in self.budget.costs}
-            budget = {**vars(self.budget), "costs": costs}
+        budget = self.limits.asked() if self.limits is not None else None
         return {
             "quant": self.quant.model_dump(),
             "budget": budget,
@@ -58,34 +56,44 @@ class Limits:
     bits: float | None = None
     weight_kb: float | None = None
     bops_g: float | None = None
-    latency_ms: float | None = None
-    target: str | None = None
+    device: DeviceRequest = field(default_factory=DeviceRequest)
     avg_act_bits: float | None = None
 
-    def budget(self) -> Budget:
-        """Return them as one budget.
+    @property
+    def given(self) -> bool:
+        """Whether there is a budget for the weights."""
+        own = (self.bits, self.weight_kb, self.bops_g)
+        return any(v is not None for v in own) or self.device.given
 
-        Raises:
-            RequestError: there is none, or a latency without a device.
-        """
-        weights = (self.bits, self.weight_kb, self.bops_g, self.latency_ms)
-        if all(v is None for v in weights):
+    def check(self) -> None:
+        """Raise RequestError if there is no budget, or one that no network could have."""
+        if not self.given:
             raise RequestError(
                 "budget: must be given; pass --bits 2.0, --weight-kb, --bops-g, or --target with "
-                "--latency-ms"
+                "--latency-ms, --fps or --budget NAME=VALUE"
             )
-        costs: tuple[tuple[CostFn, float], ...] = ()
-        if self.latency_ms is not None:
-            if self.target is None:
-                raise RequestError("--latency-ms: must stand with --target; see `sdq list targets`")
-            costs = ((hw.target(self.target).latency_s, self.latency_ms / 1e3),)
-        return Budget(
-            avg_weight_bits=self.bits,
-            weight_bytes=self.weight_kb * 1000 if self.weight_kb is not None else None,
-            bops=self.bops_g * 1e9 if self.bops_g is not None else None,
-            avg_act_bits=self.avg_act_bits,
-            costs=costs,
-        )
+        if any(v is not None for v in self._own().values()):
+            Budget(**self._own())
+
+    def _own(self) -> dict[str, Any]:
+        return {
+            "avg_weight_bits": self.bits,
+            "weight_bytes": self.weight_kb * 1000 if self.weight_kb is not None else None,
+            "bops": self.bops_g * 1e9 if self.bops_g is not None else None,
+            "avg_act_bits": self.avg_act_bits,
+        }
+
+    def asked(self) -> dict[str, Any]:
+        """Return the budget as ``run.json`` keeps it."""
+        return {**self._own(), "costs": self.device.asked()}
+
+    def budget(self, space: SearchSpace) -> Budget:
+        """Return the limits as one budget for a network.
+
+        Raises:
+            RequestError: a demand that the device cannot meet.
+        """
+        return Budget(**self._own(), costs=self.device.costs(space))
 
 
 def make_quantization(
@@ -139,43 +147,11 @@ def make_quantization(
         weight_quantizer=weight_quantizer,
     )
     quant = file.changed("quant", quant)
-    if limits.target is not None:
-        quant = on_target(quant, limits.target)
+    if limits.device.target is not None:
+        quant = on_target(quant, limits.device.target)
     if quant.act_choices is not None:  # where they are learned, --act-bits is what they may cost
         limits = replace(limits, avg_act_bits=float(quant.act_bits))
     return quant, limits
-
-
-def on_target(quant: QuantConfig, target: str) -> QuantConfig:
-    """Return the configuration with the bitwidths that a target computes with.
-
-    Raises:
-        RequestError: of those asked for somewhere it has none.
-    """
-    device = hw.target(target)
-
-    def legal(asked: tuple[int, ...], known: tuple[int, ...], option: str) -> tuple[int, ...]:
-        found = tuple(bits for bits in asked if bits in known)
-        if not found:
-            raise RequestError(
-                f"{option}: must have bits that {target} computes with "
-                f"({', '.join(map(str, known))}), got {', '.join(map(str, asked))}"
-            )
-        return found
-
-    acts = quant.act_choices
-    if acts is None:
-        legal((quant.act_bits,), (*device.act_bits, FLOAT_BITS), "--act-bits")
-    else:
-        acts = legal(acts, device.act_bits, "--act-choices")
-    return quant.replaced(
-        bit_choices=legal(quant.bit_choices, device.weight_bits, "--choices"),
-        act_choices=acts,
-        layer_choices=tuple(
-            (pattern, legal(bits, device.weight_bits, "--layer-choices"))
-            for pattern, bits in quant.layer_choices
-        ),
-    )
 
 
 def make_plan(
@@ -196,20 +172,20 @@ def make_plan(
             unknown method.
     """
     plugins.load("sdq.search_methods", search_method)
-    if limits.latency_ms is not None and search.granularity == "channel":
+    if limits.device.given and search.granularity == "channel":
         raise RequestError(
             "--latency-ms: must stand with --granularity layer, block or network, got channel: a "
             "device takes channels of one bitwidth at a time, so a layer's time is no sum over its "
             "channels; budget --bits, --weight-kb or --bops-g instead"
         )
-    if policy is None:
-        return Plan(
-            quant, limits.budget(), search_method, search, train, None, limits.target, teacher, ptq
-        )
-    given = (limits.bits, limits.weight_kb, limits.bops_g, limits.latency_ms)
-    if any(v is not None for v in given):
+    if policy is not None and limits.given:
         raise RequestError("--policy: must stand without a budget, got both; drop one")
-    return Plan(quant, None, search_method, search, train, str(policy), limits.target, teacher, ptq)
+    if policy is None:
+        limits.check()
+    given = str(policy) if policy is not None else None
+    held = limits if policy is None else None
+    target = limits.device.target
+    return Plan(quant, held, search_method, search, train, given, target, teacher, ptq)
 
 
 FIELDS: dict[str, dict[str, str]] = {
@@ -266,11 +242,11 @@ class ConfigFile:
         for part, fields in document.items():
             if not isinstance(fields, dict):
                 raise RequestError(f"--config: {path}: {part} must be an object, got {fields!r}")
-            for field in fields:
-                option = FIELDS[part].get(field)
+            for name in fields:
+                option = FIELDS[part].get(name)
                 if option is not None and options.given(option):
                     raise RequestError(
-                        f"--config: {part}.{field} must be given once, but stands in {path} and "
+                        f"--config: {part}.{name} must be given once, but stands in {path} and "
                         f"as --{option.replace('_', '-')}; drop one"
                     )
         return cls(document)

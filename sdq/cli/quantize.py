@@ -13,6 +13,7 @@ from sdq.apply_policy import apply_policy_
 from sdq.calibration import calibrate_
 from sdq.cli import inputs as inp
 from sdq.cli import options, processes
+from sdq.cli.device import DeviceRequest, layers_on_target
 from sdq.cli.plan import ConfigFile, Limits, Plan, make_plan, make_quantization
 from sdq.cli.plotting import draw_plots
 from sdq.cli.progress import Watch, show_json, show_table
@@ -30,6 +31,7 @@ from sdq.quant_model import QuantModel
 from sdq.quant_model import quantize as quantize_model
 from sdq.run_folder import RunFolder, check_new
 from sdq.search import check_search, search
+from sdq.search_space import SearchSpace
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -95,11 +97,12 @@ def find_policy(
     if plan.given_policy is not None:
         policy = BitwidthPolicy.load(Path(plan.given_policy))
     else:
-        assert plan.budget is not None
+        assert plan.limits is not None
+        budget = plan.limits.budget(SearchSpace.of(qmodel, plan.search.granularity))
         document = run.read_json("run.json")
         identity = {"request": document["request"], "data": document["data"]["fingerprint"]}
         policy = search(
-            qmodel, training_data(source, plan), budget=plan.budget, teacher=source.network,
+            qmodel, training_data(source, plan), budget=budget, teacher=source.network,
             config=plan.search, method=plan.method, fabric=fabric, watch=watch,
             checkpoint=run.checkpoint("search", identity),
         )  # fmt: skip
@@ -113,8 +116,13 @@ def prepare(source: Source, plan: Plan) -> QuantModel:
     network, inputs = source.network, source.inputs
     inp.check_logits(network, inputs.sample, len(inputs.splits.class_names))
     qmodel = quantize_model(network, plan.quant, sample=inputs.sample)
-    if plan.budget is not None:
-        check_search(qmodel, plan.budget, plan.search, plan.method)
+    if plan.target is not None:
+        legal = layers_on_target(qmodel, plan.target)
+        if legal != plan.quant:
+            qmodel = quantize_model(network, legal, sample=inputs.sample)
+    if plan.limits is not None:
+        space = SearchSpace.of(qmodel, plan.search.granularity)
+        check_search(qmodel, plan.limits.budget(space), plan.search, plan.method)
     if plan.given_policy is not None:
         apply_policy_(copy.deepcopy(qmodel), BitwidthPolicy.load(Path(plan.given_policy)))
     if plan.ptq is not None:
@@ -127,7 +135,7 @@ def start(run: RunFolder, source: Source, plan: Plan, qmodel: QuantModel, seed: 
     """Write what a run knows at its start."""
     run.update(
         data=source.inputs.describe(), model=source.described, seed=seed,
-        quant=plan.quant.model_dump(),
+        quant=qmodel.config.model_dump(),
     )  # fmt: skip
     run.write_tensors("float.safetensors", source.network.state_dict())
     if plan.quant.batch_norm == "fold":  # what training starts from, which the plots compare with
@@ -234,6 +242,8 @@ def quantize(
     ] = None,
     target: options.Target = None,
     latency_ms: options.LatencyMs = None,
+    fps: options.Fps = None,
+    budget: options.ResourceBudget = None,
     choices: options.Choices = "1,2,3,4,6,8",
     granularity: options.Granularity = "layer",
     act_bits: options.ActBits = 4,
@@ -316,7 +326,7 @@ def quantize(
     )  # fmt: skip
     tuning = file.changed("train", tuning)
     asked_teacher = TeacherRequest.of(teacher, teacher_model, teacher_weights, distill=distill)
-    limits = Limits(bits, weight_kb, bops_g, latency_ms, target)
+    limits = Limits(bits, weight_kb, bops_g, DeviceRequest.of(target, latency_ms, fps, budget))
     quant, limits = make_quantization(
         file, limits, choices=choices, act_bits=act_bits, act_choices=act_choices,
         learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,

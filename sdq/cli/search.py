@@ -2,6 +2,7 @@
 
 from sdq.cli import inputs as inp
 from sdq.cli import options, processes
+from sdq.cli.device import DeviceRequest
 from sdq.cli.plan import ConfigFile, Limits, make_plan, make_quantization
 from sdq.cli.plotting import draw_plots
 from sdq.cli.progress import Watch, show_json, show_table
@@ -28,6 +29,8 @@ def search(
     bops_g: options.BopsG = None,
     target: options.Target = None,
     latency_ms: options.LatencyMs = None,
+    fps: options.Fps = None,
+    budget: options.ResourceBudget = None,
     choices: options.Choices = "1,2,3,4,6,8",
     granularity: options.Granularity = "layer",
     act_bits: options.ActBits = 4,
@@ -67,7 +70,7 @@ def search(
     Example: `sdq search --from f --data dermamnist --data-root DIR --bits 2.0 --out s`
     """
     file = ConfigFile.read(config, "quant", "search")
-    limits = Limits(bits, weight_kb, bops_g, latency_ms, target)
+    limits = Limits(bits, weight_kb, bops_g, DeviceRequest.of(target, latency_ms, fps, budget))
     quant, limits = make_quantization(
         file, limits, choices=choices, act_bits=act_bits, act_choices=act_choices,
         learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,

@@ -323,7 +323,11 @@ def test_cost(sdq, derm):
         "target": "bit_fusion",
         "cycles": sum(x["cycles"] for x in with_target["layers"]),
         "latency_s": with_target["total"]["latency_s"],
+        "energy_j": pytest.approx(sum(x["energy_j"] for x in with_target["layers"])),
         "bottleneck": with_target["total"]["bottleneck"],
+        "fits": True,
+        "shares": {},
+        "limits": {},
     }
     assert with_target["total"]["latency_s"] > 0
     assert with_target["total"]["bottleneck"] in {x["name"] for x in with_target["layers"]}

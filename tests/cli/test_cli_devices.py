@@ -1,0 +1,118 @@
+"""Budgets of devices: what is asked, what is held, what is refused, and what `sdq cost` says."""
+
+import json
+
+import pytest
+
+import hw
+from hw.target import Demand, choices_of
+from sdq.policy import BitwidthPolicy
+from sdq.run_folder import read_layers
+
+
+@pytest.fixture(scope="module")
+def cnn(sdq, files, tmp_path_factory):
+    """A convolutional network: its memories fit the chip."""
+    run = tmp_path_factory.mktemp("cnn") / "float"
+    done = sdq(f"train --model vgg_like --data {files}/ok.npz --quiet --epochs 1 --out", run)
+    assert done.code == 0, done.err
+    return run
+
+
+def search(sdq, files, cnn, out, options):
+    return sdq(
+        f"search --from {cnn} --data {files}/ok.npz --quiet --json --search-epochs 1 "
+        f"--act-bits 4 {options} --out",
+        out,
+    )
+
+
+def read(run):
+    return BitwidthPolicy.load(run / "policy.json"), read_layers(run / "layers.json")
+
+
+def luts(run, fps):
+    policy, layers = read(run)
+    return hw.report(layers, policy, "pynq_z2", Demand(fps=fps)).totals["lut"]
+
+
+def test_a_budget_of_luts_is_kept(sdq, files, cnn, tmp_path):
+    fps = 1000
+    ends = {}
+    for bits in (1, 8):
+        done = search(sdq, files, cnn, tmp_path / str(bits), f"--bits {bits}")
+        assert done.code == 0, done.err
+        ends[bits] = luts(tmp_path / str(bits), fps)
+    policy, layers = read(tmp_path / "8")
+    device = hw.target("pynq_z2").under(layers, Demand(fps=fps), choices_of(policy))
+    # the least and the most that any policy of these layers takes, by trying each
+    each = [
+        [device.use(s, w, b.act_bits).costs["lut"] for w in (range(1, 9) if b.searched else (8,))]
+        for s, b in zip(layers, policy, strict=True)
+    ]
+    least, most = sum(map(min, each)), sum(map(max, each))
+    assert least <= min(ends.values())
+    assert max(ends.values()) <= most
+    limit = (least + most) / 2
+    out = tmp_path / "s"
+    done = search(
+        sdq, files, cnn, out, f"--target pynq_z2 --fps {fps} --budget lut={limit} --budget dsp=100"
+    )
+    assert done.code == 0, done.err
+    assert 0.9 * limit < luts(out, fps) <= limit
+    run = json.loads((out / "run.json").read_text())
+    assert run["request"]["budget"]["costs"] == {
+        "pynq_z2:fps": fps, "pynq_z2:lut": limit, "pynq_z2:dsp": 100.0,
+    }  # fmt: skip
+
+
+def test_a_latency_folds_the_units(sdq, files, cnn, tmp_path):
+    done = search(sdq, files, cnn, tmp_path / "s", "--target pynq_z2 --latency-ms 5")
+    assert done.code == 0, done.err
+    found = sdq(f"cost {tmp_path}/s --target pynq_z2 --latency-ms 5 --json").json
+    assert 4e-3 < found["total"]["latency_s"] <= 5e-3
+    assert found["total"]["fits"]
+    assert found["total"]["limits"]["latency_s"] == 5e-3
+    row = next(x for x in found["layers"] if x["name"] == found["total"]["bottleneck"])
+    assert row["cycles"] == max(x["cycles"] for x in found["layers"])
+    assert {"lut", "bram_18k", "dsp", "pe", "simd", "unit"} <= set(row)
+
+
+def test_without_a_demand_the_fastest_that_fits_is_shown(sdq, files, cnn, tmp_path):
+    assert search(sdq, files, cnn, tmp_path / "s", "--bits 4").code == 0
+    done = sdq(f"cost {tmp_path}/s --target pynq_z2 --json")
+    assert done.code == 0, done.err
+    total = done.json["total"]
+    assert total["fits"]
+    assert total["shares"] == {
+        name: total[name] / n for name, n in {"lut": 53200, "bram_18k": 280, "dsp": 220}.items()
+    }
+    faster = sdq(f"cost {tmp_path}/s --target pynq_z2 --json --fps {total['fps'] * 2}")
+    assert faster.code == 2 or not faster.json["total"]["fits"]
+    assert "<- bottleneck" in done.out
+    assert "lut: " in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--fps 100", "--fps: must stand with --target"),
+        ("--budget lut=10", "--budget lut: must stand with --target"),
+        ("--target pynq_z2 --fps 0", "--fps: must be a positive number, got 0.0"),
+        ("--target pynq_z2 --fps 10 --budget lut", "--budget: must be 'PATTERN=VALUE', got 'lut'"),
+        ("--target pynq_z2 --fps 10 --budget lut=a", "--budget: must be numbers"),
+        ("--target pynq_z2 --fps 10 --budget luts=9", "did you mean 'lut'? Known: bram_18k, dsp"),
+        ("--target pynq_z2 --budget lut=90000", "demand: must be given, for a dataflow"),
+        ("--target pynq_z2 --fps 1e9", "1e+09 fps must be within reach of every candidate"),
+        ("--target pynq_z2 --latency-ms 1e-5", "fps and no less than"),
+        ("--target pynq_z2 --fps 100 --budget lut=10", "budget: lut must be at least"),
+        ("--target pynq_z2 --fps 100 --act-bits 16", "--act-bits: must have bits that pynq_z2"),
+        ("--target pynq_z2 --fps 100 --first-last-bits 32", "must be dense or depthwise"),
+        ("--target pynq_z2 --fps 100 --granularity channel", "--latency-ms: must stand with"),
+    ],
+)
+def test_refusals(sdq, files, cnn, tmp_path, options, message):
+    done = search(sdq, files, cnn, tmp_path / "s", options)
+    assert done.code == 2
+    assert message in done.err
+    assert not (tmp_path / "s").exists()
