@@ -77,6 +77,10 @@ class Format(Protocol):
             codes may change how they compute.
         ADVICE: what to do where a runtime deviates through a fault of its own. A runtime named
             here gives a warning; it does not decide on the file.
+
+    Optional, in formats that have them: ``OPSETS``, a range of ONNX opsets, of which
+    :meth:`write` then takes one as ``opset``; and ``container_bytes(path)``, the bytes that the
+    weights take in the file.
     """
 
     FILE: str
@@ -138,6 +142,9 @@ class ExportResult:
         weight_bits: of each layer, as read back from the file.
         act_bits: of each activation quantizer, as read back from the file.
         file_bytes: its size.
+        weight_bytes: what the weights hold: the sum of their bits, over 8.
+        container_bytes: what they are stored in, without scales and names; None if the format does
+            not say.
         others: names of the files and folders that were written with it.
     """
 
@@ -147,6 +154,8 @@ class ExportResult:
     weight_bits: Mapping[str, Bits]
     act_bits: Mapping[str, Bits]
     file_bytes: int
+    weight_bytes: float
+    container_bytes: int | None = None
     others: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -155,6 +164,8 @@ class ExportResult:
             "format": self.format,
             "file": self.path.name,
             "sha256": self.sha256,
+            "weight_bytes": self.weight_bytes,
+            "container_bytes": self.container_bytes,
             "file_bytes": self.file_bytes,
             "weight_bits": {name: _plain(bits) for name, bits in self.weight_bits.items()},
             "act_bits": dict(self.act_bits),
@@ -198,6 +209,7 @@ def write(
     preprocessing: Normalization | None = None,
     metadata: Mapping[str, object] | None = None,
     overwrite: bool = False,
+    opset: int | None = None,
 ) -> ExportResult:
     """Write a quantized network to ``folder`` in a format, and read its bitwidths back.
 
@@ -211,14 +223,17 @@ def write(
         preprocessing: put into the file, which then takes uint8 pixels ``(N, H, W, C)``.
         metadata: written into the file; values that are not text become JSON.
         overwrite: replace the format's file if there is one.
+        opset: of ONNX; None: what the format prefers.
 
     Raises:
         RequestError: the network is not calibrated or still being searched, the sample does not
-            fit, the file exists already, or a metadata key is the file's own.
+            fit, the file exists already, the format does not have the opset, or a metadata key is
+            the file's own.
         RunError: the exporter failed, or the file's bitwidths are not the policy's.
         OSError: the folder cannot be written, or the disk is full.
     """
     name, plugin = load_format(format)
+    options = _options(name, plugin, opset)
     texts = _texts(qmodel, name, preprocessing, metadata or {})
     _check_network(qmodel)
     folder = Path(folder)
@@ -234,14 +249,17 @@ def write(
         temporary.mkdir()
         try:
             plugin.write(
-                qmodel, temporary, sample=sample, preprocessing=preprocessing, metadata=texts
-            )
+                qmodel, temporary, sample=sample, preprocessing=preprocessing, metadata=texts,
+                **options,
+            )  # fmt: skip
             written = temporary / plugin.FILE
             bits = plugin.bits(written)
             _check_bits(bits, expected_bits(qmodel))
             content = written.read_bytes()
             others = sorted(path.name for path in temporary.iterdir() if path != written)
             layers = [layer.name for layer in qmodel.policy]
+            weighty = [spec.name for spec in qmodel.layers if spec.kind != "float"]
+            stored = getattr(plugin, "container_bytes", None)
             result = ExportResult(
                 name,
                 target,
@@ -249,6 +267,8 @@ def write(
                 {layer: bits[layer] for layer in layers},
                 {key: value for key, value in bits.items() if key not in layers},
                 len(content),
+                sum(qmodel.policy[name].total_weight_bits for name in weighty) / 8,
+                stored(written) if stored else None,
                 tuple(others),
             )
             record[name] = result.to_json() | {"policy": json.loads(qmodel.policy.to_json())}
@@ -297,6 +317,23 @@ def read_record(folder: Path) -> dict[str, Any]:
             "remove it, or choose another folder"
         )
     return exports
+
+
+def _options(name: str, plugin: Format, opset: int | None) -> dict[str, int]:
+    """Return what the format's writer takes besides, or raise RequestError."""
+    if opset is None:
+        return {}
+    known = getattr(plugin, "OPSETS", None)
+    if known is None:
+        raise RequestError(
+            f"export: opset must not be given for the format {name!r}, which has one of its own, "
+            f"got {opset}; leave it out"
+        )
+    if opset not in known:
+        raise RequestError(
+            f"export: opset of the format {name!r} must be {known[0]} to {known[-1]}, got {opset}"
+        )
+    return {"opset": opset}
 
 
 def _texts(

@@ -21,6 +21,9 @@ MULTIPLIES = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 PREPROCESSING = "sdq_preprocessing"
 PIXELS = "pixels"
 
+PACKED = {onnx.TensorProto.INT2: 2, onnx.TensorProto.INT4: 4}
+"""Types of which several share a byte, with their bits."""
+
 _ROLES = {
     "QuantizeLinear": ("", "scale", "zero_point"),
     "DequantizeLinear": ("", "scale", "zero_point"),
@@ -66,12 +69,46 @@ class Constants(dict[str, np.ndarray]):
 
 
 def constants(model: onnx.ModelProto) -> Constants:
-    """Return the initializers and the outputs of Constant nodes."""
-    found = Constants({x.name: numpy_helper.to_array(x) for x in model.graph.initializer})
+    """Return the initializers, the outputs of Constant nodes, and what packed codes are cast to."""
+    packed = {x.name for x in model.graph.initializer if x.data_type in PACKED}
+    found = Constants({x.name: numpy_array(x) for x in model.graph.initializer})
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute[0].HasField("t"):
-            found[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+            found[node.output[0]] = numpy_array(node.attribute[0].t)
+        elif node.op_type == "Cast" and node.input[0] in packed:
+            found[node.output[0]] = found[node.input[0]]
     return found
+
+
+def numpy_array(proto: onnx.TensorProto) -> np.ndarray:
+    """Return a stored tensor; packed codes in a byte each."""
+    values = numpy_helper.to_array(proto)
+    return values.astype(np.int8) if proto.data_type in PACKED else values
+
+
+def stored_weight_bytes(model: onnx.ModelProto) -> int:
+    """Return the bytes that the layers' weights take in a file, without scales and names."""
+    stored = {x.name: x for x in model.graph.initializer}
+    makers = producers(model)
+    waiting = [node.input[1] for node in multiplications(model, layers(model)).values()]
+    found = set[str]()
+    while waiting:
+        tensor = waiting.pop()
+        maker = makers.get(tensor)
+        if tensor in stored:
+            found.add(tensor)
+        elif maker is not None:
+            waiting += maker.input if maker.op_type == "Concat" else maker.input[:1]
+    return sum(tensor_bytes(stored[name]) for name in found)
+
+
+def tensor_bytes(proto: onnx.TensorProto) -> int:
+    """Return the bytes a tensor's values take."""
+    count = int(np.prod(proto.dims, dtype=np.int64))
+    width = PACKED.get(proto.data_type)
+    if width is None:
+        return count * helper.tensor_dtype_to_np_dtype(proto.data_type).itemsize
+    return -(-count * width // 8)
 
 
 def vector(values: np.ndarray) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 Attributes = dict[str, Any]
@@ -21,7 +21,9 @@ def attributes(node: onnx.NodeProto) -> Attributes:
 
 def tensor(proto: onnx.TensorProto, single: bool = False) -> Tensor:
     """Return a stored tensor; floats in float64, unless ``single``."""
-    values = torch.from_numpy(np.array(numpy_helper.to_array(proto)))
+    stored = numpy_helper.to_array(proto)
+    packed = proto.data_type in (TensorProto.INT2, TensorProto.INT4)
+    values = torch.from_numpy(np.array(stored, np.int8 if packed else stored.dtype))
     return values.double() if values.is_floating_point() and not single else values
 
 

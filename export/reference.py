@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from export.format import Trace
+from sdq import integer_bias
 from sdq.learned_scale import ActQuantizer
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
@@ -101,7 +102,9 @@ def untie_(qmodel: QuantModel) -> None:
 
 
 def _in_float64(qmodel: QuantModel) -> QuantModel:
-    double = copy.deepcopy(qmodel).double()  # its scales keep their float32 values
+    double = copy.deepcopy(qmodel)
+    integer_bias.freeze_(double.net)  # the float32 values, with which a file's biases are rounded
+    double = double.double()  # its scales keep their float32 values
     for bits in qmodel.policy:
         if bits.weight_bits == FLOAT_BITS:
             continue

@@ -17,11 +17,13 @@ from typing import Any, Literal
 
 import onnx
 import torch
+from onnx import helper
 from torch import Tensor, nn
 
-from export import channels, graph
+from export import channels, graph, qdq
 from export.float64 import fold_constants_
 from export.reference import untie_
+from sdq import integer_bias
 from sdq.channel_bits import ChannelWeightQuantizer, SettledQuantizer
 from sdq.errors import RequestError, RunError
 from sdq.graph import unfused_attention
@@ -38,19 +40,26 @@ with warnings.catch_warnings():
 OPSET = 17
 """The newest in which ReduceMean still has its axes as an attribute, as FPGA compilers expect."""
 
+NEWEST_TRACED = 20
+"""The newest opset torch's TorchScript exporter writes. Newer ones only widened the types of the
+operators it uses, so a graph of this opset is one of theirs."""
+
 INPUT, OUTPUT, BATCH = "images", "output", "N"
 
 Dialect = Literal["qcdq", "qonnx"]
 _LABEL = re.compile(r"/sdq(\d+)x(?:_\d+)?/")
 
 
-def trace(qmodel: QuantModel, dialect: Dialect, sample: Tensor) -> onnx.ModelProto:
+def trace(
+    qmodel: QuantModel, dialect: Dialect, sample: Tensor, opset: int = OPSET
+) -> onnx.ModelProto:
     """Return the network as an ONNX graph with one input, one output and a free batch size.
 
     Args:
         qmodel: left as it is; a copy on the CPU is exported.
         dialect: ``qcdq`` (QuantizeLinear, Clip, DequantizeLinear; int8 weights) or ``qonnx``.
         sample: ``(N, C, H, W)``, for shapes only.
+        opset: of ONNX.
 
     Raises:
         RequestError: the sample does not fit the network.
@@ -61,16 +70,19 @@ def trace(qmodel: QuantModel, dialect: Dialect, sample: Tensor) -> onnx.ModelPro
     _check_sample(clone, example)
     untie_(clone)
     freeze_weights_(clone)
+    biases = integer_bias.freeze_(clone.net)
     split = channels.parts(clone)
     _state_one_bitwidth_(clone)
     halved = _state_odd_codes_(clone, dialect)
     names = _label_(clone)
-    model = _run_exporter(clone, dialect, example)
+    model = _run_exporter(clone, dialect, example, min(opset, NEWEST_TRACED))
+    _declare_opset_(model, opset)
     fold_constants_(model)
     graph.restore_names_(model, names, _LABEL)
     graph.merge_twins_(model)
     if dialect == "qcdq":
         graph.add_half_a_step_(model, halved)
+        qdq.state_integer_biases_(model, biases)
     for layer, parts in split.items():
         if dialect == "qcdq":
             channels.split_codes_(model, layer, parts, layer in halved)
@@ -195,7 +207,9 @@ def _label_(qmodel: QuantModel) -> list[str]:
     return names
 
 
-def _run_exporter(qmodel: QuantModel, dialect: Dialect, example: Tensor) -> onnx.ModelProto:
+def _run_exporter(
+    qmodel: QuantModel, dialect: Dialect, example: Tensor, opset: int
+) -> onnx.ModelProto:
     manager = StdQCDQONNXManager if dialect == "qcdq" else QONNXManager
     with tempfile.TemporaryDirectory() as folder, _clean_exporter(manager):
         path = Path(folder) / "model.onnx"
@@ -205,7 +219,7 @@ def _run_exporter(qmodel: QuantModel, dialect: Dialect, example: Tensor) -> onnx
                 args=example,
                 export_path=str(path),
                 dynamo=False,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 dynamic_axes={INPUT: {0: BATCH}, OUTPUT: {0: BATCH}},
@@ -215,6 +229,14 @@ def _run_exporter(qmodel: QuantModel, dialect: Dialect, example: Tensor) -> onnx
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RunError(f"export: the exporter failed: {reason}") from error
+
+
+def _declare_opset_(model: onnx.ModelProto, opset: int) -> None:
+    """State a graph's opset, and the oldest version of the file format that has it."""
+    for entry in model.opset_import:
+        if not entry.domain:
+            entry.version = opset
+    model.ir_version = helper.find_min_ir_version_for([helper.make_opsetid("", opset)])
 
 
 @contextlib.contextmanager

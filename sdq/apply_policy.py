@@ -32,13 +32,12 @@ def apply_policy_(qmodel: QuantModel, policy: BitwidthPolicy) -> None:
         current, weight = qmodel.weight_quantizer(new.name), qmodel.weight(new.name)
         if new.channel_bits is not None:
             if getattr(current, "channel_bits", None) != new.channel_bits:
-                qmodel.set_weight_quantizer_(
-                    new.name,
-                    ChannelWeightQuantizer(
-                        weight, new.channel_bits,
-                        partial(new_weight_quantizer, config=qmodel.weight_config(new.name)),
-                    ),
+                quantizer = ChannelWeightQuantizer(
+                    weight, new.channel_bits,
+                    partial(new_weight_quantizer, config=qmodel.weight_config(new.name)),
                 )  # fmt: skip
+                qmodel.fit_bias_(new.name, quantizer)
+                qmodel.set_weight_quantizer_(new.name, quantizer)
         elif not (isinstance(current, WeightQuantizer) and current.bits == new.weight_bits):
             qmodel.set_weight_quantizer_(
                 new.name, qmodel.new_weight_quantizer(new.name, new.weight_bits)

@@ -40,19 +40,20 @@ class ChannelWeightQuantizer(nn.Module):
         order = torch.cat([self.channels[b] for b in pieces]).to(like.device)
         return torch.cat(list(pieces.values()))[order.argsort()]
 
-    def _part(self, bits: int) -> WeightQuantizer:
+    def part(self, bits: int) -> WeightQuantizer:
+        """Return the quantizer of the channels of a bitwidth."""
         part = self.by_bits[str(bits)]
         assert isinstance(part, WeightQuantizer)
         return part
 
     def parts(self, weight: Tensor) -> list[tuple[WeightQuantizer, Tensor]]:
         """Return the weights of each bitwidth with their quantizer."""
-        return [(self._part(b), weight[c.to(weight.device)]) for b, c in self.channels.items()]
+        return [(self.part(b), weight[c.to(weight.device)]) for b, c in self.channels.items()]
 
     @property
     def scale(self) -> Tensor:
         """The positive scales in use, ``(K, 1, ...)``."""
-        pieces = {b: self._part(b).scale for b in self.channels}
+        pieces = {b: self.part(b).scale for b in self.channels}
         return self._together(pieces, self.bit_width)
 
     def codes(self, weight: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class ChannelWeightQuantizer(nn.Module):
     def freeze_(self) -> None:
         """From now on take weights that are codes times scale, and give them these codes."""
         for bits in self.channels:
-            self._part(bits).freeze_()
+            self.part(bits).freeze_()
 
 
 SettledQuantizer = WeightQuantizer | ChannelWeightQuantizer

@@ -76,6 +76,8 @@ class QuantConfig(Config):
         integer_datapath: quantize also what integer hardware holds between layers: the operands of
             an addition or a concatenation, with one scale for all of them, those of a product, and
             what averaging and upsampling give. Else only what enters a layer is quantized.
+        integer_bias: round biases to whole multiples of the input's scale times the weight's, as
+            integer kernels hold them.
         weight_scale: one scale a tensor, or one an output channel.
         restrict_scale: ``float``, or ``power_of_two`` for hardware that shifts.
         weight_quantizer: of the searched layers: ``lsq`` (learned step), ``dorefa`` (tanh over its
@@ -95,6 +97,7 @@ class QuantConfig(Config):
     skip: tuple[str, ...] = ()
     batch_norm: BatchNorm = "train"
     integer_datapath: bool = False
+    integer_bias: bool = False
     weight_scale: ScaleGranularity = "per_channel"
     restrict_scale: ScaleKind = "float"
     weight_quantizer: WeightQuantizerKind = "lsq"

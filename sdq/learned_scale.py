@@ -162,6 +162,11 @@ class ActQuantizer(_Quantizer):
             self._known_calibrated = True
         return self._quantized(x)
 
+    @property
+    def settled(self) -> bool:
+        """Whether it quantizes with a scale that is known."""
+        return not self.observing and (self._known_calibrated or bool(self.calibrated))
+
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
         self._known_calibrated = False

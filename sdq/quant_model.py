@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from sdq import act_points, batch_norm, graph, signs, tracing
+from sdq import act_points, batch_norm, graph, integer_bias, signs, tracing
 from sdq.channel_bits import SettledQuantizer
 from sdq.config import QuantConfig
 from sdq.errors import RequestError
@@ -84,7 +84,14 @@ class QuantModel(nn.Module):
 
     def new_weight_quantizer(self, name: str, bits: int) -> WeightQuantizer:
         """Return a fresh quantizer of a layer's weight."""
-        return new_weight_quantizer(self.weight(name), bits, self.weight_config(name))
+        quantizer = new_weight_quantizer(self.weight(name), bits, self.weight_config(name))
+        self.fit_bias_(name, quantizer)
+        return quantizer
+
+    def fit_bias_(self, name: str, quantizer: SettledQuantizer) -> None:
+        """Let a fresh quantizer's scales suit a layer's bias, where biases are integers."""
+        if self.config.integer_bias:
+            integer_bias.raise_scales_(quantizer, self.layer(name).bias)  # type: ignore[arg-type]
 
     def weight_config(self, name: str) -> QuantConfig:
         """Return the configuration as it holds for a layer's weight."""
@@ -199,7 +206,11 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, sample: Ten
             assert isinstance(old.weight, Tensor)
             own = weight_config(config, spec, bits.searched)
             quantizer = new_weight_quantizer(old.weight, bits.weight_bits, own)
+            if config.integer_bias:
+                integer_bias.raise_scales_(quantizer, old.bias)  # type: ignore[arg-type]
             net.set_submodule(bits.name, brevitas_layers.quant_layer(old, quantizer))
+    if config.integer_bias:
+        integer_bias.install_(net, {b.name for b in policy if b.weight_bits != FLOAT_BITS})
     net.recompile()
     return QuantModel(net, layers, config, policy)
 

@@ -79,6 +79,7 @@ def trace(model: nn.Module, sample: Tensor, skip: tuple[str, ...] = ()) -> fx.Gr
     _note_inputs_(net, tracer)
     _out_of_place(net)
     _module_dropout(net)
+    _without_identities_(net, whole)
     net.eval()
     try:
         same = _equal(outputs, _outputs(net, images))
@@ -198,6 +199,17 @@ def _replaced(node: fx.Node) -> bool:
         node.target = plain
         return True
     return False
+
+
+def _without_identities_(net: fx.GraphModule, kept: set[str]) -> None:
+    """Let a tensor that passes ``nn.Identity`` be one tensor: two would have two quantizers."""
+    for node in list(net.graph.nodes):
+        if node.op != "call_module" or str(node.target) in kept or len(node.args) != 1:
+            continue
+        if type(net.get_submodule(str(node.target))) is nn.Identity:
+            node.replace_all_uses_with(node.args[0])
+            net.graph.erase_node(node)
+    net.recompile()
 
 
 def _module_dropout(net: fx.GraphModule) -> None:

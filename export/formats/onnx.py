@@ -30,10 +30,10 @@ import torch
 from onnx import helper
 from torch import Tensor
 
-from export import channels, graph
+from export import channels, graph, qdq
 from export.float64 import Interpreter
 from export.format import Bits, QuantizerInFile, Runner, Trace
-from export.tracing import trace
+from export.tracing import OPSET, trace
 from sdq.batches import Normalization
 from sdq.errors import RequestError, RunError
 from sdq.policy import FLOAT_BITS
@@ -49,6 +49,8 @@ ADVICE = {
     DEFAULTS: "its 8-bit kernels overflow on processors without VNNI: set the session option "
     "session.x64quantprecision to 1"
 }
+
+OPSETS = range(13, 26)
 
 _DEQUANTIZERS = ("DequantizeLinear", "Mul")
 
@@ -66,6 +68,7 @@ def write(
     sample: Tensor,
     preprocessing: Normalization | None = None,
     metadata: Mapping[str, str],
+    opset: int = OPSET,
 ) -> None:
     """Write the network; see :func:`export.write` for the arguments.
 
@@ -73,20 +76,44 @@ def write(
         RequestError: activations of more than 8 bits.
         RunError: the exporter failed, or its graph is not valid ONNX.
     """
+    save(graph_of(qmodel, sample, preprocessing, opset), folder / FILE, metadata)
+
+
+def graph_of(
+    qmodel: QuantModel, sample: Tensor, preprocessing: Normalization | None, opset: int
+) -> onnx.ModelProto:
+    """Return the graph that :func:`write` writes.
+
+    Raises:
+        RequestError: activations of more than 8 bits.
+        RunError: the exporter failed.
+    """
     for name, quantizer in qmodel.act_quantizers().items():
         if quantizer.bits > 8:  # in 16 bits QuantizeLinear has opset 21, and no integer kernels
             raise RequestError(
                 f"export: {name}: bits of activations in the onnx format must be at most 8, or "
                 f"32 for float, got {quantizer.bits}; use the format qonnx, or other bits"
             )
-    model = trace(qmodel, "qcdq", sample)
+    model = trace(qmodel, "qcdq", sample, opset)
+    qdq.to_unsigned_(model)
+    qdq.quantize_before_relu_(model)
     if preprocessing is not None:
         graph.prepend_preprocessing_(model, preprocessing)
+    qdq.shorten_names_(model)
+    return model
+
+
+def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a graph, once it is found valid.
+
+    Raises:
+        RunError: it is not valid ONNX.
+    """
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise RunError(f"export: the graph must be valid ONNX, but: {error}") from error
-    graph.save(model, folder / FILE, metadata)
+    graph.save(model, path, metadata)
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -114,13 +141,21 @@ def quantizers(path: Path) -> dict[str, QuantizerInFile]:
         dequantizer, transposed = graph.weight_maker(makers, node, _DEQUANTIZERS)
         if dequantizer is not None:
             found[layer] = _weight(layer, node, dequantizer, transposed, values, makers)
-    for quantize in _act_quantizers(model):
-        clip = _clip_after(model, quantize)
-        low, high = _range(clip, _kind(quantize, values), values)
+    readers = qdq.readers_of(model)
+    for quantize in qdq.act_quantizers(model):
+        clips = [c for c in qdq.clips_after(readers, quantize.output[0]) if not qdq.is_relu(c)]
+        low, high = _range(clips[0] if clips else None, values[quantize.input[2]].dtype, values)
+        zero = int(values[quantize.input[2]])
+        low, high = low - zero, high - zero
         name = quantize.name.removesuffix(".quantizelinear")
         scale = graph.vector(values[quantize.input[1]])
         found[name] = QuantizerInFile(graph.bits_of_range(name, low, high), scale)
     return found
+
+
+def container_bytes(path: Path) -> int:
+    """Return the bytes that the weights take in the file."""
+    return graph.stored_weight_bytes(graph.load(path))
 
 
 def run(path: Path, inputs: Tensor) -> Tensor:
@@ -136,7 +171,8 @@ def open_runtime(path: Path, runtime: str, *, taps: bool) -> Runner:
     """
     model = graph.load(path)
     tensors = _taps(model) if taps else {}
-    for tensor, kind in tensors.values():
+    for tensor, _ in tensors.values():
+        kind = onnx.TensorProto.UINT8
         model.graph.output.append(helper.make_tensor_value_info(tensor, kind, None))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = _LEVELS[runtime]
@@ -158,7 +194,8 @@ def open_runtime(path: Path, runtime: str, *, taps: bool) -> Runner:
         except Exception as error:
             raise RunError(f"{path}: onnxruntime cannot run it: {error}") from error
         output, *codes = (torch.from_numpy(x) for x in results)
-        return Trace(output, {k: v.int() for k, v in zip(tensors, codes, strict=True)})
+        found = zip(tensors.items(), codes, strict=True)
+        return Trace(output, {name: x.int() - zero for (name, (_, zero)), x in found})
 
     return once
 
@@ -166,12 +203,13 @@ def open_runtime(path: Path, runtime: str, *, taps: bool) -> Runner:
 def open_exact(path: Path) -> Runner:
     """Return a runner in float64."""
     model = graph.load(path)
-    tensors = {name: tensor for name, (tensor, _) in _taps(model).items()}
+    tensors = _taps(model)
     interpreter = Interpreter(model)
 
     def once(inputs: Tensor) -> Trace:
-        found = interpreter(inputs, tensors.values())
-        return Trace(found[interpreter.output], {k: found[v].int() for k, v in tensors.items()})
+        found = interpreter(inputs, [tensor for tensor, _ in tensors.values()])
+        codes = {name: found[x].int() - zero for name, (x, zero) in tensors.items()}
+        return Trace(found[interpreter.output], codes)
 
     return once
 
@@ -217,27 +255,12 @@ def _range(
     return int(values[clip.input[1]]), int(values[clip.input[2]])
 
 
-def _act_quantizers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    return [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
-
-
-def _kind(quantize: onnx.NodeProto, values: dict[str, np.ndarray]) -> np.dtype[Any]:
-    """Return the integer type a QuantizeLinear gives: its zero point's, uint8 without one."""
-    return values[quantize.input[2]].dtype if len(quantize.input) > 2 else np.dtype(np.uint8)
-
-
-def _clip_after(model: onnx.ModelProto, quantize: onnx.NodeProto) -> onnx.NodeProto | None:
-    readers = (n for n in model.graph.node if quantize.output[0] in n.input)
-    return next((n for n in readers if n.op_type == "Clip"), None)
-
-
 def _taps(model: onnx.ModelProto) -> dict[str, tuple[str, int]]:
-    """Return the tensor of codes of each activation quantizer, and its ONNX type."""
-    values = graph.constants(model)
+    """Return the tensor that holds an activation's codes, by quantizer, and its zero point."""
+    values, readers = graph.constants(model), qdq.readers_of(model)
     found = {}
-    for quantize in _act_quantizers(model):
-        clip = _clip_after(model, quantize)
-        tensor = (clip if clip is not None else quantize).output[0]
-        kind = helper.np_dtype_to_tensor_dtype(_kind(quantize, values))
-        found[quantize.name.removesuffix(".quantizelinear")] = (tensor, kind)
+    for quantize in qdq.act_quantizers(model):
+        last = [quantize, *qdq.clips_after(readers, quantize.output[0])][-1]
+        name = quantize.name.removesuffix(".quantizelinear")
+        found[name] = (last.output[0], int(values[quantize.input[2]]))
     return found

@@ -1,5 +1,6 @@
 """``sdq export``: a run's network as a file for another runtime, checked against PyTorch."""
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,9 @@ def export_run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export.")
     ] = False,
+    opset: Annotated[
+        int | None, typer.Option(help="Of ONNX; default: what the format prefers.")
+    ] = None,
     data: options.OptionalData = None,
     data_root: options.DataRoot = None,
     json_: options.Json = False,
@@ -57,7 +61,7 @@ def export_run(
         inputs = run_inputs(folder, data, str(data_root) if data_root else None)
     out = out or run / "export" / format_.replace("-", "_")
     document = write_and_verify(
-        folder, qmodel, inputs, format_, out, with_preprocessing, samples, overwrite
+        folder, qmodel, inputs, format_, out, with_preprocessing, samples, overwrite, opset
     )
     if not quiet:
         print(describe(document))
@@ -76,6 +80,7 @@ def write_and_verify(
     with_preprocessing: bool = False,
     samples: int = 500,
     overwrite: bool = False,
+    opset: int | None = None,
 ) -> dict[str, Any]:
     """Write one format and, given data, verify it. Return what both report, as JSON values."""
     recorded = folder.read_json("run.json")["data"]
@@ -92,8 +97,10 @@ def write_and_verify(
             "mean": recorded["mean"],
             "std": recorded["std"],
             "run": str(folder.path.name),
+            "run_sha256": _sha256(folder.path / "model.safetensors"),
         },
         overwrite=overwrite,
+        opset=opset,
     )
     document: dict[str, Any] = {"export": {**result.to_json(), "path": str(result.path)}}
     if inputs is not None:
@@ -111,8 +118,20 @@ def write_and_verify(
     return document
 
 
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def describe(document: dict[str, Any]) -> str:
     """Return what a person wants to read of an export."""
     written = document["export"]
-    lines = [f"{written['path']}  {written['file_bytes']:,} bytes  sha256 {written['sha256'][:12]}"]
+    stored = written["container_bytes"]
+    weights = f"weights: {written['weight_bytes']:,.0f} bytes of information"
+    if stored is not None:
+        weights += f", {stored:,} in their containers"
+    lines = [
+        f"{written['path']}  {written['file_bytes']:,} bytes  sha256 {written['sha256'][:12]}",
+        weights,
+    ]
     return "\n".join(lines + document.get("summary", []))

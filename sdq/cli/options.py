@@ -166,6 +166,13 @@ IntegerDatapath = Annotated[
         "and what averaging and upsampling give.",
     ),
 ]
+IntegerBias = Annotated[
+    bool,
+    typer.Option(
+        "--integer-bias",
+        help="Round biases to the grid of the products, as integer kernels hold them.",
+    ),
+]
 LayerChoices = Annotated[
     list[str] | None,
     typer.Option(help="'PATTERN=1,2,4': candidates of the layers that match. Repeatable."),

@@ -245,6 +245,7 @@ def quantize(
     layer_choices: options.LayerChoices = None,
     batch_norm: options.BatchNorm = "train",
     integer_datapath: options.IntegerDatapath = False,
+    integer_bias: options.IntegerBias = False,
     weight_scale: options.WeightScale = "per_channel",
     scale: options.Scale = "float",
     weight_quantizer: options.WeightQuantizer = "lsq",
@@ -320,8 +321,8 @@ def quantize(
         file, limits, choices=choices, act_bits=act_bits, act_choices=act_choices,
         learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
         skip=skip, layer_choices=layer_choices, batch_norm=batch_norm,
-        integer_datapath=integer_datapath, weight_scale=weight_scale, scale=scale,
-        weight_quantizer=weight_quantizer,
+        integer_datapath=integer_datapath, integer_bias=integer_bias, weight_scale=weight_scale,
+        scale=scale, weight_quantizer=weight_quantizer,
     )  # fmt: skip
     searching = SearchConfig(granularity=granularity, epochs=search_epochs, seed=seed)
     if after_training is not None:
