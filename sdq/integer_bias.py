@@ -17,7 +17,7 @@ LARGEST_CODE = 2**31 - 128
 
 SMALLEST_SHARE = 2.0**-16
 """A weight's scale is at least this share of its channel's bias: with an input's scale of 2^-14 or
-more the bias then has a code in 32 bits. Only channels without any weight to speak of come near."""
+more the bias then has a code in 32 bits. Only channels with hardly any weight come near."""
 
 
 class IntegerBias(nn.Module):
@@ -124,27 +124,36 @@ def freeze_(net: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def raise_scales_(quantizer: SettledQuantizer, bias: Tensor | None) -> None:
-    """Let no weight's scale be so small that its channel's bias has no code.
+def fit_scales_(quantizer: SettledQuantizer, weight: Tensor, bias: Tensor | None) -> None:
+    """Let the scale of a weight suit its bias, where the weight does not ask for another.
+
+    No scale is so small that its channel's bias has no code; and where all codes of a channel are
+    zero, which any scale does, it is small enough to round the bias finely.
 
     Args:
         quantizer: fresh; changed in place.
+        weight: ``(K, ...)``.
         bias: ``(K,)``.
     """
     if bias is None:
         return
     least = bias.detach().abs().float() * SMALLEST_SHARE
     if isinstance(quantizer, WeightQuantizer):
-        _raise_(quantizer, least)
+        _fit_(quantizer, weight, least)
         return
     for bits, channels in quantizer.channels.items():
-        _raise_(quantizer.part(bits), least[channels.to(least.device)])
+        chosen = channels.to(least.device)
+        _fit_(quantizer.part(bits), weight[chosen], least[chosen])
 
 
-def _raise_(quantizer: WeightQuantizer, least: Tensor) -> None:
+def _fit_(quantizer: WeightQuantizer, weight: Tensor, least: Tensor) -> None:
     base = quantizer.base
-    floor = least.reshape(base.shape) if base.numel() == least.numel() else least.max()
-    base.copy_(torch.maximum(base, floor.to(base.dtype)))
+    if base.numel() != least.numel():  # one scale for all channels
+        base.copy_(torch.maximum(base, least.max().to(base.dtype)))
+        return
+    least = least.reshape(base.shape).to(base.dtype)
+    empty = (quantizer.codes(weight).reshape(len(weight), -1) == 0).all(1).reshape(base.shape)
+    base.copy_(torch.where(empty & (least > 0), least, torch.maximum(base, least)))
 
 
 def _quantizing(net: fx.GraphModule, node: fx.Node) -> nn.Module | None:

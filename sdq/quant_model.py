@@ -91,7 +91,8 @@ class QuantModel(nn.Module):
     def fit_bias_(self, name: str, quantizer: SettledQuantizer) -> None:
         """Let a fresh quantizer's scales suit a layer's bias, where biases are integers."""
         if self.config.integer_bias:
-            integer_bias.raise_scales_(quantizer, self.layer(name).bias)  # type: ignore[arg-type]
+            bias = self.layer(name).bias
+            integer_bias.fit_scales_(quantizer, self.weight(name), bias)  # type: ignore[arg-type]
 
     def weight_config(self, name: str) -> QuantConfig:
         """Return the configuration as it holds for a layer's weight."""
@@ -207,7 +208,7 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, sample: Ten
             own = weight_config(config, spec, bits.searched)
             quantizer = new_weight_quantizer(old.weight, bits.weight_bits, own)
             if config.integer_bias:
-                integer_bias.raise_scales_(quantizer, old.bias)  # type: ignore[arg-type]
+                integer_bias.fit_scales_(quantizer, old.weight, old.bias)  # type: ignore[arg-type]
             net.set_submodule(bits.name, brevitas_layers.quant_layer(old, quantizer))
     if config.integer_bias:
         integer_bias.install_(net, {b.name for b in policy if b.weight_bits != FLOAT_BITS})

@@ -823,22 +823,11 @@ def test_sizes_that_do_not_divide_are_padded(
     assert {layer.name for layer in qmodel.layers} == all_layers(net)
 
 
-BIASES = pytest.mark.xfail(
-    reason="onnxruntime rounds a bias to the input's scale times the weight's where it fuses a "
-    "convolution with the quantizer after it, which moves codes by more than verify calls a tie",
-    strict=True,
-)
-
-
 @pytest.mark.parametrize(
-    "name",
-    [
-        "ResNet", "MobileNetV3", "ShuffleNetV2", "DenseNet", "timm",
-        pytest.param("U-Net", marks=BIASES),
-    ],
-)  # fmt: skip
+    "name", ["ResNet", "MobileNetV3", "ShuffleNetV2", "DenseNet", "timm", "U-Net"]
+)
 def test_folded_and_with_an_integer_datapath(name: str, exact: Callable[..., Any]) -> None:
-    how = {"batch_norm": "fold", "integer_datapath": True}
+    how = {"batch_norm": "fold", "integer_datapath": True, "integer_bias": True}
     # twice the quantizers, and one scale for tensors of different sizes
     qmodel = exact(made(CASES[name]), images(), error=1e-2, **how)
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in qmodel.modules())

@@ -30,6 +30,8 @@ def list_plugins(
     if kind not in PACKAGES:
         raise RequestError(f"sdq list: unknown kind {kind!r}; {nearest(kind, PACKAGES)}")
     found = plugins.names(PACKAGES[kind])
+    if kind == "formats":  # as --format has them
+        found = [name.replace("_", "-") for name in found]
     if json_:
         show_json({kind: found})
         return
