@@ -61,6 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each row of the tables")
+    parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--first-last-bits", type=int, default=8)
     parser.add_argument("--table", type=Path)
     return parser.parse_args()
@@ -77,10 +78,11 @@ def heading(options: argparse.Namespace) -> list[str]:
         f"`{command}`",
         "",
         f"onnxruntime {onnxruntime.__version__}, {platform.machine()}, integer instructions: "
-        f"{', '.join(flags) or 'none'}; VNNI: **{'yes' if vnni else 'no'}**. Random weights of 2 "
-        f"bits, first and last layer {options.first_last_bits}; activations of 8 bits. "
-        f"Milliseconds a batch are medians with the quartiles; ratios are medians of float's time over the "
-        "file's, of runs next to each other.",
+        f"{', '.join(flags) or 'none'}; VNNI: **{'yes' if vnni else 'no'}**. Random weights of "
+        f"{options.bits} bits, first and last layer {options.first_last_bits}; activations of 8 "
+        "bits. Milliseconds a batch are medians with the quartiles; a ratio is the median of "
+        "float's time over the file's, of runs next to each other. `precise` is the session option "
+        "session.x64quantprecision, which keeps 8-bit weights exact without VNNI.",
         "",
     ]
 
@@ -95,7 +97,7 @@ def cpu_flags() -> list[str]:
 def measure(name: str, folder: Path, options: argparse.Namespace) -> list[str]:
     """Return the tables of one network."""
     side, classes = NETWORKS[name]
-    paths, verified = write_files(name, folder, side, classes, options.first_last_bits)
+    paths, verified = write_files(name, folder, side, classes, options)
     sizes = {kind: path.stat().st_size for kind, path in paths.items()}
     lines = [
         f"## {name}, {side} x {side}",
@@ -152,14 +154,14 @@ def network(name: str, classes: int) -> nn.Module:
 
 
 def write_files(
-    name: str, folder: Path, side: int, classes: int, first_last_bits: int
+    name: str, folder: Path, side: int, classes: int, options: argparse.Namespace
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Write the float file and ours; return their paths, and whether ours are verified."""
     folder.mkdir()
     net, images = network(name, classes), torch.randn(4, 3, side, side)
     config = sdq.QuantConfig(
-        bit_choices=(2,), act_bits=8, first_last_bits=first_last_bits, batch_norm="fold",
-        integer_datapath=True, integer_bias=True,
+        bit_choices=(options.bits,), act_bits=8, first_last_bits=options.first_last_bits,
+        batch_norm="fold", integer_datapath=True, integer_bias=True,
     )  # fmt: skip
     qmodel = sdq.quantize(net, config, sample=images[:1])
     sdq.calibrate_(qmodel, [(images, torch.zeros(len(images)))])

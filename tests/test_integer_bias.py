@@ -49,7 +49,7 @@ def perceptron() -> nn.Module:
 
 
 def test_the_output_is_a_whole_number_of_units() -> None:
-    """By hand: (codes of the input times codes of the weight, plus the bias's) times both scales."""
+    """By hand: codes of the input times those of the weight, plus the bias's, times both scales."""
     qmodel = calibrated(perceptron())
     act, weight = qmodel.act_quantizers()["0_input"], qmodel.settled_quantizer("0")
     unit = act.scale * weight.scale.reshape(-1)

@@ -49,7 +49,7 @@ def optimised(path, tmp_path):
 @pytest.mark.parametrize("format", FORMATS)
 def test_resnet20_runs_in_integers(tmp_path, network, format):
     """All convolutions, the linear layer, and all additions but that before the float pooling."""
-    module = plugins.load("sdq.models", "resnet20").build(num_classes=4, in_channels=3, width=8)
+    module = plugins.load("sdq.models", "resnet20").build(num_classes=4, in_channels=3)
     qmodel = network(module, side=16, **INTEGER)
     sample = torch.zeros(1, 3, 16, 16)
     result = export.write(qmodel, tmp_path, format=format, sample=sample)
@@ -89,7 +89,7 @@ def test_integer_kernels_give_the_codes_of_pytorch(tmp_path, network, sample, im
         assert report.verified or not integer, report.lines
     assert flipped[True][0] == 0
     assert flipped[True][1] < 1e-3  # steps of the output
-    if net != "segmenter":  # nothing of it is fused but a Concat
+    if net == "residual" and bits < 4:  # else too little is fused, or the grid is fine
         assert flipped[False][1] > 1e-2
 
 
