@@ -10,9 +10,7 @@ turns, image by image, so that whatever else the machine does meets all of them 
 
 import argparse
 import platform
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -20,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import _reports
 import numpy as np
 import onnx
 import onnxruntime
@@ -48,15 +47,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models.split(","):
             lines += measure(name, Path(folder) / name, options)
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.table:
-        options.table.write_text(text, encoding="utf-8")
+    _reports.write(options.table, lines)
 
 
 def arguments() -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = _reports.parser(__doc__)
     parser.add_argument("--models", default=",".join(NETWORKS))
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--batches", default="1,8")
@@ -71,11 +67,10 @@ def heading(options: argparse.Namespace) -> list[str]:
     """Return what stands above the tables."""
     flags = cpu_flags()
     vnni = any("vnni" in flag or flag == "amx_int8" for flag in flags)
-    command = shlex.join(["python", "benchmarks/onnxruntime_speed.py", *sys.argv[1:]])
     return [
         "# Files in onnxruntime: speed and size",
         "",
-        f"`{command}`",
+        f"`{_reports.command()}`",
         "",
         f"onnxruntime {onnxruntime.__version__}, {platform.machine()}, integer instructions: "
         f"{', '.join(flags) or 'none'}; VNNI: **{'yes' if vnni else 'no'}**. Random weights of "

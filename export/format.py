@@ -180,9 +180,14 @@ def load_format(name_or_format: "str | Format") -> tuple[str, Format]:
         RequestError: no such format; the message offers the nearest name.
     """
     if not isinstance(name_or_format, str):
-        return str(getattr(name_or_format, "__name__", "")).rpartition(".")[2], name_or_format
-    module = plugins.load("export.formats", name_or_format)
-    return module.__name__.rpartition(".")[2], cast(Format, module)
+        return _name(name_or_format), name_or_format
+    module = cast(Format, plugins.load("export.formats", name_or_format))
+    return _name(module), module
+
+
+def _name(plugin: Format) -> str:
+    """Return a format's name as the command line has it, with dashes."""
+    return str(getattr(plugin, "__name__", "")).rpartition(".")[2].replace("_", "-")
 
 
 def expected_bits(qmodel: QuantModel) -> dict[str, Bits]:

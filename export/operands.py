@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 Attributes = dict[str, Any]
@@ -22,7 +22,7 @@ def attributes(node: onnx.NodeProto) -> Attributes:
 def tensor(proto: onnx.TensorProto, single: bool = False) -> Tensor:
     """Return a stored tensor; floats in float64, unless ``single``."""
     stored = numpy_helper.to_array(proto)
-    packed = proto.data_type in (onnx.TensorProto.INT2, onnx.TensorProto.INT4)
+    packed = proto.data_type in (TensorProto.INT2, TensorProto.INT4)
     values = torch.from_numpy(np.array(stored, np.int8 if packed else stored.dtype))
     return values.double() if values.is_floating_point() and not single else values
 

@@ -18,7 +18,7 @@ from sdq.errors import RequestError, RunError, nearest
 
 _WRONG_REQUEST = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
-    errno.ENAMETOOLONG,
+    errno.ENAMETOOLONG, errno.EEXIST,
 }  # fmt: skip
 
 _INTERRUPTED = 130

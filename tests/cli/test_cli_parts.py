@@ -1,7 +1,9 @@
 """Networks that are quantized in part: what is refused, what stays in float, and what it costs."""
 
+import hashlib
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -94,6 +96,43 @@ def test_a_partly_quantized_network_is_exported(sdq, gated, files, tmp_path):
         done = sdq(f"export {run} --format {kind} --verify --json")
         assert done.code == 0, done.err
         assert done.json["verification"]["verified"]
+
+
+@pytest.mark.skipif(not ONNX, reason="sdq[export] is not installed")
+def test_a_network_for_integer_kernels_is_exported_packed(sdq, files, tmp_path):
+    """Biases are rounded in training; the file names its run, and its three sizes are printed."""
+    import onnx
+
+    data, run = f"--data {files}/ok.npz", tmp_path / "q"
+    train = f"train --model resnet20 {data} --epochs 1 --quiet --out"
+    assert sdq(train, tmp_path / "f").code == 0
+    done = sdq(
+        f"quantize --from {tmp_path}/f {data} --bits 2 --choices 2 --act-bits 8 --epochs 1 --quiet "
+        "--search-method uniform --batch-norm fold --integer-datapath --integer-bias --out",
+        run,
+    )
+    assert done.code == 0, done.err
+    assert json.loads((run / "run.json").read_text())["quant"]["integer_bias"]
+    done = sdq(f"export {run} --format onnx-packed --opset 25 --verify --samples 8 --json")
+    assert done.code == 0, done.err
+    assert done.json["verification"]["verified"]
+    written = done.json["export"]
+    policy = json.loads((run / "policy.json").read_text())["layers"]
+    weights = sum(layer["num_weights"] * layer["weight_bits"] for layer in policy) // 8
+    assert written["weight_bytes"] == written["container_bytes"] == weights  # 2 and 8 bits fit
+    assert weights < written["file_bytes"] == Path(written["path"]).stat().st_size
+    assert f"weights: {weights:,} bytes of information, {weights:,} in their containers" in done.out
+    metadata = {x.key: x.value for x in onnx.load(written["path"]).metadata_props}
+    content = (run / "model.safetensors").read_bytes()
+    assert metadata["run_sha256"] == hashlib.sha256(content).hexdigest()
+    for options, message in (
+        ("--format onnx-packed --opset 20", "must be 21 to 25, got 20"),
+        ("--format onnx --opset 99", "must be 13 to 25, got 99"),
+        ("--format qonnx --opset 17", "opset must not be given for the format 'qonnx'"),
+        (f"--format onnx --out {run}/policy.json", "choose a path you can read and write"),
+    ):
+        done = sdq(f"export {run} {options}")
+        assert (done.code, message in done.err) == (2, True), done.err
 
 
 def test_a_pattern_of_skip_that_matches_nothing_is_refused(sdq, gated, files, tmp_path):

@@ -236,7 +236,7 @@ def test_evaluate_takes_other_data(sdq, files):
 
 
 @needs_onnx
-@pytest.mark.parametrize("format", ["onnx", "qonnx"])
+@pytest.mark.parametrize("format", ["onnx", "onnx-packed", "qonnx"])
 @pytest.mark.parametrize("options", ["", "--verify", "--verify --with-preprocessing"])
 def test_export(sdq, derm, tmp_path, format, options):
     done = sdq(

@@ -153,7 +153,7 @@ def test_the_opset_can_be_chosen(tmp_path, network, sample, images, net, format,
     [
         ("onnx", 12, "opset of the format 'onnx' must be 13 to 25, got 12"),
         ("onnx", 26, "must be 13 to 25, got 26"),
-        ("onnx-packed", 20, "opset of the format 'onnx_packed' must be 21 to 25, got 20"),
+        ("onnx-packed", 20, "opset of the format 'onnx-packed' must be 21 to 25, got 20"),
         ("qonnx", 17, "opset must not be given for the format 'qonnx'"),
     ],
 )
