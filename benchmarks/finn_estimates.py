@@ -13,13 +13,14 @@ import argparse
 import json
 import random
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import _reports
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import export
@@ -181,18 +182,21 @@ def our_units(qmodel: QuantModel, device: DataflowFpga, fps: float) -> list[tupl
 def pairs(
     ours: list[tuple[str, Unit]], theirs: list[Node]
 ) -> tuple[list[Pair], list[tuple[str, Unit]], list[Node]]:
-    """Pair units of a kind: equal cycles first, of those the nearest LUTs; return what is left."""
-    found, left = [], list(theirs)
-    rest = []
-    for layer, unit in ours:
-        same = [node for node in left if node.kind == unit.kind and node.cycles == unit.cycles]
-        if not same:
-            rest.append((layer, unit))
+    """Pair units of a kind and of equal cycles, the nearest in resources; return what is left."""
+    found: list[Pair] = []
+    used: set[int] = set()
+    for group in {(unit.kind, unit.cycles) for _, unit in ours}:
+        mine = [i for i, (_, unit) in enumerate(ours) if (unit.kind, unit.cycles) == group]
+        nodes = [node for node in theirs if (node.kind, node.cycles) == group]
+        if not nodes:
             continue
-        node = min(same, key=lambda node: _distance(unit, node))
-        left.remove(node)
-        found.append(Pair(layer, unit, node))
-    return found, rest, left
+        table = [[_distance(ours[i][1], node) for node in nodes] for i in mine]
+        for row, column in zip(*linear_sum_assignment(table), strict=True):
+            found.append(Pair(*ours[mine[row]], nodes[column]))
+            used.add(mine[row])
+    paired = {pair.node.name for pair in found}
+    rest = [entry for i, entry in enumerate(ours) if i not in used]
+    return found, rest, [node for node in theirs if node.name not in paired]
 
 
 def _distance(unit: Unit, node: Node) -> float:
@@ -203,7 +207,15 @@ def _distance(unit: Unit, node: Node) -> float:
 def main() -> None:
     """Compare, print the table and write it."""
     options = arguments()
-    lines = ["# FINN+'s estimates and ours", "", f"    python {' '.join(sys.argv)}", ""]
+    lines = [
+        "# FINN+'s estimates and ours",
+        "",
+        f"FINN+ 1.6.1, {options.fps:g} samples a second, fresh weights, bitwidths at random "
+        f"(weights/activations), seed {options.seed}. Cycles are those of the slowest unit.",
+        "",
+        f"`{_reports.command()}`",
+        "",
+    ]
     for target in options.targets.split(","):
         device = hw.target(target)
         assert isinstance(device, DataflowFpga)
@@ -212,9 +224,7 @@ def main() -> None:
             theirs = finn_nodes(qmodel, PARTS[target], options.fps, device.clock_hz)
             lines += section(f"{name} on {target}", qmodel, our_units(qmodel, device, options.fps),
                              theirs)  # fmt: skip
-    print("\n".join(lines))
-    if options.table is not None:
-        options.table.write_text("\n".join(lines) + "\n")
+    _reports.write(options.table, lines[:-1])
 
 
 HEADER = (
@@ -267,9 +277,7 @@ class Errors:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _reports.parser(__doc__)
     parser.add_argument("--targets", default="pynq_z2,ultra96")
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--fps", type=float, default=1000.0)

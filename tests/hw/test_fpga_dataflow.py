@@ -279,6 +279,7 @@ def test_finn_live(monkeypatch) -> None:
     pytest.importorskip("finn")
     pytest.importorskip("export.finn_flow")
     path = Path(__file__).parents[2] / "benchmarks" / "finn_estimates.py"
+    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
     spec = importlib.util.spec_from_file_location("finn_estimates", path)
     assert spec is not None
     assert spec.loader is not None
