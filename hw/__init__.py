@@ -1,6 +1,7 @@
 """What a policy costs: closed forms, and cost models of devices."""
 
 from hw.bops import LayerCost, layer_costs, total_bops
+from hw.ebops import layer_ebops
 from hw.target import (
     Choices,
     Demand,
@@ -15,5 +16,5 @@ from hw.target import (
 
 __all__ = [
     "Choices", "Demand", "LayerCost", "LayerUse", "Target", "TargetCost", "choices_of", "cost_fn",
-    "layer_costs", "report", "target", "total_bops",
+    "layer_costs", "layer_ebops", "report", "target", "total_bops",
 ]  # fmt: skip

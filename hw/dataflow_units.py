@@ -98,6 +98,15 @@ def accumulator_bits(products: int, weight_bits: int, act_bits: int) -> int:
     return max(ceil(alpha + log2(1 + 2**-alpha) + 1) - ACC_SLACK, 2)
 
 
+def border_bits(products: int, weight_bits: int, act_bits: int) -> int:
+    """Return the width of the borders between codes of such sums.
+
+    FINN keeps the bits that the largest border needs. Sums of many products rarely come near what
+    they could be: they grow with the square root of their number.
+    """
+    return max(accumulator_bits(products, weight_bits, act_bits) - int(log2(products) / 2), 2)
+
+
 def _multiply_luts(simd: int, products_bits: int, acc_bits: int) -> int:
     """Return the LUTs of a processing element: multipliers, adder tree and accumulator."""
     multipliers = simd * (2 * ceil(products_bits / 6) - 1) * products_bits
@@ -146,9 +155,7 @@ def matrix(
     return Unit("matrix", cycles(pe, simd), lut, memory, 0, 0, pe, simd, "hls")
 
 
-def depthwise(
-    view: Window, weight_bits: int, act_bits: int, interval: int, out_bits: int = 0
-) -> list[Unit]:
+def depthwise(view: Window, weight_bits: int, act_bits: int, interval: int) -> list[Unit]:
     """Return a vector-vector unit, which multiplies each channel by its own window, and its window.
 
     ``pe`` grows first, then ``simd`` within the window.
@@ -158,7 +165,6 @@ def depthwise(
         weight_bits: of the weights.
         act_bits: of the input.
         interval: cycles it may take.
-        out_bits: of thresholds within the unit; 0: it has none.
     """
     channels, taps, places = view.channels, prod(view.kernel), prod(view.out)
 
@@ -176,8 +182,6 @@ def depthwise(
     acc = accumulator_bits(taps, weight_bits, act_bits)
     inner = _multiply_luts(simd, weight_bits + act_bits, acc)
     lut = int(300 + 1.1 * pe * inner)
-    if out_bits:
-        lut += unit_thresholds(acc, pe, channels, out_bits)
     unit = Unit("depthwise", cycles(pe, simd), lut, memory, 0, 0, pe, simd, "hls")
     return [sliding, unit]
 

@@ -3,8 +3,7 @@
 A product of ``b``-bit weight and ``a``-bit activation counts ``b a``. A weight that is known counts
 the span of its bits between the first and the last that is not zero: ``0b0110100`` as 4, a power of
 two as 1, zero as 0. Where only bitwidths are known, all their bits count, which is an upper bound.
-Sums of more than two terms cost as much again as is counted here for products of the same width;
-Sun et al. find ``LUT + 55 DSP`` of fully parallel designs near this figure.
+For designs in which every product has logic of its own, the authors find it near ``LUT + 55 DSP``.
 
 Source: Sun et al., "Gradient-based Automatic Mixed Precision Quantization for Neural Networks
 On-Chip" (HGQ), 2024, https://arxiv.org/abs/2405.00645, section III-D.

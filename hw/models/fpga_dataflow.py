@@ -19,7 +19,7 @@ Source: Blott et al., "FINN-R", TRETS 2018, https://arxiv.org/abs/1809.04570; FI
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from math import prod
+from math import log, prod
 
 from hw import dataflow_units as units
 from hw.dataflow_units import Unit, Window
@@ -32,6 +32,9 @@ USABLE = {"lut": 0.7, "bram_18k": 0.8, "uram": 0.8, "dsp": 0.8}
 """Share of a resource above which a design hardly meets its timing, after AMD's UltraFast design
 methodology (UG949); FINN has the same."""
 
+STEP = 1.1
+"""Between the intervals that are tried where no rate is asked."""
+
 FOLDED = 2**62
 """An interval that any unit keeps."""
 
@@ -41,7 +44,7 @@ class Setting:
     """How FINN is asked to build.
 
     Args:
-        dsp_slice: that of the chip, for units that multiply in them; None: every multiplication in
+        dsp_slice: for units that multiply in them, from 4 bits on; None: every multiplication is in
             LUTs.
         standalone_thresholds: thresholds are units of their own; else they are part of the unit
             that multiplies, which then is the HLS one.
@@ -65,7 +68,8 @@ class DataflowFpga:
         capacity: what the chip has: ``lut``, ``bram_18k``, ``dsp`` and ``uram``.
         clock_hz: clock frequency of the accelerator.
         dsp_slice: ``DSP48E1`` (7 series), ``DSP48E2`` (UltraScale+), ``DSP58`` (Versal).
-        multiply_in_lut: let no unit use them.
+        narrow_weights: whether no weight has its lowest code, without which FINN multiplies in no
+            DSP48E1; the quantizers here use it.
         standalone_thresholds: see :class:`Setting`.
         input_bits: likewise.
         interval: likewise; set by :meth:`under`.
@@ -76,7 +80,7 @@ class DataflowFpga:
     capacity: Mapping[str, int]
     clock_hz: float
     dsp_slice: str
-    multiply_in_lut: bool = False
+    narrow_weights: bool = False
     standalone_thresholds: bool = True
     input_bits: int = 8
     interval: int = FOLDED
@@ -105,8 +109,9 @@ class DataflowFpga:
     @property
     def setting(self) -> Setting:
         """How FINN builds for it."""
+        in_dsp = self.narrow_weights or self.dsp_slice != "DSP48E1"
         return Setting(
-            None if self.multiply_in_lut else self.dsp_slice, self.standalone_thresholds,
+            self.dsp_slice if in_dsp else None, self.standalone_thresholds,
             self.input_bits, bool(self.capacity.get("uram")), self.interval,
         )  # fmt: skip
 
@@ -120,7 +125,7 @@ class DataflowFpga:
         """Return the target folded for a demand; see :meth:`hw.target.Target.under`.
 
         With nothing asked, a policy (one candidate a layer) is folded for the highest rate that
-        fits the chip.
+        fits the chip, in steps of 10 %; if none fits, for the lowest.
         """
         plain = replace(self, network=tuple(layers), interval=FOLDED, demanded={})
         plain._check(choices)
@@ -197,16 +202,14 @@ class DataflowFpga:
                 "--fps F or --latency-ms L"
             )
 
-        def fits(interval: int) -> bool:
-            return replace(self, interval=interval)._total(choices).fits
-
         least = max(replace(self, interval=1)._slowest(choices, max).values(), default=1)
         most = max(self._slowest(choices, max).values(), default=1)
-        if not fits(most):
-            return replace(self, interval=most)
-        while least < most:
-            middle = (least + most) // 2
-            least, most = (least, middle) if fits(middle) else (middle + 1, most)
+        # whether it fits does not fall steadily with the interval: parallelism goes in divisors
+        steps = int(log(most / least, STEP)) + 1
+        for interval in (int(least * STEP**i) for i in range(steps)):
+            found = replace(self, interval=interval)
+            if found._total(choices).fits:
+                return found
         return replace(self, interval=most)
 
     def _total(self, choices: Choices) -> TargetCost:
@@ -325,7 +328,7 @@ def _input_codes(
     channels, places = _map(before.out_shape)
     products = prod(before.weight_shape[1:])
     # the weights of that layer are another layer's choice: taken as of 4 bits
-    width = units.accumulator_bits(products, 4, act_bits)
+    width = units.border_bits(products, 4, act_bits)
     if setting.standalone_thresholds:
         yield units.thresholds(
             channels, places, width, act_bits, setting.interval, uram=setting.uram
