@@ -57,13 +57,19 @@ def configured(options: Options) -> Format:
     """
     names = [name for name in globals() if not name.startswith("_")]
     contract = {name: globals()[name] for name in names}
-    contract |= {"__name__": __name__, "write": functools.partial(write, options=options)}
+    contract |= {
+        "__name__": __name__,
+        "check": functools.partial(check, options=options),
+        "write": functools.partial(write, options=options),
+    }
     return cast(Format, SimpleNamespace(**contract))
 
 
-def check(qmodel: QuantModel, sample: Tensor) -> tuple[Finding, ...]:
+def check(
+    qmodel: QuantModel, sample: Tensor, *, options: Options | None = None
+) -> tuple[Finding, ...]:
     """Return what hls4ml cannot take in a network."""
-    return rules.check(qmodel, sample)
+    return rules.check(qmodel, sample, (options or Options()).io_type)
 
 
 def write(
@@ -87,7 +93,7 @@ def write(
     qonnx.write(qmodel, folder, sample=sample, preprocessing=preprocessing, metadata=metadata)
     path = (folder / qonnx.FILE).rename(folder / FILE)
     model = graph.load(path)
-    stream = rules.stream_of(model) if options.io_type is None else options.io_type == "io_stream"
+    stream = rules.streamed(model, options.io_type)
     builder = Builder(stream, options.parallel_products, options.reuse_factor)
     network = Reader(model, quantizers(path), builder).network(OPERATORS)
     (folder / project.FOLDER).mkdir()

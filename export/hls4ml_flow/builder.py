@@ -125,7 +125,9 @@ class Builder:
             )  # fmt: skip
         return Value(tensor, shape, 1.0, low, high, step, traced=tensor)
 
-    def affine(self, path: str, x: Value, factor: Array, offset: Array, *, last: bool) -> Value:
+    def affine(
+        self, path: str, x: Value, factor: Array, offset: Array, *, last: bool = False
+    ) -> Value:
         """Multiply each channel by a factor ``(C,)`` and add an offset ``(C,)``.
 
         Args:
@@ -203,6 +205,14 @@ class Builder:
         self.layers[name] = {"Precision": {"result": "auto"}}
         tensor = self._node("Flatten", name, [x.tensor], shape, axis=1)
         return replace(x, tensor=tensor, shape=shape, image=x.shape)
+
+    def unflattened(self, x: Value) -> Value:
+        """Take a flattening back, if nothing came after it: hls4ml wants none at the end."""
+        if not self.nodes or self.nodes[-1].output[0] != x.tensor or x.image is None:
+            return x
+        flat = self.nodes.pop()
+        del self.shapes[x.tensor], self.layers[flat.name]
+        return replace(x, tensor=flat.input[0], shape=x.image, image=None)
 
     def add(self, path: str, x: Value, y: Value) -> Value:
         """Add two tensors of one unit."""

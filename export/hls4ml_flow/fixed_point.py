@@ -15,10 +15,13 @@ from sdq.errors import RunError
 
 Array = np.ndarray
 
+TINY = 2.0**-100
+"""Stands for the largest of constants that are all zero."""
 MOST_BITS = 52
 """Of a constant: a double still holds it."""
-SLACK = 1e-9
-"""How near a border, in steps of the sum, float64 can no longer tell the sides apart."""
+SLACK, ROUNDING = 1e-9, 1e-14
+"""How near a border, in steps of the sum, float64 can no longer tell the sides apart: absolute, and
+relative to the number of steps."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class _Cuts:
         # a constant channel is all on one side; only its sign is asked for
         place = np.where(factor[:, None] == 0, np.copysign(math.inf, distance), place)
         nearest = np.rint(np.nan_to_num(place, posinf=0, neginf=0))
-        tie = np.abs(place - nearest) <= SLACK * np.maximum(1, np.abs(nearest))
+        tie = np.abs(place - nearest) <= SLACK + ROUNDING * np.abs(nearest)
         before = np.where(tie, nearest - 1, np.ceil(place) - 1)
         after = np.where(tie, nearest + 1, np.floor(place) + 1)
         before = np.where(before >= first, np.minimum(before, last), math.nan) * sums.step

@@ -26,8 +26,8 @@ Window = tuple[tuple[int, int], tuple[int, int], Pads]
 
 
 def _conv(reader: Reader, node: onnx.NodeProto) -> Pending:
-    x, options = reader.input(node), attributes(node)
     codes, scale, kind = _codes(reader, node)
+    x, options = reader.input(node), attributes(node)
     if codes.ndim != 4:
         raise Unsupported(node.name, "be a convolution of images", f"{codes.ndim - 2} dimensions")
     groups, depthwise = options.get("group", 1), False
@@ -42,8 +42,8 @@ def _conv(reader: Reader, node: onnx.NodeProto) -> Pending:
 
 
 def _linear(reader: Reader, node: onnx.NodeProto) -> Pending:
-    x = reader.input(node)
     codes, scale, kind = _codes(reader, node)
+    x = reader.input(node)
     if len(x.shape) != 1:
         raise Unsupported(node.name, "read (N, F)", f"{len(x.shape) + 1} dimensions", "flatten it")
     if x.image is not None:

@@ -169,7 +169,7 @@ def _spec(network: Network, layers: dict[str, _Layer]) -> dict[str, Any]:
         "input": {"shape": network.input.shape, "unit": network.input.unit},
         "output": {
             "shape": network.output.image or network.output.shape,
-            "flat": len(network.output.shape) == 1,
+            "flat": network.flat,
             "unit": network.output.unit,
         },
         "traced": {name: math.prod(x.shape) for name, x in layers.items() if x.traced},

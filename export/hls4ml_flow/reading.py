@@ -59,6 +59,7 @@ class Network:
         layers: configuration of each layer, by name.
         input: the tensor it takes.
         output: the tensor it gives.
+        flat: whether the file gives it in one dimension.
         taps: by activation quantizer.
         inexact: what is rounded otherwise than in the file, in sentences; empty if nothing is.
         io_type: how its layers hand over tensors.
@@ -68,6 +69,7 @@ class Network:
     layers: dict[str, dict[str, Any]]
     input: Value
     output: Value
+    flat: bool
     taps: dict[str, Tap]
     inexact: tuple[str, ...]
     io_type: str
@@ -111,11 +113,13 @@ class Reader:
             if node.op_type not in operators:
                 raise unknown(node, operators)
             self.tensors[node.output[0]] = self._shared(node, operators[node.op_type](self, node))
-        output = self.settled(self.model.graph.output[0].name, "output")
+        whole = self.settled(self.model.graph.output[0].name, "output")
+        output = self.builder.unflattened(whole)
         assert self.image is not None
         return Network(
-            self.builder.model(output), self.builder.layers, self.image, output, self.taps,
-            tuple(self.inexact), "io_stream" if self.builder.stream else "io_parallel",
+            self.builder.model(output), self.builder.layers, self.image, output,
+            len(whole.shape) == 1, self.taps, tuple(self.inexact),
+            "io_stream" if self.builder.stream else "io_parallel",
         )  # fmt: skip
 
     def settled(self, tensor: str, where: str) -> Value:

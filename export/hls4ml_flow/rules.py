@@ -20,7 +20,7 @@ from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 
 
-def check(qmodel: QuantModel, sample: Tensor) -> tuple[Finding, ...]:
+def check(qmodel: QuantModel, sample: Tensor, io_type: str | None = None) -> tuple[Finding, ...]:
     """Return what stands against the network; of what hangs together, the first.
 
     The network is translated as it will be when it is written, with scales of 1 where there are
@@ -29,6 +29,7 @@ def check(qmodel: QuantModel, sample: Tensor) -> tuple[Finding, ...]:
     Args:
         qmodel: need be neither calibrated nor searched; left as it is.
         sample: ``(N, C, H, W)``, for shapes only.
+        io_type: how layers hand over tensors; None: as the network suggests.
     """
     if sample.dim() != 4:
         shape = str(tuple(sample.shape))
@@ -44,14 +45,16 @@ def check(qmodel: QuantModel, sample: Tensor) -> tuple[Finding, ...]:
     if strangers:
         return tuple(dict.fromkeys(strangers))
     try:
-        Reader(model, quantizers, Builder(stream_of(model))).network(OPERATORS)
+        Reader(model, quantizers, Builder(streamed(model, io_type))).network(OPERATORS)
     except Unsupported as error:
         return (error.finding,)
     return ()
 
 
-def stream_of(model: onnx.ModelProto) -> bool:
-    """Tell whether a network works on images, which layers then hand over pixel by pixel."""
+def streamed(model: onnx.ModelProto, io_type: str | None) -> bool:
+    """Tell whether layers hand over pixel by pixel: as said, or if the network works on images."""
+    if io_type is not None:
+        return io_type == "io_stream"
     return any(node.op_type in ("Conv", "MaxPool", "AveragePool") for node in model.graph.node)
 
 

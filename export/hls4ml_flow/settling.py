@@ -14,6 +14,9 @@ from export.hls4ml_flow.tensors import Value
 WIDE = 24
 """Bits of constants that no quantizer follows: those of a float32."""
 
+WIDEST = 32
+"""Bits of a tensor that no quantizer makes narrower."""
+
 
 def before_quantizer(builder: Builder, name: str, x: Pending, borders: Array) -> Value:
     """Bring sums to a quantizer, with the shortest factor and offset it can have.
@@ -32,7 +35,7 @@ def before_quantizer(builder: Builder, name: str, x: Pending, borders: Array) ->
     value = multiplied(builder, x).value
     if plain and not offset.any():
         return value
-    return builder.affine(f"{x.path or name}_scale", value, factor, offset, last=False)
+    return builder.affine(f"{x.path or name}_scale", value, factor, offset)
 
 
 def multiplied(builder: Builder, x: Pending) -> Pending:
@@ -70,12 +73,17 @@ def _scaled(builder: Builder, x: Pending, where: str, inexact: list[str]) -> Val
     x = _absorbed(x)
     plain = bool((x.factor == 1).all())
     if x.weights is not None and plain:
-        offset = _rounded(x.offset, x.sums().step, fixed_point.MOST_BITS, where, inexact)
+        offset = _rounded(x.offset, x.sums().step, where, inexact)
         return builder.multiply(x.path, x.value, x.weights, offset, last=True)
-    factor = x.factor if plain else _rounded(x.factor, 0.0, WIDE, where, inexact)
-    offset = _rounded(x.offset, 0.0, WIDE, where, inexact)
-    value = multiplied(builder, x).value
-    return builder.affine(f"{x.path or where}_scale", value, factor, offset, last=True)
+    factor = x.factor if plain else _rounded(x.factor, 0.0, where, inexact)
+    offset = _rounded(x.offset, 0.0, where, inexact)
+    name = f"{x.path or where}_scale"
+    value = builder.affine(name, multiplied(builder, x).value, factor, offset)
+    kind = value.type.quantizer()
+    if kind.width > WIDEST:
+        _note(f"{where}: what it reads is rounded to {WIDEST} bits", inexact)
+        kind = replace(kind, width=WIDEST)
+    return builder.quantize(f"{name}_rounded", value, kind, value.unit)
 
 
 def _absorbed(x: Pending) -> Pending:
@@ -93,12 +101,22 @@ def _unit(x: Pending) -> float:
     return first if same and not power_of_two(first) else 1.0
 
 
-def _rounded(values: Array, step: float, bits: int, where: str, inexact: list[str]) -> Array:
-    """Return values as they are if so many bits hold them, else rounded to these."""
-    largest = max(float(np.abs(values).max()), step)
-    unit = math.ldexp(1.0, math.frexp(largest)[1] - bits) if largest else 1.0
-    if fixed_point.step_of(values) >= unit:
+def _rounded(values: Array, step: float, where: str, inexact: list[str]) -> Array:
+    """Return values as they are if hardware can hold them, else rounded to float32's precision.
+
+    Args:
+        values: constants.
+        step: of what they are added to; nothing finer than its own 24 bits is needed.
+        where: who reads the result.
+        inexact: gets a sentence if they are rounded.
+    """
+    top = math.frexp(max(float(np.abs(values).max()), step, fixed_point.TINY))[1]
+    if fixed_point.step_of(values) >= math.ldexp(1.0, top - fixed_point.MOST_BITS):
         return values
-    sentence = f"{where}: constants that no quantizer follows are rounded to {bits} bits"
-    inexact += [] if sentence in inexact else [sentence]
+    unit = math.ldexp(1.0, top - WIDE)
+    _note(f"{where}: constants that no quantizer follows are rounded to {WIDE} bits", inexact)
     return np.asarray(np.rint(values / unit) * unit)
+
+
+def _note(sentence: str, inexact: list[str]) -> None:
+    inexact += [] if sentence in inexact else [sentence]
