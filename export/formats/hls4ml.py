@@ -11,30 +11,24 @@ Source: https://github.com/fastmachinelearning/hls4ml
 import functools
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from export import graph
 from export.findings import Finding
-from export.format import Format, Runner, ToolMissing, Trace
+from export.format import Format, Runner, ToolMissing
 from export.formats import qonnx
-from export.hls4ml_flow import project, rules, simulation
+from export.hls4ml_flow import project, rules
 from export.hls4ml_flow.builder import Builder
 from export.hls4ml_flow.operators import OPERATORS
 from export.hls4ml_flow.project import Options
 from export.hls4ml_flow.reading import Reader
+from export.hls4ml_flow.runtime import Simulation
 from sdq.batches import Normalization
-from sdq.errors import RunError
 from sdq.quant_model import QuantModel
 
 FILE = "model_hls4ml.onnx"
@@ -125,71 +119,4 @@ def open_runtime(path: Path, runtime: str, *, taps: bool) -> Runner:
         spec |= {"traced": {}, "taps": {}}
     values = graph.metadata(graph.load(path)).get("normalization")
     prepare = Normalization(**json.loads(values)) if values else None
-    # the export's folder stays as it was written
-    work = tempfile.TemporaryDirectory(prefix="sdq-hls4ml-")
-    library = _compiled(path, folder / project.PROJECT, Path(work.name))
-
-    def once(inputs: Tensor) -> Trace:
-        images = inputs.permute(0, 2, 3, 1) if prepare is None else _prepared(prepare, inputs)
-        found = _simulated(path, Path(work.name), library, spec, images)
-        output = _channels_first(found["output"], spec["output"]) * spec["output"]["unit"]
-        codes = {
-            name: torch.round(_channels_first(found[tap["layer"]], tap) / tap["scale"]).int()
-            for name, tap in spec["taps"].items()
-        }
-        return Trace(output.float(), codes)
-
-    return once
-
-
-def _prepared(normalization: Normalization, pixels: Tensor) -> Tensor:
-    return normalization(pixels.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def _channels_first(values: np.ndarray, place: Mapping[str, Any]) -> Tensor:
-    """Return what a layer gave, ``(N, values)``, in the shape the file has it."""
-    tensor = torch.from_numpy(values).reshape(len(values), *place["shape"])
-    if tensor.dim() == 4:
-        tensor = tensor.permute(0, 3, 1, 2).contiguous()
-    return tensor.flatten(1) if place["flat"] else tensor
-
-
-def _compiled(path: Path, source: Path, folder: Path) -> Path:
-    """Compile a copy of the project; return the library."""
-    shutil.copytree(source, folder / "project")
-    script = folder / "project" / "build_lib.sh"
-    done = subprocess.run(
-        ["bash", script.name], cwd=script.parent, capture_output=True, text=True, check=False
-    )
-    libraries = sorted((script.parent / "firmware").glob("*.so"))
-    if done.returncode or not libraries:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
-        raise RunError(f"{path}: the hls4ml project does not compile: {lines[0]}")
-    return libraries[0]
-
-
-def _simulated(
-    path: Path, folder: Path, library: Path, spec: dict[str, Any], images: Tensor
-) -> dict[str, np.ndarray]:
-    """Run images ``(N, H, W, C)`` in a process of its own, which may crash."""
-    inputs, outputs, plan = folder / "inputs.npy", folder / "outputs.npz", folder / "plan.json"
-    outputs.unlink(missing_ok=True)
-    np.save(inputs, images.double().numpy() / spec["input"]["unit"])
-    sizes = {"output": int(np.prod(spec["output"]["shape"]))}
-    plan.write_text(json.dumps(spec | sizes), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-I",
-        str(simulation.__file__),
-        *map(str, (library, plan, inputs, outputs)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise RunError(f"{path}: the C simulation was ended by {name}; the last it said: {said}")
-    if not outputs.is_file():
-        said = ((done.stderr + done.stdout).strip().splitlines() or ["nothing"])[-1]
-        raise RunError(f"{path}: the C simulation failed: {said}")
-    with np.load(outputs, allow_pickle=False) as content:
-        return {name: content[name] for name in content.files}
+    return Simulation(path, folder / project.PROJECT, spec, prepare)
