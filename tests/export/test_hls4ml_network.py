@@ -133,6 +133,7 @@ CASES = [
     }.items()
     for kind, config in {
         "shifts": SHIFTS, "shifts folded": SHIFTS | {"batch_norm": "fold"}, "scales": SCALES,
+        "integer biases": SHIFTS | {"batch_norm": "fold", "integer_bias": True},
         "odd codes": SHIFTS | {"weight_quantizer": "dorefa"}, "8 bits": SHIFTS | {"act_bits": 8},
     }.items()
 ]  # fmt: skip
@@ -165,7 +166,8 @@ def test_shifts_leave_no_factors(tmp_path, network):
 
 
 def test_what_is_rounded_is_said(tmp_path, network):
-    made = translated(network("normalized first", **SHIFTS), tmp_path)
+    config = SHIFTS | {"integer_datapath": False}
+    made = translated(network("normalized first", **config), tmp_path)
     assert any("constants that no quantizer follows" in sentence for sentence in made.inexact)
 
 
