@@ -87,9 +87,58 @@ def perceptron() -> nn.Module:
     )  # fmt: skip
 
 
+class Everything(nn.Module):
+    """Depthwise, pointwise, grouped and dilated convolutions, a residual sum, a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bn1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.depthwise, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.BatchNorm2d(4)
+        self.pointwise, self.bn3 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.grouped, self.bn4 = nn.Conv2d(8, 6, 3, 2, 1, groups=2), nn.BatchNorm2d(6)
+        self.dilated = nn.Conv2d(6, 4, 3, padding=2, dilation=2)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn1(self.first(x))), 2)
+        y = self.bn3(self.pointwise(F.relu6(self.bn2(self.depthwise(x))))) + x
+        y = F.relu(torch.cat([y, x], 1))
+        y = F.relu(self.dilated(F.relu(self.bn4(self.grouped(y)))))
+        return self.head(F.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+class Overlapping(nn.Module):
+    """Pooling with overlapping windows and padding, and a class for each pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bn = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.max_pool2d(F.relu(self.bn(self.first(x))), 3, 2, 1))
+
+
+def convolutions() -> nn.Module:
+    """No linear layer: the image has become one pixel."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(4, 5, 3), nn.Flatten(),
+    )  # fmt: skip
+
+
+def normalized_first() -> nn.Module:
+    """Batch normalisation of a quantized tensor; an average that is not quantized."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(3), nn.Flatten(), nn.Linear(4, 5),
+    )  # fmt: skip
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "plain": plain, "perceptron": perceptron, "residual": Residual, "twice": Twice,
-    "segmenter": Segmenter,
+    "segmenter": Segmenter, "everything": Everything, "overlapping": Overlapping,
+    "convolutions": convolutions, "normalized first": normalized_first,
 }  # fmt: skip
 
 

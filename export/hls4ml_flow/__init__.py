@@ -1,0 +1,1 @@
+"""How a QONNX file of ours becomes an hls4ml project that computes the same codes."""
