@@ -74,7 +74,8 @@ class Builder:
             "Quant", name, [x.tensor, *inputs], x.shape, domain=QUANT,
             signed=int(kind.signed), narrow=0, rounding_mode="ROUND",
         )  # fmt: skip
-        self.layers[name] = {"Trace": True}
+        result = {"result": str(kind.quantizer())}
+        self.layers[name] = {"Precision": result, "Trace": True}
         low, high = _ends(kind)
         return replace(
             x, tensor=tensor, unit=unit, least=low, most=high, step=kind.step, traced=tensor

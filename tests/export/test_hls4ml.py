@@ -158,7 +158,8 @@ def verified(qmodel: QuantModel, folder: Path, images: torch.Tensor, **write) ->
     assert stage.name == hls4ml.SIMULATION
     assert stage.agreement == 1.0
     assert stage.flipped == 0
-    assert stage.largest_difference == 0
+    # output steps: PyTorch adds the last bias, which is no multiple of a step, in float32
+    assert stage.largest_difference < 0.01
 
 
 @needs_compiler
