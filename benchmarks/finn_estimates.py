@@ -220,7 +220,10 @@ def main() -> None:
         device = hw.target(target)
         assert isinstance(device, DataflowFpga)
         for name in options.networks.split(","):
-            qmodel = quantized(NETWORKS[name](), options.seed, options.act_bits)
+            with torch.random.fork_rng():
+                torch.manual_seed(options.seed)
+                network = NETWORKS[name]()
+            qmodel = quantized(network, options.seed, options.act_bits)
             theirs = finn_nodes(qmodel, PARTS[target], options.fps, device.clock_hz)
             lines += section(f"{name} on {target}", qmodel, our_units(qmodel, device, options.fps),
                              theirs)  # fmt: skip

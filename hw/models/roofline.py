@@ -84,10 +84,14 @@ class Roofline:
 
     def latency_s(self, spec: LayerSpec, weight_bits: int, act_bits: int) -> float:
         """Return the time one layer takes for one sample."""
+        return max(self._times(spec, weight_bits, act_bits))
+
+    def _times(self, spec: LayerSpec, weight_bits: int, act_bits: int) -> tuple[float, float]:
+        """Return the time of the products and that of the memory."""
         width = self.computed(spec, weight_bits, act_bits)
         elements = prod(spec.in_shape) + prod(spec.out_shape)
         moved = spec.num_weights * self.stored(spec, weight_bits) + elements * self._act(act_bits)
-        return max(spec.macs / self.peaks[width], moved / 8 / self.bandwidth)
+        return spec.macs / self.peaks[width], moved / 8 / self.bandwidth
 
     def _act(self, act_bits: int) -> int:
         """Return the bits that an activation is stored in."""
@@ -96,11 +100,12 @@ class Roofline:
 
     def use(self, spec: LayerSpec, weight_bits: int, act_bits: int) -> LayerUse:
         """Return what one layer takes."""
-        seconds = self.latency_s(spec, weight_bits, act_bits)
+        compute, memory = self._times(spec, weight_bits, act_bits)
+        seconds = max(compute, memory)
         stored = self.stored(spec, weight_bits)
         width = self.computed(spec, weight_bits, act_bits)
         costs = {"latency_s": seconds, self.memory[0]: spec.num_weights * stored / 8}
-        bound = "compute" if seconds * self.peaks[width] == spec.macs else "memory"
+        bound = "compute" if compute >= memory else "memory"
         layout: dict[str, int | str] = {"stored bits": stored, "width": width, "bound": bound}
         return LayerUse(spec.name, costs, seconds, layout)
 

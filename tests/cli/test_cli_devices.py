@@ -93,6 +93,34 @@ def test_without_a_demand_the_fastest_that_fits_is_shown(sdq, files, cnn, tmp_pa
     assert "lut: " in done.out
 
 
+def test_bits_are_legal_for_the_kind_of_layer(sdq, files, cnn, tmp_path):
+    for run, legal in ((files / "float", {4, 8}), (cnn, {8})):
+        out = tmp_path / run.parent.name
+        done = search(sdq, files, run, out, "--target a100 --act-bits 8 --bits 8 --choices 1,2,4,8")
+        assert done.code == 0, done.err
+        policy, _ = read(out)
+        asked = json.loads((out / "run.json").read_text())["quant"]
+        searched = [b for b in policy if b.searched]
+        special = dict(asked["layer_choices"])
+        assert {x for b in searched for x in special.get(b.name, asked["bit_choices"])} == legal
+        assert {b.weight_bits for b in searched} <= legal
+    done = search(
+        sdq,
+        files,
+        cnn,
+        tmp_path / "m7",
+        "--target cortex_m7 --act-bits 8 --budget flash_bytes=60000",
+    )
+    assert done.code == 0, done.err
+    policy, layers = read(tmp_path / "m7")
+    assert {b.weight_bits for b in policy} <= {2, 4, 8}
+    assert 50_000 < hw.report(layers, policy, "cortex_m7").totals["flash_bytes"] <= 60_000
+    done = search(sdq, files, cnn, tmp_path / "pin", "--target a100 --act-bits 8 --bits 8 "
+                  "--pin features.3=3")  # fmt: skip
+    assert done.code == 2
+    assert "--pin features.3: must have bits that a100 computes with (8, 32), got 3" in done.err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
