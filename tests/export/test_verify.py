@@ -52,9 +52,9 @@ DAMAGE = {
     # format, initializer, change, first difference, words of the reason
     "weight code": ("onnx", "4.weight", bumped, "4", "4: 1 weight codes differ"),
     "weight sign": ("qonnx", "4.weight", flipped, "4", "4: 1 weight codes differ"),
-    "weight scale": ("onnx", "4.weight.dequantizelinear.scale", scaled, "4", "4: the scale"),
+    "weight scale": ("onnx", "4.weight.scale", scaled, "4", "4: the scale"),
     "Quant scale": ("qonnx", "4.weight.quant.scale", scaled, "4", "4: "),
-    "act scale": ("onnx", "8_input.quantizelinear.scale", scaled, "8_input", "8_input: the scale"),
+    "act scale": ("onnx", "8_input.scale", scaled, "8_input", "8_input: the scale"),
     "act Quant scale": ("qonnx", "8_input.quant.scale", scaled, "8_input", "8_input: the scale"),
     "wider Clip": ("onnx", "4.weight.clip.max", lambda a: a * 0 + 7, "4", "codes -4 to 7"),
     "bits": ("qonnx", "4.weight.quant.bits", lambda a: a + 1, "4", "the file has 4 bits"),
@@ -98,7 +98,7 @@ def test_codes_show_a_scale_also_without_reading_it(tmp_path, network, sample, i
 
     qmodel = network("plain", bits=3)
     result = export.write(qmodel, tmp_path, format="onnx", sample=sample)
-    edit(result.path, "4_input.quantizelinear.scale", scaled)
+    edit(result.path, "4_input.scale", scaled)
     theirs = load_format("onnx")[1].open_exact(result.path)(images)
     ours = Reference(qmodel).float64(images)
     assert torch.equal(ours.codes["0_input"], theirs.codes["0_input"])
@@ -192,13 +192,13 @@ def test_a_file_without_a_scale_is_not_verified(tmp_path, network, sample, image
     qmodel = network("plain")
     result = export.write(qmodel, tmp_path, format="onnx", sample=sample)
     model = onnx.load(result.path)
-    kept = [x for x in model.graph.initializer if x.name != "8_input.quantizelinear.scale"]
+    kept = [x for x in model.graph.initializer if x.name != "8_input.scale"]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     onnx.save(model, result.path)
     report = export.verify(qmodel, tmp_path, format="onnx", inputs=images)
     assert not report.verified
-    assert "'8_input.quantizelinear.scale' of the file must be a constant" in report.reason
+    assert "'8_input.scale' of the file must be a constant" in report.reason
 
 
 def test_the_report_is_json_and_lines(tmp_path, network, sample, images):
