@@ -46,6 +46,18 @@ class Residual(nn.Module):
         return self.head(self.c(F.relu(self.b(x) + x)))
 
 
+class PassedOn(Residual):
+    """The shortcut is a module that does nothing, as in torchvision's networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.a(x)))
+        return self.head(self.c(F.relu(self.b(x) + self.same(x))))
+
+
 class Excited(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -115,6 +127,13 @@ DATAPATHS: dict[str, tuple[Callable[[], nn.Module], list[set[str]]]] = {
         [{"0_input"}, {"_2_output"}, {"4_input"}, {"5.linear_input"}],
     ),
 }  # fmt: skip
+
+
+def test_what_passes_an_identity_is_one_tensor(
+    seeded: Callable[..., nn.Module], quantized: Callable[..., QuantModel]
+) -> None:
+    qmodel = quantized(seeded(PassedOn), integer_datapath=True)
+    assert scales(qmodel) == DATAPATHS["residual"][1]
 
 
 @pytest.mark.parametrize("name", DATAPATHS)
