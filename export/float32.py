@@ -41,6 +41,7 @@ class Tally:
     exceptions: int = 0
     explained: int = 0
     tie_distance: float | None = None
+    largest: float = 0.0
     differences: list[Tensor] = field(default_factory=list)
 
     def add(self, images: Tensor, ours: Trace, output: Tensor, theirs: Trace) -> None:
@@ -60,6 +61,7 @@ class Tally:
         self.decisions += same.numel()
         self.images += len(images)
         self.finite &= bool(torch.isfinite(output).all())
+        self.largest = max(self.largest, float(ours.output.abs().max()))
         self.differences.append((ours.output - output).abs().reshape(-1))
         flipped = self._count(ours, theirs)
         exceptions = ~same.all(dim=1)
@@ -107,7 +109,8 @@ class Tally:
     def stage(self, name: str) -> RuntimeStage:
         """Return what was counted for the runtime of this name."""
         step = self.reference.output_step()
-        differences = torch.cat(self.differences) / (step or 1.0)
+        gaps = torch.cat(self.differences)
+        differences = gaps / (step or 1.0)
         first = next((x for x in self.reference.names if self.different.get(x)), None)
         return RuntimeStage(
             name, self.equal / self.decisions,
@@ -116,7 +119,8 @@ class Tally:
             sum(self.different.values()) if self.readable else 0,
             first if self.readable else None,
             self.ties if self.readable else 0,
-            float(differences.median()), float(differences.max()), step, self.finite,
+            float(differences.median()), float(differences.max()),
+            float(gaps.max()) / (self.largest or 1.0), step, self.finite,
             self.exceptions, self.explained, self.tie_distance,
         )  # fmt: skip
 

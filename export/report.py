@@ -53,6 +53,7 @@ class RuntimeStage:
         ties: images whose first code that differs stood on a rounding boundary.
         median_difference: of an output value; in output steps, or absolute without a step.
         largest_difference: likewise.
+        relative_difference: the largest, over the largest output.
         output_step: input scale times the smallest weight scale of the last layer; None if that
             is float.
         finite: whether all outputs are.
@@ -71,6 +72,7 @@ class RuntimeStage:
     ties: int
     median_difference: float
     largest_difference: float
+    relative_difference: float
     output_step: float | None
     finite: bool
     exceptions: int

@@ -349,7 +349,10 @@ def test_an_exception_that_begins_on_a_boundary_is_explained(network, images):
     tally.add(images, ours, theirs.output, theirs)
     assert (tally.exceptions, tally.explained) == (1, 1)
     assert tally.tie_distance == pytest.approx(float(distance.min()), abs=1e-12)
-    assert tally.stage("somewhere").ties == 1
+    stage = tally.stage("somewhere")
+    assert stage.ties == 1
+    gap = (ours.output - theirs.output).abs().max() / ours.output.abs().max()
+    assert stage.relative_difference == pytest.approx(float(gap))
     assert tally.tie_distance < 1e-3
 
 
