@@ -25,6 +25,7 @@ from fl.record import Record, Reply, Tensors
 from fl.state import Route
 from sdq.batches import Loader
 from sdq.config import Config
+from sdq.errors import RequestError
 
 
 class WrapperClient(Client):
@@ -100,10 +101,26 @@ class Wrapper(Method):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self.inner = method(self.config.around, **self.config.inner)
+        self._check_once()
         self.batch_norm = self.inner.batch_norm
         self.loss = self.inner.loss
         self.needs_head = self.needs_head or self.inner.needs_head
         self.has_server_model = self.inner.has_server_model
+
+    def _check_once(self) -> None:
+        """Refuse what is wrapped in itself: both would keep their tensors in one place."""
+        inside = self.inner
+        while True:
+            if isinstance(inside, type(self)) or (
+                isinstance(inside, Wrapper) and isinstance(self, type(inside))
+            ):
+                raise RequestError(
+                    f"{self.name}.around: must not have {inside.name} in it, got "
+                    f"{self.config.around!r}; once is all it can do"
+                )
+            if not isinstance(inside, Wrapper):
+                return
+            inside = inside.inner
 
     def check(self, config: FederationConfig) -> None:
         """Ask the inner method."""

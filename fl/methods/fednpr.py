@@ -22,12 +22,18 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from fl.config import FederationConfig
 from fl.losses import LossConfig
 from fl.method import ClientContext
 from fl.network import Outputs
 from fl.wrapper import Wrapper, WrapperClient, WrapperConfig
 
 GROUP = "fednpr"
+
+PAPER = FederationConfig(
+    rounds=80, batch_size=64, weight_decay=5e-4, lr=1e-3, lr_decay=0.1, lr_decay_rounds=(60, 70)
+)
+"""The paper's federation."""
 
 
 class FedNPRConfig(WrapperConfig):

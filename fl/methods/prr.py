@@ -1,6 +1,6 @@
 """PRR, personalized retrogress-resilient federation: CPA around DET around PFA.
 
-The paper's federation on dermoscopic images is :data:`PAPER`. The released code's ways are
+The released code's ways are
 ``cpa={"exchange": "epoch", "reset": True, "min_std": 1.0}`` and ``det={"augmented": True}``. The
 papers define no model of the server's; ours is the mean of the deputies.
 
@@ -19,6 +19,7 @@ PAPER = FederationConfig(
     rounds=50, local_epochs=5, batch_size=16, optimizer="sgd", lr=1e-2, weight_decay=1e-6,
     lr_decay=0.5, lr_decay_every=5,
 )  # fmt: skip
+"""The paper's federation, for classification."""
 
 
 class PRRConfig(Config):

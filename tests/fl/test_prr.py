@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fl
 from fl.method import Method
-from fl.methods import det
+from fl.methods import det, fca, fednpr, prr
 from fl.methods.cpa import CPAConfig, common_prototypes
 from fl.methods.det import DET, DETClient, both_losses, next_stage
 from fl.setting import Setting
@@ -178,3 +178,28 @@ def test_the_released_ways_run(tiny: Make, hospitals: Clients) -> None:
     assert found.history[-1]["train_loss"] < found.history[0]["train_loss"]
     once = run(tiny(), hospitals(), fl.method("prr", cpa={"warmup": 0.0}), local_epochs=3)
     assert not same(found.state, once.state)
+
+
+def test_the_papers_federations() -> None:
+    rates = [prr.PAPER.lr_in(t) for t in (0, 4, 5, 49)]
+    assert rates == pytest.approx([1e-2, 1e-2, 5e-3, 1e-2 / 2**9])
+    for module in (fca, fednpr):
+        rates = [module.PAPER.lr_in(t) for t in (59, 60, 70, 79)]
+        assert rates == pytest.approx([1e-3, 1e-4, 1e-5, 1e-5])
+
+
+@pytest.mark.parametrize(
+    ("outer", "around", "inner"),
+    [
+        ("cpa", "cpa", {}),
+        ("fednpr", "fednpr_per", {}),
+        ("fednpr_per", "fednpr", {}),
+        ("det", "cpa", {"around": "det"}),
+        ("det", "prr", {}),
+    ],
+)
+def test_nothing_is_wrapped_in_itself(
+    outer: str, around: str, inner: dict[str, Any], refuses: Any
+) -> None:
+    with refuses(f"{outer}.around: must not have"):
+        fl.method(outer, around=around, inner=inner)
