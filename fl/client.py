@@ -104,7 +104,10 @@ def _train(
         },
     )
     if request.record.values.get("evaluate"):
-        up.values["evaluation"] = _evaluate(setting, data, context.own_counts)
+        measured = dict(enumerate(data.pooled)) or {request.client: data}
+        up.values["evaluations"] = {
+            str(k): _evaluate(setting, d, context.own_counts) for k, d in measured.items()
+        }
     memory = context.memory
     memory.tensors["model"] = picked(state, setting.names(down=False))
     return Reply(request.client, up), memory

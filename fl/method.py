@@ -20,6 +20,7 @@ server, and nothing else of a method's objects survives a round.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -51,12 +52,15 @@ class ClientData:
         train: its training images.
         val: what rounds are compared on, or None.
         test: what it is measured on, or None.
+        pooled: the clients that it has the images of, where a method pools them: specialization is
+            then measured on each one's images.
     """
 
     name: str
     train: ImageSet
     val: ImageSet | None = None
     test: ImageSet | None = None
+    pooled: tuple["ClientData", ...] = ()
 
 
 @dataclass
@@ -202,8 +206,17 @@ class Server:
         return torch.stack([self.counts[k] for k in sorted(self.counts)]).sum(0)
 
     def parameter_names(self) -> set[str]:
-        """Return the names in ``model`` that are parameters: no statistic may get momentum."""
-        return {n for n, _ in self.network.named_parameters()} & set(self.model)
+        """Return the names in ``model`` that a server's own step may move.
+
+        They are parameters: a variance with momentum would become negative. What is averaged in
+        logarithms, such as a quantizer's scale, would too.
+        """
+        return {
+            name
+            for name, _ in self.network.named_parameters()
+            if name in self.model
+            and not any(fnmatchcase(name, pattern) for pattern in self.config.geometric)
+        }
 
 
 @dataclass(frozen=True)
@@ -292,125 +305,6 @@ class Method:
         states = [reply.model for reply in replies]
         weights = self.weights(server, replies)
         return Aggregated(weighted_mean(states, weights, server.config.geometric))
-
-
-class WrapperClient(Client):
-    """A client around another method's client: every hook is the inner one's."""
-
-    def __init__(self, method: "Wrapper", context: ClientContext) -> None:
-        super().__init__(method, context)
-        self.inner = method.inner.client(context)
-
-    def phases(self) -> Sequence[Phase]:
-        """Return the inner phases."""
-        return self.inner.phases()
-
-    def start(self) -> None:
-        """Start the inner client."""
-        self.inner.start()
-
-    def start_epoch(self, epoch: int) -> None:
-        """Pass on."""
-        self.inner.start_epoch(epoch)
-
-    def batches(self, epoch: int) -> Loader:
-        """Return the inner batches."""
-        return self.inner.batches(epoch)
-
-    def forward(self, images: Tensor) -> Outputs:
-        """Return the inner outputs."""
-        return self.inner.forward(images)
-
-    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
-        """Return the inner loss."""
-        return self.inner.loss(outputs, labels)
-
-    def correct_gradients_(self) -> None:
-        """Pass on."""
-        self.inner.correct_gradients_()
-
-    def after_step(self) -> None:
-        """Pass on."""
-        self.inner.after_step()
-
-    def end_epoch(self, epoch: int) -> None:
-        """Pass on."""
-        self.inner.end_epoch(epoch)
-
-    def finish(self, progress: Progress) -> Record:
-        """Return the inner record; add groups and values of your own to it."""
-        return self.inner.finish(progress)
-
-
-class WrapperConfig(Config):
-    """Configuration of a wrapper.
-
-    Args:
-        around: name of the method inside.
-        inner: its hyper-parameters.
-    """
-
-    around: str = "fedavg"
-    inner: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies defaults
-
-
-class Wrapper(Method):
-    """A method around another: what it does not change is the inner one's.
-
-    The inner method aggregates with its own weights; who changes those aggregates anew. Hooks that
-    put another criterion in the context do so before the inner ``start``.
-    """
-
-    config_type = WrapperConfig
-    client_type = WrapperClient
-
-    def __init__(self, config: Any = None) -> None:
-        super().__init__(config)
-        self.inner = method(self.config.around, **self.config.inner)
-        self.batch_norm = self.inner.batch_norm
-        self.loss = self.inner.loss
-        self.needs_head = self.needs_head or self.inner.needs_head
-        self.has_server_model = self.inner.has_server_model
-
-    def check(self, config: FederationConfig) -> None:
-        """Ask the inner method."""
-        self.inner.check(config)
-
-    def arrange(self, clients: Sequence[ClientData]) -> Sequence[ClientData]:
-        """Return the inner arrangement."""
-        return self.inner.arrange(clients)
-
-    def extend_(self, network: Network, generator: torch.Generator) -> None:
-        """Add what the inner method needs."""
-        self.inner.extend_(network, generator)
-
-    def route(self, name: str, network: Network) -> Route:
-        """Return the inner route."""
-        return self.inner.route(name, network)
-
-    def views(self, side: Side) -> dict[str, View]:
-        """Return the inner views."""
-        return self.inner.views(side)
-
-    def start_server(self, server: Server) -> None:
-        """Prepare what the inner method keeps."""
-        self.inner.start_server(server)
-
-    def state_for(self, server: Server, client: int) -> Tensors:
-        """Return the inner state."""
-        return self.inner.state_for(server, client)
-
-    def send(self, server: Server, client: int) -> Record:
-        """Return the inner record; add groups and values of your own to it."""
-        return self.inner.send(server, client)
-
-    def weights(self, server: Server, replies: Sequence[Reply]) -> list[float]:
-        """Return the inner weights."""
-        return self.inner.weights(server, replies)
-
-    def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
-        """Return what the inner method makes of the replies."""
-        return self.inner.aggregate(server, replies)
 
 
 def method(name: str, **hyper: Any) -> Method:

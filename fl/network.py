@@ -17,11 +17,13 @@ class Outputs:
     """One forward pass: ``images`` (N, ...), ``logits`` (N, classes) and ``features`` (N, D).
 
     ``features`` is what enters the head, and None where the network has no head that is known.
+    ``own`` are those of a personal model on the same images, where a method has one beside.
     """
 
     images: Tensor
     logits: Tensor
     features: Tensor | None
+    own: "Outputs | None" = None
 
     @property
     def known_features(self) -> Tensor:

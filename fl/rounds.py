@@ -160,12 +160,13 @@ class Rounds:
 
         And the clients that failed.
         """
-        found, failures = {}, []
+        found: dict[int, Any] = {}
+        failures = []
         for answer in self._ask(self._requests("adapt", clients, None, evaluate=True)):
             if isinstance(answer, Failure):
                 failures.append(answer)
             else:
-                found[answer.client] = answer.record.values["evaluation"]
+                found |= _evaluations(answer)
         return found, failures
 
     def load_model_(self) -> bool:
@@ -255,11 +256,7 @@ class Rounds:
             sum(r.record.values["train_loss"] * r.num_examples for r in replies) / images
         )
         report.bytes_up = sum(r.record.num_bytes() for r in replies)
-        report.evaluations = {
-            r.client: r.record.values["evaluation"]
-            for r in replies
-            if "evaluation" in r.record.values
-        }
+        report.evaluations = {k: e for r in replies for k, e in _evaluations(r).items()}
         server.round += 1
 
     # --- state
@@ -292,6 +289,11 @@ class Rounds:
             if g.startswith("memory:")
         }
         server.memory = Record(groups, saved.values["memory"])
+
+
+def _evaluations(reply: Reply) -> dict[int, Any]:
+    """Return metrics by client: its own, or those of the clients that it pools."""
+    return {int(k): e for k, e in reply.record.values.get("evaluations", {}).items()}
 
 
 def _why(failures: Iterable[Failure]) -> str:

@@ -62,6 +62,21 @@ class ImageSet:
         """Return a view on the images at ``indices`` (int64, ``(M,)``), read when asked for."""
         return ImageSet(_Subset(self.images, indices), self.labels[indices])
 
+    @classmethod
+    def joined(cls, sets: Sequence["ImageSet"]) -> "ImageSet":
+        """Return a view on the images of several sets, one after the other, read when asked for.
+
+        Raises:
+            RequestError: their images differ in shape, or there is no set.
+        """
+        shapes = {s.images.shape[1:] for s in sets}
+        if len(shapes) != 1:
+            raise RequestError(
+                f"image sets: those that are joined must have one shape, got {sorted(shapes)}; "
+                "resize them"
+            )
+        return cls(_Joined(tuple(s.images for s in sets)), torch.cat([s.labels for s in sets]))
+
 
 @dataclass(frozen=True)
 class _Subset:
@@ -74,6 +89,25 @@ class _Subset:
 
     def take(self, indices: Tensor) -> Tensor:
         return self.images.take(self.indices[indices])
+
+
+@dataclass(frozen=True)
+class _Joined:
+    parts: tuple[Images, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (sum(p.shape[0] for p in self.parts), *self.parts[0].shape[1:])
+
+    def take(self, indices: Tensor) -> Tensor:
+        found = torch.empty(len(indices), *self.shape[1:], dtype=torch.uint8)
+        first = 0
+        for part in self.parts:
+            here = (indices >= first) & (indices < first + part.shape[0])
+            if bool(here.any()):
+                found[here] = part.take(indices[here] - first)
+            first += part.shape[0]
+        return found
 
 
 @dataclass(frozen=True)

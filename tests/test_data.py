@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdq.data import DataOptions, Splits, divide, open_data
+from sdq.data import ArrayImages, DataOptions, ImageSet, Splits, divide, open_data
 from sdq.datasets import (
     cifar10,
     dermamnist,
@@ -265,3 +265,29 @@ def test_real_cifar10(real_root: Path) -> None:
     assert torch.bincount(splits.train.labels).tolist() == [4500] * 10
     assert torch.bincount(splits.val.labels).tolist() == [500] * 10
     assert torch.bincount(splits.test.labels).tolist() == [1000] * 10
+
+
+def test_joined_sets_are_read_when_asked_for(refuses: Callable[..., Any]) -> None:
+    read: list[list[int]] = []
+
+    class Told(ArrayImages):
+        def take(self, indices: torch.Tensor) -> torch.Tensor:
+            read.append(indices.tolist())
+            return super().take(indices)
+
+    def made(count: int, first: int, side: int = 2) -> ImageSet:
+        pixels = torch.arange(first, first + count, dtype=torch.uint8)
+        images = pixels.view(-1, 1, 1, 1).expand(-1, 1, side, side)
+        return ImageSet(Told(images), torch.arange(count))
+
+    joined = ImageSet.joined([made(3, 10), made(0, 0), made(4, 20)])
+    assert joined.images.shape == (7, 1, 2, 2)
+    assert joined.labels.tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert read == []
+    found = joined.images.take(torch.tensor([6, 0, 3, 6, 2]))
+    assert found[:, 0, 0, 0].tolist() == [23, 10, 20, 23, 12]
+    assert read == [[0, 2], [3, 0, 3]]
+    part = joined.subset(torch.tensor([4, 1]))
+    assert part.images.take(torch.tensor([1, 0]))[:, 0, 1, 1].tolist() == [11, 21]
+    with refuses("joined must have one shape, got [(1, 2, 2), (1, 3, 3)]"):
+        ImageSet.joined([made(1, 0), made(1, 0, side=3)])

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from fl.config import FederationConfig
 from fl.losses import LossConfig, criterion
 from fl.method import Client, Method, Side, View
 from fl.network import Network, Outputs
@@ -26,6 +27,11 @@ from sdq.config import Config
 
 Consistency = Literal["kl", "code"]
 HEAD = "personal_head"
+
+PAPER = FederationConfig(
+    rounds=80, batch_size=64, weight_decay=5e-4, lr=1e-3, lr_decay=0.1, lr_decay_rounds=(60, 70)
+)
+"""The paper's federation."""
 
 
 class FCAConfig(Config):

@@ -18,9 +18,6 @@ from fl.method import (
     Phase,
     Progress,
     Server,
-    Wrapper,
-    WrapperClient,
-    WrapperConfig,
 )
 from fl.methods.fedavg import FedAvg
 from fl.network import Network, Outputs
@@ -30,6 +27,7 @@ from fl.run import InProcess
 from fl.setting import Setting
 from fl.state import Route
 from fl.store import Store
+from fl.wrapper import Wrapper, WrapperClient, WrapperConfig
 from sdq.data import ArrayImages, ImageSet
 from sdq.errors import RequestError, RunError
 

@@ -1,0 +1,317 @@
+r"""Federated methods beside each other: generalization and specialization, absent classes masked.
+
+A variant is a method, with hyper-parameters, the loss or the federation changed if wished:
+
+    fedavg    fedavg;loss=balanced_softmax    fednpr;around=moon    prr;config.local_epochs=5
+
+Images are divided by ``dirichlet:ALPHA`` or by a published federation's class counts (``ich10``,
+which leaves most clients without one or two classes); a client's validation and test images have
+the mix of its training images. The table has balanced accuracy and AUC of the server's model on all
+test images (G) and of the clients' models on their own (S), with logits as they are, without
+the classes that were never trained on (masked), and adjusted at test time by the logarithm of the
+prior. Each finished run is kept in ``--out``; interrupted, the command goes on where it stopped.
+
+    python benchmarks/federated_methods.py --data DIR/dermamnist.npz --rounds 24 --seeds 0,1,2 \
+        --out runs/federated --table benchmarks/results/NAME.md
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import _reports
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fl
+from sdq.batches import Augmentation, Normalization, generator
+from sdq.data import DataOptions, ImageSet, Splits, open_data
+from sdq.errors import RequestError
+from sdq.plugins import load, names
+
+BALANCED = "loss=balanced_softmax"
+# the losses first, then every method; a personalized method with the balanced loss too, since
+# without it it is compared with methods that have it
+BESIDE = (
+    f"local;{BALANCED}", f"fedavg;{BALANCED}", f"centralized;{BALANCED}", "fedavg;loss=focal",
+    "fedavg;loss=weighted", "fedavg;loss=ldam_drw", f"fedper;{BALANCED}", f"fedrep;{BALANCED}",
+    f"ditto;{BALANCED}", f"apfl;{BALANCED}", f"pfa;{BALANCED}", "fednpr;weight=0",
+    "fednpr_per;weight=0", "fednpr;around=moon", "fednpr;around=ditto",
+)  # fmt: skip
+PARTITIONS = "dirichlet:1.0,dirichlet:0.3,ich10"
+# training images of the RSNA haemorrhage set by client and class, as FCA divided them
+ICH10 = (
+    (0, 0, 1112, 2245, 4033), (88, 5522, 0, 1926, 0), (89, 1122, 2339, 0, 7627),
+    (0, 2430, 0, 3574, 2944), (132, 518, 0, 930, 1828), (269, 0, 0, 1034, 1834),
+    (538, 928, 2662, 0, 0), (9, 502, 0, 0, 2869), (69, 62, 0, 1635, 957), (4, 62, 1017, 429, 1033),
+)  # fmt: skip
+COLUMNS = (
+    ("G", "generalization", "plain", "balanced_accuracy"),
+    ("G adjusted", "generalization", "adjusted", "balanced_accuracy"),
+    ("G AUC", "generalization", "plain", "auc"),
+    ("S", "specialization", "plain", "balanced_accuracy"),
+    ("S masked", "specialization", "masked", "balanced_accuracy"),
+    ("S adjusted", "specialization", "adjusted", "balanced_accuracy"),
+    ("S AUC", "specialization", "plain", "auc"),
+)
+
+
+def main() -> None:
+    """Run what is missing and write the table."""
+    options = arguments()
+    splits = open_data(options.data, DataOptions(root=options.data_root))
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for partition in options.partitions.split(","):
+        for seed in map(int, options.seeds.split(",")):
+            bench = Bench(options, splits, partition, seed)
+            for variant in options.variants.split(","):
+                rows.append(bench.figures(variant))
+                print(line(rows[-1]), flush=True)
+    write(options, rows)
+
+
+def arguments() -> argparse.Namespace:
+    parser = _reports.data_parser(__doc__, "group_norm_cnn")
+    parser.add_argument("--partitions", default=PARTITIONS)
+    parser.add_argument("--clients", type=int, default=6, help="of a Dirichlet partition")
+    parser.add_argument("--variants", default=",".join((*BESIDE, *names("fl.methods"))))
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--local-epochs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--keep-optimizer", action="store_true")
+    parser.add_argument("--augment", action="store_true", help="flips, where the data allow them")
+    parser.add_argument("--train-images", type=int, default=0, help="a part of them; 0: all")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", type=Path, required=True)
+    return parser.parse_args()
+
+
+def group_norm_cnn(classes: int, channels: int) -> nn.Module:
+    """Return a small network whose normalisation has no statistics: 95,000 parameters."""
+    layers: list[nn.Module] = []
+    for size in (32, 64, 128):
+        layers += [
+            nn.Conv2d(channels, size, 3, padding=1), nn.GroupNorm(8, size), nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]  # fmt: skip
+        channels = size
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+    )
+
+
+def shares(partition: str, clients: int, labels: Tensor, seed: int) -> np.ndarray:
+    """Return the share of each class that each client has, ``(classes, clients)``."""
+    counts = torch.bincount(labels)
+    if partition == "ich10":
+        table = np.array(ICH10, np.float64)
+        # classes and columns by size; after the last column again the first
+        columns = np.argsort(-table.sum(0))
+        rank = counts.argsort(descending=True).argsort().numpy()
+        chosen: np.ndarray = table[:, columns[rank % len(columns)]].T
+        return chosen / chosen.sum(1, keepdims=True)
+    kind, _, alpha = partition.partition(":")
+    if kind != "dirichlet":
+        raise SystemExit(f"--partitions: dirichlet:ALPHA or ich10, got {partition!r}")
+    parts = fl.dirichlet(labels, clients, float(alpha), seed, min_examples=10)
+    each = torch.stack([torch.bincount(labels[p], minlength=len(counts)) for p in parts], dim=1)
+    found: np.ndarray = (each.double() / counts[:, None]).numpy()
+    return found
+
+
+def divided(images: ImageSet | None, share: np.ndarray, seed: int) -> list[ImageSet | None]:
+    """Return each client's part, or None where it has no image."""
+    if images is None:
+        return [None] * share.shape[1]
+    rng = np.random.default_rng(seed)
+    parts: list[list[np.ndarray]] = [[] for _ in range(share.shape[1])]
+    for c in images.labels.unique().tolist():
+        members = rng.permutation(np.flatnonzero(images.labels.numpy() == c))
+        cuts = np.floor(np.cumsum(share[c])[:-1] * len(members) + 0.5).astype(int)
+        for part, chunk in zip(parts, np.split(members, cuts), strict=True):
+            part.append(chunk)
+    joined = [torch.from_numpy(np.sort(np.concatenate(p))) for p in parts]
+    return [images.subset(indices) if len(indices) else None for indices in joined]
+
+
+class Bench:
+    """Everything of one partition and seed."""
+
+    def __init__(
+        self, options: argparse.Namespace, splits: Splits, partition: str, seed: int
+    ) -> None:
+        self.options, self.partition, self.seed = options, partition, seed
+        train = splits.train
+        if options.train_images:
+            order = torch.randperm(len(train), generator=generator(0, "part of the images"))
+            train = train.subset(order[: options.train_images].sort().values)
+        share = shares(partition, options.clients, train.labels, seed)
+        each = zip(
+            divided(train, share, seed), divided(splits.val, share, seed),
+            divided(splits.test, share, seed), strict=True,
+        )  # fmt: skip
+        self.clients = [
+            fl.ClientData(f"client {k}", found[0], found[1], found[2])
+            for k, found in enumerate(each)
+            if found[0] is not None
+        ]
+        self.test = splits.test
+        self.classes = len(splits.class_names)
+        self.channels = splits.image_shape[0]
+        self.normalization = Normalization.of(train)
+        self.augment = None
+        if options.augment:
+            self.augment = Augmentation(splits.horizontal_flip, splits.vertical_flip)
+
+    def network(self) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(generator(self.seed, "weights").initial_seed())
+            if self.options.model == "group_norm_cnn":
+                found = group_norm_cnn(self.classes, self.channels)
+            else:
+                found = load("sdq.models", self.options.model).build(self.classes, self.channels)
+        return found.to(self.options.device)
+
+    def config(self, changes: dict[str, Any]) -> fl.FederationConfig:
+        options = self.options
+        given = {
+            "rounds": options.rounds, "local_epochs": options.local_epochs, "lr": options.lr,
+            "batch_size": options.batch_size, "keep_optimizer": options.keep_optimizer,
+            "evaluate_every": options.rounds, "adjust": 1.0, "seed": self.seed,
+        }  # fmt: skip
+        return fl.FederationConfig(**(given | changes))
+
+    def figures(self, variant: str) -> dict[str, Any]:
+        name = variant.replace(";", "+").replace(":", "")
+        file = self.options.out / f"{self.partition.replace(':', '')}-{name}-{self.seed}.json"
+        if file.exists():
+            known: dict[str, Any] = json.loads(file.read_text())
+            return known
+        row: dict[str, Any] = {
+            "partition": self.partition, "variant": variant, "seed": self.seed
+        }  # fmt: skip
+        start = time.perf_counter()
+        method, hyper, changes = settings(variant)
+        try:
+            found = fl.run(
+                self.network(), method=fl.method(method, **hyper), clients=self.clients,
+                num_classes=self.classes, config=self.config(changes),
+                test=None if self.test is None else [self.test],
+                normalization=self.normalization, augment=self.augment,
+            )  # fmt: skip
+        except RequestError as error:
+            return row | {"refused": str(error)}
+        row |= {
+            "generalization": found.generalization, "specialization": found.specialization,
+            "train_loss": [r["train_loss"] for r in found.history],
+            "failures": sum(len(r["failures"]) for r in found.history),
+            "bytes_up": found.bytes_up, "seconds": time.perf_counter() - start,
+        }  # fmt: skip
+        file.write_text(json.dumps(row))
+        return row
+
+
+def settings(variant: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Read ``method;key=value;loss=NAME;config.key=value``."""
+    method, *changes = variant.split(";")
+    hyper: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    for change in changes:
+        key, _, text = change.partition("=")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        if key == "loss":
+            config["loss"] = fl.LossConfig(name=value)
+        elif key.startswith("config."):
+            config[key.removeprefix("config.")] = value
+        else:
+            hyper[key] = value
+    return method, hyper, config
+
+
+def value(row: dict[str, Any], kind: str, variant: str, metric: str) -> float | None:
+    """Return a figure of the view that counts; where nothing is masked, the plain one."""
+    if row.get(kind) is None:
+        return None
+    view = next(iter(row[kind]["views"].values()))
+    found: float | None = view.get(variant, view["plain"])[metric]
+    return found
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a run's progress line."""
+    if "refused" in row:
+        return f"{row['partition']} {row['variant']} {row['seed']}: refused: {row['refused']}"
+    cells = [
+        f"{name} {100 * found:.1f}"
+        for name, *where in COLUMNS
+        if (found := value(row, *where)) is not None
+    ]
+    losses = row["train_loss"]
+    return (
+        f"{row['partition']} {row['variant']} {row['seed']}: {', '.join(cells)}; loss "
+        f"{losses[0]:.3f} to {losses[-1]:.3f}; {row['seconds']:.0f} s"
+    )
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the tables as Markdown, one a partition."""
+    part = f"{options.train_images:,} of its training images, " if options.train_images else ""
+    lines = [
+        f"# Federated methods: {options.model} on {Path(options.data).stem}",
+        "",
+        f"Seeds {options.seeds}; {part}{options.rounds} rounds of {options.local_epochs} epochs, "
+        f"Adam {options.lr:g}, {'kept' if options.keep_optimizer else 'anew each round'}, batches "
+        f"of {options.batch_size}; last round; mean ± standard deviation over seeds. "
+        f"torch {torch.__version__}, device {options.device}.",
+        "",
+        f"`{command()}`",
+        "",
+        "G: the server's model on all test images. S: each client's model on its own, mean over "
+        "clients. Balanced accuracy unless AUC is said. `masked`: without the classes that a "
+        "client never trained on; `adjusted`: minus the logarithm of the prior, at test time; "
+        "`worst`: the client of lowest S.",
+    ]
+    for partition in options.partitions.split(","):
+        title = " | ".join(name for name, *_ in COLUMNS)
+        lines += [
+            "", f"## {partition}", "", f"| variant | {title} | worst | MB up |",
+            "|---|" + "---|" * (len(COLUMNS) + 2),
+        ]  # fmt: skip
+        for variant in options.variants.split(","):
+            found = [r for r in rows if r["partition"] == partition and r["variant"] == variant]
+            lines.append(f"| {variant} | {cells(found)} |")
+    _reports.write(options.table, lines)
+
+
+def cells(rows: list[dict[str, Any]]) -> str:
+    """Return a variant's figures over the seeds."""
+    if "refused" in rows[0]:
+        return "refused" + " |" * (len(COLUMNS) + 1)
+    found = []
+    for _, *where in COLUMNS:
+        values = [v for r in rows if (v := value(r, *where)) is not None]
+        found.append(_reports.spread(values) if values else "")
+    worst = [r["specialization"]["worst_balanced_accuracy"] for r in rows if r["specialization"]]
+    found.append(_reports.spread(worst) if worst else "")
+    found.append(f"{max(r['bytes_up'] for r in rows) / 1e6:.0f}")
+    return " | ".join(found)
+
+
+def command() -> str:
+    """Return this run's command; the data file by its name alone."""
+    found = _reports.command()
+    return found.replace(str(Path(arguments().data).parent), "DIR")
+
+
+if __name__ == "__main__":
+    main()
