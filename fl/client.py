@@ -1,6 +1,6 @@
 """What a client does: pure functions from a request and what it kept to a reply and what it keeps.
 
-Whoever carries the messages (the rounds in this process, or Flower) calls :func:`answer`.
+Whoever carries the messages (the rounds in this process, or Flower) calls :func:`try_answer`.
 """
 
 import math
@@ -14,11 +14,14 @@ from fl.evaluation import evaluate
 from fl.local_training import train_
 from fl.losses import criterion
 from fl.method import ClientContext, ClientData
-from fl.record import Record, Reply, Request, misfit, picked
+from fl.record import Failure, Record, Reply, Request, misfit, not_finite, picked
 from fl.setting import Setting
 from fl.state import load_
 from sdq.batches import Batches, Loader, generator
 from sdq.errors import RequestError
+
+CRASHES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, OSError, MemoryError)
+"""What a client may raise: it is left out of the round, whatever broke in its data or training."""
 
 
 def answer(
@@ -49,6 +52,19 @@ def answer(
         case "adapt":
             reply, _ = _train(setting, data, request, kept)
             return Reply(reply.client, Record({}, reply.record.values)), None
+
+
+def try_answer(
+    setting: Setting, data: ClientData, request: Request, kept: Record | None
+) -> tuple[Reply | Failure, Record | None]:
+    """Do what a request asks, or say why not: whoever carries messages calls this."""
+    try:
+        reply, keeps = answer(setting, data, request, kept)
+    except CRASHES as error:
+        return Failure(request.client, f"{type(error).__name__}: {error}"), None
+    if keeps is not None and (name := not_finite(keeps)) is not None:
+        return Failure(request.client, f"what it keeps is NaN or infinite in {name!r}"), None
+    return reply, keeps
 
 
 def client_generator(seed: int, client: int, purpose: str, round: int = 0) -> torch.Generator:

@@ -44,26 +44,62 @@ def dirichlet(
     Source: Hsu et al., 2019, section 3.1 (shares drawn class by class, as in Yurochkin et al.,
     ICML 2019), https://arxiv.org/abs/1909.06335.
     """
+    return dirichlet_with_shares(labels, clients, alpha, seed, min_examples=min_examples)[0]
+
+
+def dirichlet_with_shares(
+    labels: Tensor, clients: int, alpha: float, seed: int, *, min_examples: int = 1
+) -> tuple[list[Tensor], np.ndarray]:
+    """Return what :func:`dirichlet` does, and the shares it drew, ``(classes, clients)``."""
     _check(labels, clients)
     if not 0 < alpha < float("inf"):
         raise RequestError(f"partition: alpha must be positive and finite, got {alpha}")
     rng = np.random.default_rng(seed)
     classes = labels.numpy()
+    shares = np.zeros((classes.max() + 1, clients))
     for _ in range(1000):
         parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
         for c in np.unique(classes):
             members = rng.permutation(np.flatnonzero(classes == c))
-            shares = rng.dirichlet(np.full(clients, alpha))
-            cuts = np.floor(np.cumsum(shares)[:-1] * len(members) + 0.5).astype(int)
-            for part, chunk in zip(parts, np.split(members, cuts), strict=True):
-                part.append(chunk)
-        merged = [np.sort(np.concatenate(part)) for part in parts]
+            shares[c] = rng.dirichlet(np.full(clients, alpha))
+            _deal(parts, members, shares[c])
+        merged = _merged(parts)
         if min(map(len, merged)) >= min_examples:
-            return [torch.from_numpy(part) for part in merged]
+            return merged, shares
     raise RequestError(
         f"partition: every client must get {min_examples} of {len(labels)} examples, but no draw "
         f"with alpha {alpha} and {clients} clients did; raise alpha or take fewer clients"
     )
+
+
+def by_shares(labels: Tensor, shares: np.ndarray, seed: int) -> list[Tensor]:
+    """Divide each class among the clients in given shares.
+
+    Args:
+        labels: int64 ``(N,)``, of classes that have shares.
+        shares: ``(classes, clients)``, each row of sum 1.
+        seed: of which images a client gets.
+
+    Returns:
+        One sorted int64 index tensor a client; together they are 0..N-1, none twice. A client
+        whose share comes to less than half an image may have none.
+    """
+    rng = np.random.default_rng(seed)
+    classes = labels.numpy()
+    parts: list[list[np.ndarray]] = [[np.zeros(0, np.int64)] for _ in range(shares.shape[1])]
+    for c in np.unique(classes):
+        _deal(parts, rng.permutation(np.flatnonzero(classes == c)), shares[c])
+    return _merged(parts)
+
+
+def _deal(parts: list[list[np.ndarray]], members: np.ndarray, shares: np.ndarray) -> None:
+    cuts = np.floor(np.cumsum(shares)[:-1] * len(members) + 0.5).astype(int)
+    for part, chunk in zip(parts, np.split(members, cuts), strict=True):
+        part.append(chunk)
+
+
+def _merged(parts: list[list[np.ndarray]]) -> list[Tensor]:
+    return [torch.from_numpy(np.sort(np.concatenate(part))) for part in parts]
 
 
 def _check(labels: Tensor, clients: int) -> None:

@@ -4,7 +4,7 @@ After every round the server's state is written whole; together with the clients
 enough to go on, on a CPU to the same last bit.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +43,17 @@ class Transport(Protocol):
         """Make what clients keep after this many rounds last; return what finds it again."""
         ...
 
+    def restore(self, committed: dict[str, Any]) -> None:
+        """Take clients up as :meth:`commit` described them."""
+        ...
+
+    def forget_old_(self) -> None:
+        """Delete what no committed round needs any more."""
+        ...
+
+
+Listener = Callable[[Kind, Reply | Failure], None]
+
 
 @dataclass
 class RoundReport:
@@ -78,13 +89,20 @@ class Rounds:
         transport: to the clients.
         num_clients: of the federation; they are numbered from 0.
         own: the states a method makes for single clients.
+        hear: called with each answer as it comes, and what was asked.
     """
 
     def __init__(
-        self, setting: Setting, transport: Transport, num_clients: int, own: Store | None = None
+        self,
+        setting: Setting,
+        transport: Transport,
+        num_clients: int,
+        own: Store | None = None,
+        hear: Listener | None = None,
     ) -> None:
         self.setting = setting
         self.transport = transport
+        self.hear = hear or (lambda kind, answer: None)
         self.server = Server(
             config=setting.config,
             network=setting.network,
@@ -109,7 +127,7 @@ class Rounds:
         failures = []
         everyone = range(self.server.num_clients)
         requests = (Request("counts", k, 0, Record()) for k in everyone)
-        for answer in self._ask(requests):
+        for answer in self._ask("counts", requests):
             if isinstance(answer, Failure):
                 failures.append(answer)
             elif (counts := self._counts(answer)) is None:
@@ -137,7 +155,8 @@ class Rounds:
         server = self.server
         report = RoundReport(server.round, self.sample())
         replies: list[Reply] = []
-        for answer in self._ask(self._requests("train", report.asked, report, evaluate=evaluate)):
+        requests = self._requests("train", report.asked, report, evaluate=evaluate)
+        for answer in self._ask("train", requests):
             checked = answer if isinstance(answer, Failure) else self._checked(answer)
             if isinstance(checked, Failure):
                 report.failures.append(checked)
@@ -162,7 +181,8 @@ class Rounds:
         """
         found: dict[int, Any] = {}
         failures = []
-        for answer in self._ask(self._requests("adapt", clients, None, evaluate=True)):
+        requests = self._requests("adapt", clients, None, evaluate=True)
+        for answer in self._ask("adapt", requests):
             if isinstance(answer, Failure):
                 failures.append(answer)
             else:
@@ -189,8 +209,10 @@ class Rounds:
         total = 0.0
         clients = sorted(self.server.counts)
         requests = (Request("collect", k, self.server.round, Record()) for k in clients)
-        answers = (a for a in self._ask(requests) if isinstance(a, Reply) and a.model)
-        for answer in answers:  # one at a time: a thousand models need not be in memory
+        # one at a time: a thousand models need not be in memory
+        for answer in self._ask("collect", requests):
+            if isinstance(answer, Failure) or not answer.model:
+                continue
             weight = float(self.server.counts[answer.client].sum()) or 1.0
             total += weight
             for name, tensor in answer.model.items():
@@ -220,8 +242,10 @@ class Rounds:
                 report.bytes_down += record.num_bytes()
             yield Request(kind, client, server.round, record)
 
-    def _ask(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
-        yield from self.transport.ask(requests)
+    def _ask(self, kind: Kind, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
+        for answer in self.transport.ask(requests):
+            self.hear(kind, answer)
+            yield answer
 
     def _counts(self, reply: Reply) -> Tensor | None:
         counts = torch.tensor(reply.record.values.get("class_counts", []), dtype=torch.float32)
@@ -275,6 +299,7 @@ class Rounds:
         }
         save(path, Record({"model": server.model, **groups, **rest.tensors}, values))
         server.own.forget_old_()
+        self.transport.forget_old_()
 
     def load_(self, saved: Record, own_folder: Path | None) -> None:
         """Take up such a state."""
@@ -289,6 +314,7 @@ class Rounds:
             if g.startswith("memory:")
         }
         server.memory = Record(groups, saved.values["memory"])
+        self.transport.restore(saved.values["transport"])
 
 
 def _evaluations(reply: Reply) -> dict[int, Any]:

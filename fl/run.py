@@ -10,20 +10,17 @@ from typing import Any
 from torch import nn
 
 from fl import evaluation
-from fl.client import answer
+from fl.client import try_answer
 from fl.config import FederationConfig
 from fl.method import ClientData, Method
 from fl.method import method as method_of
-from fl.record import Failure, Record, Reply, Request, Tensors, load, not_finite
-from fl.rounds import RoundReport, Rounds
+from fl.record import Failure, Record, Reply, Request, Tensors, load
+from fl.rounds import Listener, RoundReport, Rounds, Transport
 from fl.setting import Setting
 from fl.store import Store
 from sdq.batches import Augmentation, Normalization
 from sdq.data import ImageSet
 from sdq.errors import RequestError
-
-CRASHES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, OSError, MemoryError)
-"""What a client may raise: it is left out of the round, whatever broke in its data or training."""
 
 Watcher = Callable[[dict[str, Any]], None]
 
@@ -72,24 +69,25 @@ class InProcess:
     def ask(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
         """Answer each request in turn."""
         for request in requests:
-            yield self._answer(request)
+            client = request.client
+            kept = self.store.get(client)
+            reply, keeps = try_answer(self.setting, self.clients[client], request, kept)
+            if keeps is not None:
+                self.store.put(client, keeps, request.round)
+            yield reply
 
     def commit(self, rounds: int) -> dict[str, Any]:
         """Return which round each client's state is of."""
         return {str(client): round for client, round in self.store.index.items()}
 
-    def _answer(self, request: Request) -> Reply | Failure:
-        client = request.client
-        kept = self.store.get(client)
-        try:
-            reply, keeps = answer(self.setting, self.clients[client], request, kept)
-        except CRASHES as error:
-            return Failure(client, f"{type(error).__name__}: {error}")
-        if keeps is not None:
-            if (name := not_finite(keeps)) is not None:
-                return Failure(client, f"what it keeps is NaN or infinite in {name!r}")
-            self.store.put(client, keeps, request.round)
-        return reply
+    def restore(self, committed: dict[str, Any]) -> None:
+        """Take up the states of those rounds."""
+        index = {int(client): round for client, round in committed.items()}
+        self.store = Store(self.store.folder, index)
+
+    def forget_old_(self) -> None:
+        """Delete the states of older rounds."""
+        self.store.forget_old_()
 
 
 def run(
@@ -107,6 +105,7 @@ def run(
     head: str | None = None,
     folder: Path | None = None,
     watch: Watcher | None = None,
+    hear: Listener | None = None,
 ) -> Federated:
     """Train a model across clients.
 
@@ -125,6 +124,7 @@ def run(
         folder: where the state is written after each round, and taken up from if there is one;
             clients' states are then on disk. None: everything in memory.
         watch: called with each round's summary.
+        hear: called with each client's answer, and what it was asked.
 
     Returns:
         The selected model and its figures.
@@ -145,7 +145,45 @@ def run(
         image_shape=clients[0].train.images.shape[1:], normalization=normalization,
         augment=augment, head=head,
     )  # fmt: skip
-    return _Run(setting, clients, test, val, folder, watch).go()
+    store = Store(None if folder is None else folder / "clients")
+    return run_over(
+        setting,
+        InProcess(setting, clients, store),
+        len(clients),
+        [[c.name, len(c.train)] for c in clients],
+        test=[c.test for c in clients] if test is None else test,
+        val=[c.val for c in clients] if val is None else val,
+        folder=folder, watch=watch, hear=hear,
+    )  # fmt: skip
+
+
+def run_over(
+    setting: Setting,
+    transport: Transport,
+    num_clients: int,
+    clients: Any = None,
+    *,
+    test: Iterable[ImageSet | None] = (),
+    val: Iterable[ImageSet | None] = (),
+    folder: Path | None = None,
+    watch: Watcher | None = None,
+    hear: Listener | None = None,
+) -> Federated:
+    """Run the rounds with clients that are wherever the transport finds them.
+
+    Args:
+        setting: of the federation.
+        transport: to the clients.
+        num_clients: of the federation.
+        clients: what is known of them, as JSON has it; a federation that is taken up again must
+            have the same.
+        test: what the server measures generalization on; empty: it has no images.
+        val: likewise, for the selection of a round.
+        folder: see :func:`run`, as are the others.
+        watch: called with each round's summary.
+        hear: called with each client's answer.
+    """
+    return _Run(setting, transport, num_clients, clients, test, val, folder, watch, hear).go()
 
 
 class _Run:
@@ -154,27 +192,23 @@ class _Run:
     def __init__(
         self,
         setting: Setting,
-        clients: Sequence[ClientData],
-        test: Sequence[ImageSet] | None,
-        val: Sequence[ImageSet] | None,
+        transport: Transport,
+        num_clients: int,
+        clients: Any,
+        test: Iterable[ImageSet | None],
+        val: Iterable[ImageSet | None],
         folder: Path | None,
         watch: Watcher | None,
+        hear: Listener | None,
     ) -> None:
         self.setting, self.folder, self.watch = setting, folder, watch
-        self.test = _nonempty([c.test for c in clients] if test is None else test)
-        self.val = _nonempty([c.val for c in clients] if val is None else val)
-        self.transport = InProcess(setting, clients, Store(self._at("clients")))
-        self.rounds = Rounds(setting, self.transport, len(clients), Store(self._at("own")))
+        self.test, self.val = _nonempty(test), _nonempty(val)
+        own = Store(None if folder is None else folder / "own")
+        self.rounds = Rounds(setting, transport, num_clients, own, hear)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"round": 0, "score": None}
         self.best_model: Tensors = {}
-        self.identity = {
-            "method": [setting.method.name, setting.method.config.model_dump(mode="json")],
-            "config": setting.config.model_dump(mode="json"),
-            "clients": [[c.name, len(c.train)] for c in clients],
-            "tensors": {n: list(t.shape) for n, t in setting.initial.items()},
-            "classes": setting.num_classes,
-        }
+        self.identity = {**setting.identity(), "clients": clients, "number": num_clients}
 
     def go(self) -> Federated:
         """Run what is left of the rounds."""
@@ -256,14 +290,10 @@ class _Run:
 
     # --- state
 
-    def _at(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / name
-
     def _save(self, folder: Path) -> None:
         values = {"history": self.history, "best": self.best, "identity": self.identity}
         path = folder / "federation.safetensors"
         self.rounds.save(path, Record({"best": self.best_model}, values))
-        self.transport.store.forget_old_()
 
     def _resume(self) -> bool:
         if self.folder is None or not (path := self.folder / "federation.safetensors").is_file():
@@ -277,9 +307,7 @@ class _Run:
                     f"{saved.values['identity'].get(key)!r:.200}, got {value!r:.200}; "
                     "repeat the same request, or start in a new folder"
                 )
-        self.rounds.load_(saved, self._at("own"))
-        index = {int(k): r for k, r in saved.values["transport"].items()}
-        self.transport.store = Store(self._at("clients"), index)
+        self.rounds.load_(saved, self.folder / "own")
         self.history, self.best = saved.values["history"], saved.values["best"]
         self.best_model = saved.tensors.get("best", {})
         return True

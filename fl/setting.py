@@ -1,6 +1,9 @@
 """What server and clients of one federation have in common: network, method, configuration."""
 
+import hashlib
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +105,26 @@ class Setting:
                 f"{tuple(logits.shape)}; build it for this data"
             )
         return setting
+
+    def identity(self) -> dict[str, Any]:
+        """Return what server and clients must agree on, as JSON has it."""
+        digest = hashlib.sha256()
+        for name in sorted(self.initial):
+            digest.update(name.encode())
+            bytes_ = self.initial[name].contiguous().flatten().view(torch.uint8)
+            digest.update(bytes_.numpy().tobytes())
+        found = {
+            "method": [self.method.name, self.method.config.model_dump(mode="json")],
+            "config": self.config.model_dump(mode="json"),
+            "tensors": {
+                n: [*t.shape, str(t.dtype).removeprefix("torch.")] for n, t in self.initial.items()
+            },
+            "initial": digest.hexdigest(),
+            "classes": self.num_classes,
+            "pixels": [list(self.normalization.mean), list(self.normalization.std)],
+        }
+        agreed: dict[str, Any] = json.loads(json.dumps(found))  # lists for tuples
+        return agreed
 
     @property
     def loss(self) -> LossConfig:

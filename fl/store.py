@@ -63,3 +63,37 @@ class Store:
     def _path(self, client: int) -> Path:
         assert self.folder is not None
         return self.folder / f"{client:06d}-{self.index[client]:06d}.safetensors"
+
+
+class ByRound:
+    """One client's record of its last rounds, on its own disk, for a server elsewhere.
+
+    The client cannot know whether a round that it answered was the server's last before it was
+    killed. It keeps two records, and a request of round ``r`` finds the newest of an earlier
+    round: what was learned in a round that is asked for again is forgotten.
+
+    Args:
+        folder: of one client in one federation.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def before(self, round: int) -> Record | None:
+        """Return the newest record of a round before this one, or None."""
+        earlier = [path for number, path in self._files() if number < round]
+        return load(earlier[-1]) if earlier else None
+
+    def put(self, record: Record, round: int) -> None:
+        """Keep the record of a round."""
+        save(self.folder / f"{round:06d}.safetensors", record)
+        # what is later is of an attempt that this one repeats
+        later = [path for number, path in self._files() if number > round]
+        earlier = [path for number, path in self._files() if number < round]
+        for path in (*later, *earlier[:-1]):
+            path.unlink()
+
+    def _files(self) -> list[tuple[int, Path]]:
+        if not self.folder.is_dir():
+            return []
+        return sorted((int(path.stem), path) for path in self.folder.glob("[0-9]*.safetensors"))

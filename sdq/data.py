@@ -50,17 +50,37 @@ class ArrayImages:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images with one class each. ``labels`` is int64 ``(N,)`` in ``[0, num_classes)``."""
+    """Images with one class each.
+
+    Args:
+        images: read when asked for.
+        labels: int64 ``(N,)`` in ``[0, num_classes)``.
+        centres: int64 ``(N,)``, which of the splits' ``centre_names`` each image is from, -1 where
+            that is not known; None where the set says nothing of centres.
+        names: of the images' files, or their places in the set before it was divided; empty where
+            the images have no other name than their place here.
+    """
 
     images: Images
     labels: Tensor
+    centres: Tensor | None = None
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> "ImageSet":
         """Return a view on the images at ``indices`` (int64, ``(M,)``), read when asked for."""
-        return ImageSet(_Subset(self.images, indices), self.labels[indices])
+        return ImageSet(
+            _Subset(self.images, indices),
+            self.labels[indices],
+            None if self.centres is None else self.centres[indices],
+            tuple(self.names[i] for i in indices.tolist()) if self.names else (),
+        )
+
+    def plain(self) -> "ImageSet":
+        """Return the images and labels alone, without centres and names."""
+        return ImageSet(self.images, self.labels)
 
     @classmethod
     def joined(cls, sets: Sequence["ImageSet"]) -> "ImageSet":
@@ -121,6 +141,8 @@ class Splits:
     horizontal_flip: bool = True
     """Whether a mirrored image is as good an example as the image (no for text or sides)."""
     vertical_flip: bool = False
+    centre_names: tuple[str, ...] = ()
+    """The hospitals or devices the images come from; empty where that is not known."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

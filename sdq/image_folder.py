@@ -2,13 +2,14 @@
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdq.data import DataOptions, Splits
 from sdq.errors import RequestError, nearest
 from sdq.image_files import SUFFIXES, ImageFile
 from sdq.image_rows import (
+    CENTRE_COLUMNS,
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
     LAYOUTS,
@@ -47,22 +48,39 @@ def read_folder(path: Path, options: DataOptions) -> Splits:
     return read_tables(path, {"": tables[0]}, options)
 
 
-def read_tables(folder: Path, tables: Mapping[str, Path], options: DataOptions) -> Splits:
+def read_tables(
+    folder: Path,
+    tables: Mapping[str, Path],
+    options: DataOptions,
+    *,
+    centres: Mapping[str, str] | None = None,
+    parts: Mapping[str, str] | None = None,
+) -> Splits:
     """Read a folder of images described by one CSV, or by one CSV a split.
 
     Args:
         folder: holds the images, at any depth; their names without suffix are looked up.
         tables: ``{"": csv}`` for a set with a column ``split`` or none, else split name to CSV.
         options: see :class:`sdq.data.DataOptions`.
+        centres: where each image was taken, by its name without suffix; None looks for a column
+            in the CSV files of the folder.
+        parts: the split of each image, by its name without suffix; others are left out.
     """
     index = _index(folder)
-    groups = _groups(folder, tables.values(), index)
+    groups = _column(folder, tables.values(), index, GROUP_COLUMNS)
+    places = _column(folder, tables.values(), index, CENTRE_COLUMNS) if centres is None else {}
     rows: list[Row] = []
     names: list[str] = []
     for split, table in tables.items():
         found, known = _table_rows(table, index, split, groups)
         rows += found
         names += [n for n in known if n not in names]
+    if parts is not None:
+        chosen = [(row, parts.get(row.file.path.stem)) for row in rows]
+        rows = [replace(row, split=part) for row, part in chosen if part is not None]
+    if centres is not None:
+        places = {row.file.path: centres.get(row.file.path.stem, "") for row in rows}
+    rows = [replace(row, centre=places.get(row.file.path, "")) for row in rows]
     seen: set[Path] = set()
     for row in rows:
         if row.file.path in seen:
@@ -143,17 +161,35 @@ def _has_labels(path: Path) -> bool:
     return bool(labelled and _first(IMAGE_COLUMNS, header))
 
 
-def _groups(folder: Path, tables: Iterable[Path], index: "_Index") -> dict[Path, str]:
-    """Return the lesion or patient of each image, from every CSV that has both columns."""
+def by_image(table: Path, column: str) -> dict[str, str]:
+    """Return a column of a CSV by image name without suffix; empty cells are left out.
+
+    Raises:
+        RequestError: the CSV has no such column, or none that names images.
+    """
+    header, lines = _read_csv(table)
+    image = _first(IMAGE_COLUMNS, header)
+    if image is None or column not in header:
+        missing = IMAGE_COLUMNS[0] if image is None else column
+        raise RequestError(f"{table}: no column {missing!r}; {nearest(missing, header)}")
+    return {
+        _stem(line[image]): line[column] for line in lines if line.get(image) and line.get(column)
+    }
+
+
+def _column(
+    folder: Path, tables: Iterable[Path], index: "_Index", names: Sequence[str]
+) -> dict[Path, str]:
+    """Return what each image has in the first such column of every CSV that names images."""
     found: dict[Path, str] = {}
     for path in {*_csv_files(folder), *tables}:
         header = _header(path)
-        image, group = _first(IMAGE_COLUMNS, header), _first(GROUP_COLUMNS, header)
-        if image and group:
+        image, column = _first(IMAGE_COLUMNS, header), _first(names, header)
+        if image and column:
             for line in _read_csv(path)[1]:
                 file = index.find(line.get(image, ""), str(path))
-                if file is not None and line.get(group):
-                    found[file] = line[group]
+                if file is not None and line.get(column):
+                    found[file] = line[column]
     return found
 
 
@@ -167,9 +203,7 @@ class _Index:
         """Return the file of a row: by its path in the folder, else by its name alone."""
         if name in self.by_path:
             return self.by_path[name]
-        last = Path(name).name
-        stem = Path(last).stem if Path(last).suffix.lower() in SUFFIXES else last
-        files = self.by_stem.get(stem, [])
+        files = self.by_stem.get(_stem(name), [])
         if len(files) > 1:
             raise RequestError(
                 f"{where}: image {name!r} must be one file, got "
@@ -177,6 +211,12 @@ class _Index:
                 "write the path inside the folder into the CSV"
             )
         return files[0] if files else None
+
+
+def _stem(name: str) -> str:
+    """Return the name of an image without folders, and without suffix if it is an image's."""
+    last = Path(name).name
+    return Path(last).stem if Path(last).suffix.lower() in SUFFIXES else last
 
 
 def _index(folder: Path) -> _Index:

@@ -1,7 +1,7 @@
 """Labelled image files as rows, and how rows become splits."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ SPLIT_NAMES = {
 }  # fmt: skip
 IMAGE_COLUMNS = ("image", "image_id", "file", "filename", "image_name")
 LABEL_COLUMNS = ("label", "class", "dx", "target", "diagnosis")
+CENTRE_COLUMNS = ("centre", "center", "client", "site", "hospital", "dataset")
 LAYOUTS = (
     "give train/CLASS/*.jpg with test/ and val/ beside it, or images with one CSV that has "
     f"a column {'|'.join(IMAGE_COLUMNS)} and a column {'|'.join(LABEL_COLUMNS)} "
@@ -34,12 +35,14 @@ class Row:
     """One labelled image: ``split`` is train, val, test or empty (to be divided).
 
     Images of one ``group`` (a lesion, a patient) stay in one part; empty is a group of its own.
+    ``centre`` names where the image was taken; empty where that is not known.
     """
 
     file: ImageFile
     label: str
     split: str = ""
     group: str = ""
+    centre: str = ""
 
 
 def class_folder_rows(path: Path) -> tuple[list[Row], tuple[str, ...]]:
@@ -72,14 +75,25 @@ def build(
     if len(files) * channels * size[0] * size[1] <= EAGER_BYTES:
         images = ArrayImages(lazy.take(torch.arange(len(files))))
     number = {name: c for c, name in enumerate(class_names)}
-    whole = ImageSet(images, torch.tensor([number[r.label] for r in rows]))
+    centre_names = sorted_names(r.centre for r in rows if r.centre)
+    centre = {"": -1} | {name: c for c, name in enumerate(centre_names)}
+    whole = ImageSet(
+        images,
+        torch.tensor([number[r.label] for r in rows]),
+        torch.tensor([centre[r.centre] for r in rows]) if centre_names else None,
+        tuple(r.file.path.name for r in rows),
+    )
     if not any(r.split for r in rows):
-        return divided(whole, class_names, options, [r.group for r in rows])
+        splits = divided(whole, class_names, options, [r.group for r in rows])
+        return replace(splits, centre_names=centre_names)
     parts = {
         name: whole.subset(torch.tensor([i for i, r in enumerate(rows) if r.split == name]).long())
         for name in ("train", "val", "test")
     }
-    return Splits(parts["train"], _or_none(parts["val"]), _or_none(parts["test"]), class_names)
+    return Splits(
+        parts["train"], _or_none(parts["val"]), _or_none(parts["test"]), class_names,
+        centre_names=centre_names,
+    )  # fmt: skip
 
 
 def _or_none(part: ImageSet) -> ImageSet | None:
@@ -93,6 +107,8 @@ def divided(
     groups: Sequence[str] = (),
 ) -> Splits:
     """Divide a set by the options' shares and seed; images of one group stay together."""
+    if not whole.names:
+        whole = replace(whole, names=tuple(map(str, range(len(whole)))))
     if any(groups):
         parts = _divide_groups(whole.labels, groups, options)
     else:

@@ -21,6 +21,7 @@ from sdq.errors import RequestError
 from sdq.policy import BitwidthPolicy
 from sdq.quant_model import QuantModel, quantize
 from sdq.run_folder import RunFolder, fingerprint
+from sdq.split_file import apply_split_file
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class DataRequest:
     augment: bool = True
     division_seed: int | None = None
     """Of the division of data without splits, where it is not ``seed``."""
+    split_file: str | None = None
+    """A ``SPLIT.csv`` whose parts stand in the place of the data's own."""
 
     def like(self, before: dict[str, Any]) -> "DataRequest":
         """Return a request for the data of an earlier run, divided as it was there.
@@ -52,6 +55,7 @@ class DataRequest:
             self,
             split=before["split"],
             image_size=self.image_size or before["image_size"],
+            split_file=before.get("split_file"),
             division_seed=before["seed"] if divided_by is None else divided_by,
         )
 
@@ -137,6 +141,9 @@ def open_inputs(request: DataRequest, recorded: dict[str, Any] | None = None) ->
         request.reference,
         DataOptions(root, division_seed, request.image_size, (shares[0], shares[1], shares[2])),
     )
+    if request.split_file is not None:
+        path = Path(request.split_file)
+        splits = apply_split_file(path, splits).checked(str(path))
     channels = splits.image_shape[0]
     if (request.mean is None) != (request.std is None):
         raise RequestError("--mean, --std: must be given together")
@@ -236,11 +243,12 @@ def load_float_file(reference: str, weights: Path, inputs: Inputs) -> nn.Module:
 
 
 def check_ended(run: RunFolder) -> None:
-    """Raise RequestError if the run was interrupted."""
+    """Raise RequestError if the run was interrupted, or did not end with one model."""
     if not run.done:
         raise RequestError(
             f"{run.path}: the run must have ended, but was interrupted; continue it with --resume"
         )
+    _check_one_model(run, run.read_json("run.json"))
 
 
 def load_float(run: RunFolder) -> nn.Module:
@@ -251,6 +259,20 @@ def load_float(run: RunFolder) -> nn.Module:
     name = "float.safetensors" if document.get("quant") else "model.safetensors"
     load_weights_(model, run.read_tensors(name), str(run.path / name))
     return model
+
+
+def _check_one_model(run: RunFolder, document: dict[str, Any]) -> None:
+    """Raise RequestError if a federated run has several models, or no server model."""
+    if len(methods := document.get("methods", [])) > 1:
+        raise RequestError(
+            f"{run.path}: the run must have one model, got one for each of {', '.join(methods)}; "
+            f"give {run.path / methods[0]}"
+        )
+    if document.get("server_model") is False:
+        raise RequestError(
+            f"{run.path}: the run must have a server's model, but its method keeps every client's "
+            "apart; run another method"
+        )
 
 
 def load_quantized(run: RunFolder) -> QuantModel:

@@ -206,6 +206,15 @@ FIELDS: dict[str, dict[str, str]] = {
             "distill", "ema_decay", "bn_batches", "select", "seed",
         )
     },
+    "federation": {
+        name: name
+        for name in (
+            "rounds", "local_epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay",
+            "participation", "batch_norm", "loss", "evaluate_every", "adjust", "select", "seed",
+        )
+    },
+    "loss": {"name": "loss"},
+    "methods": {},
 }  # fmt: skip
 """Of the fields of a configuration file, those that options set as well."""
 

@@ -11,6 +11,7 @@ VERBS = {
     "train": "train",
     "quantize": "quantize",
     "search": "search",
+    "federate": "federate",
     "evaluate": "evaluate",
     "export": "export_run",
     "cost": "cost",
@@ -18,7 +19,7 @@ VERBS = {
 }
 """Verb -> the file in this folder, and the function in it."""
 
-RESUMABLE = ("train", "quantize", "search")
+RESUMABLE = ("train", "quantize", "search", "federate")
 
 
 def register(app: typer.Typer, arguments: list[str]) -> None:

@@ -9,6 +9,10 @@ structures), none of which decides alone. Two choices make the bitwidth of a lay
 * the structures (network, globules, streaks, vessels) have a period of three to eight pixels.
 
 All three parts share their mix of classes; every image depends on the seed and on nothing else.
+
+The images come from four centres, for federated training (``--partition natural``). A centre has
+its lamp and the warmth of its light, and sees some classes more than others; which centre an image
+is from is drawn from its light and its class, and changes no pixel.
 Licence: the images are made by this file and carry its licence.
 """
 
@@ -57,6 +61,15 @@ STRUCTURES: dict[str, tuple[tuple[float, ...], float]] = {
     "scar": ((0.04, 0.05, 0.02, 0.95, 0.03, 0.01, 0.03), 0.45),  # pale centre
     "lacunae": ((0.03, 0.05, 0.03, 0.02, 0.03, 0.02, 0.75), 0.26),  # round red lakes
 }
+# centre -> (brightness of its lamp, warmth of its light, how much it sees of each class)
+CENTRES: dict[str, tuple[float, float, tuple[float, ...]]] = {
+    #                          akiec bcc  bkl  df   mel  nv   vasc
+    "city": (0.70, -0.02, (1.0, 1.0, 1.0, 1.0, 3.0, 1.0, 0.3)),  # a melanoma clinic
+    "coast": (1.00, 0.02, (3.0, 3.0, 1.0, 0.3, 0.5, 0.4, 1.0)),  # skin that saw much sun
+    "hill": (0.90, -0.02, (0.3, 0.5, 0.5, 2.0, 0.3, 1.5, 1.0)),  # screening: mostly nevi
+    "plain": (0.80, 0.02, (0.5, 0.3, 2.0, 1.0, 0.6, 0.8, 3.0)),
+}
+LIGHT_SPREAD = (0.10, 0.02)  # of brightness and warmth around the centre's
 SKIN = np.array([0.86, 0.68, 0.58], F32)  # light skin under a white lamp
 ABSORBED = np.array([0.75, 1.05, 1.15], F32)  # melanin takes most of the blue
 RED_GREEN = np.array([1.0, -1.0, -0.1], F32)
@@ -78,18 +91,38 @@ def load(options: DataOptions) -> Splits:
     """
     side = options.image_size or SIDE
     parts = {
-        name: _part(counts, np.random.default_rng([options.seed, stream]), side)
+        name: _part(counts, [options.seed, stream], side)
         for stream, (name, counts) in enumerate(COUNTS.items())
     }
-    return Splits(parts["train"], parts["val"], parts["test"], CLASS_NAMES, vertical_flip=True)
+    return Splits(
+        parts["train"], parts["val"], parts["test"], CLASS_NAMES, vertical_flip=True,
+        centre_names=tuple(CENTRES),
+    )  # fmt: skip
 
 
-def _part(counts: tuple[int, ...], rng: np.random.Generator, side: int) -> ImageSet:
+def _part(counts: tuple[int, ...], seed: list[int], side: int) -> ImageSet:
+    rng = np.random.default_rng(seed)
     labels = rng.permutation(np.repeat(np.arange(len(counts)), counts))
     chunks = [
         _render(labels[start : start + CHUNK], rng, side) for start in range(0, len(labels), CHUNK)
     ]
-    return ImageSet(ArrayImages(torch.from_numpy(np.concatenate(chunks))), torch.from_numpy(labels))
+    images, lights = (np.concatenate(arrays) for arrays in zip(*chunks, strict=True))
+    return ImageSet(
+        ArrayImages(torch.from_numpy(images)),
+        torch.from_numpy(labels),
+        torch.from_numpy(_centres(labels, lights, np.random.default_rng([*seed, 1]))),
+    )
+
+
+def _centres(labels: np.ndarray, lights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw the centre of each image from its class and its light, ``(N, 2)``."""
+    own = np.array([centre[:2] for centre in CENTRES.values()])
+    sees = np.array([centre[2] for centre in CENTRES.values()])  # (centres, classes)
+    distance = (lights[:, None] - own[None]) / np.array(LIGHT_SPREAD)  # (N, centres, 2)
+    odds = sees[:, labels].T * np.exp(-(distance**2).sum(2) / 2) + 1e-9
+    cumulated = np.cumsum(odds / odds.sum(1, keepdims=True), 1)
+    drawn: np.ndarray = (rng.random((len(labels), 1)) > cumulated[:, :-1]).sum(1)
+    return drawn
 
 
 @dataclass(frozen=True)
@@ -127,8 +160,10 @@ class _Canvas:
         return peaks
 
 
-def _render(labels: np.ndarray, rng: np.random.Generator, side: int) -> np.ndarray:
-    """Return one image a label, uint8 ``(B, 3, side, side)``."""
+def _render(
+    labels: np.ndarray, rng: np.random.Generator, side: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return one image a label, uint8 ``(B, 3, side, side)``, and its light, ``(B, 2)``."""
     measure = {
         cue: (np.asarray(means, F32)[labels] + rng.normal(0, spread, len(labels)).astype(F32))[
             :, None, None
@@ -147,8 +182,8 @@ def _render(labels: np.ndarray, rng: np.random.Generator, side: int) -> np.ndarr
     skin = _skin(canvas)  # (B, 3, H, W)
     image = _colour(canvas, skin, measure)
     image = _structures(canvas, image, contrast)
-    image = _camera(canvas, image)
-    return (np.clip(image, 0, 1) * F32(255) + F32(0.5)).astype(np.uint8)
+    image, light = _camera(canvas, image)
+    return (np.clip(image, 0, 1) * F32(255) + F32(0.5)).astype(np.uint8), light
 
 
 def _outline(measure: dict[str, Array], rng: np.random.Generator, side: int) -> _Canvas:
@@ -221,8 +256,11 @@ def _structures(canvas: _Canvas, image: Array, contrast: dict[str, Array]) -> Ar
     return image + _channels(blood * F32(0.5), BLOOD)
 
 
-def _camera(canvas: _Canvas, image: Array) -> Array:
-    """Lamp, uneven light, dark corners, hairs and noise: all the same for every class."""
+def _camera(canvas: _Canvas, image: Array) -> tuple[Array, np.ndarray]:
+    """Lamp, uneven light, dark corners, hairs and noise: all the same for every class.
+
+    Returns the image, and the brightness and warmth of its light, ``(B, 2)``.
+    """
     u, v, rng = canvas.u, canvas.v, canvas.rng
     for _ in range(3):
         turn = canvas.uniform(0, np.pi)
@@ -233,7 +271,8 @@ def _camera(canvas: _Canvas, image: Array) -> Array:
         image = image * (1 - hair[:, None])
     light = 1 + canvas.uniform(-0.12, 0.12) * u + canvas.uniform(-0.12, 0.12) * v
     corner = canvas.uniform(0, 1) * np.maximum(np.hypot(u, v) - F32(0.9), 0)
-    lamp = canvas.uniform(0.55, 1.2)[:, None]
-    warmth = _channels(canvas.uniform(-0.03, 0.03), np.array([1.0, 0.0, -1.0], F32))
-    image = image * ((light - corner)[:, None] * lamp) * (1 + warmth)
-    return image + rng.standard_normal(image.shape, F32) * F32(0.012)
+    lamp, warmth = canvas.uniform(0.55, 1.2), canvas.uniform(-0.03, 0.03)  # (B, 1, 1)
+    cast = 1 + _channels(warmth, np.array([1.0, 0.0, -1.0], F32))
+    image = image * ((light - corner)[:, None] * lamp[:, None]) * cast
+    noise = rng.standard_normal(image.shape, F32) * F32(0.012)
+    return image + noise, np.concatenate([lamp, warmth], 1)[:, :, 0]

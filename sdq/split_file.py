@@ -1,0 +1,136 @@
+"""``SPLIT.csv``: which image is whose, and in which part.
+
+One row an image. ``file`` is the name of its file, with or without folders and suffix; where the
+images are not files, ``index`` is its place: in the set before it was divided, or, of a set that
+has parts of its own, counted over train, val and test one after another. ``client`` names who has
+it; ``split`` is train, val or test, and may be missing where the set has parts of its own. Images
+without a row are left out.
+"""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdq.data import ImageSet, Splits
+from sdq.errors import RequestError
+from sdq.image_files import SUFFIXES
+from sdq.image_rows import SPLIT_NAMES, sorted_names
+
+PARTS = ("train", "val", "test")
+
+
+def apply_split_file(path: Path, splits: Splits) -> Splits:
+    """Return the images as the file divides them, with its clients as their centres.
+
+    Raises:
+        RequestError: no such file, a column is missing, or a row names no image, one twice, or no
+            part.
+    """
+    header, rows = _read(path)
+    key = next((k for k in ("file", "index") if k in header), None)
+    if key is None or "client" not in header:
+        raise RequestError(
+            f"{path}: must have the columns 'file' or 'index', and 'client', got "
+            f"{', '.join(header)}; add them"
+        )
+    places = _places(path, splits, key)
+    clients = sorted_names(row["client"] for row in rows if row.get("client"))
+    taken: dict[tuple[str, int], int] = {}
+    found: dict[str, list[tuple[str, int, int]]] = {part: [] for part in PARTS}
+    for number, row in enumerate(rows, start=2):
+        name = row.get(key, "")
+        place = places.get(_stem(name))
+        if place is None:
+            raise RequestError(f"{path}: row {number}: {key} must be of the data, got {name!r}")
+        if place in taken:
+            raise RequestError(f"{path}: row {number}: {name!r} must have one row, got a second")
+        if not row.get("client"):
+            raise RequestError(f"{path}: row {number}: client must be named, got none")
+        taken[place] = number
+        part = _part(path, number, row.get("split"), place[0])
+        found[part].append((*place, clients.index(row["client"])))
+    if not found["train"]:
+        raise RequestError(f"{path}: must have images to train on, got none; mend column 'split'")
+    train, val, test = (_gathered(splits, found[part]) for part in PARTS)
+    assert train is not None  # a row of it was found
+    return replace(splits, train=train, val=val, test=test, centre_names=clients)
+
+
+def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            lines = [[cell.strip() for cell in line] for line in csv.reader(stream) if line]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RequestError(f"{path}: must be a CSV in UTF-8, got {error}") from error
+    if len(lines) < 2:
+        raise RequestError(f"{path}: must have a row an image, got none")
+    header = [cell.lower() for cell in lines[0]]
+    return header, [dict(zip(header, line, strict=False)) for line in lines[1:]]
+
+
+def _places(path: Path, splits: Splits, key: str) -> dict[str, tuple[str, int]]:
+    """Return part and place in it of every image, by its name or number."""
+    found: dict[str, tuple[str, int]] = {}
+    count = 0
+    for part in PARTS:
+        images: ImageSet | None = getattr(splits, part)
+        if images is None:
+            continue
+        files = bool(images.names) and not images.names[0].isdecimal()
+        if files is not (key == "file"):
+            wanted = "file" if files else "index"
+            raise RequestError(f"{path}: images must be named by {wanted!r}, got {key!r}")
+        names = images.names or tuple(str(count + i) for i in range(len(images)))
+        found |= {_stem(name): (part, i) for i, name in enumerate(names)}
+        count += len(images)
+    return found
+
+
+def _stem(name: str) -> str:
+    last = Path(name).name
+    return Path(last).stem if Path(last).suffix.lower() in SUFFIXES else last
+
+
+def _part(path: Path, number: int, split: str | None, own: str) -> str:
+    if not split:
+        return own
+    if split.lower() not in SPLIT_NAMES:
+        raise RequestError(f"{path}: row {number}: split must be train, val or test, got {split!r}")
+    return SPLIT_NAMES[split.lower()]
+
+
+class _Gathered:
+    """Images of several sets, in one order."""
+
+    def __init__(self, sets: list[ImageSet], source: Tensor, place: Tensor) -> None:
+        self.sets, self.source, self.place = sets, source, place
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (len(self.place), *self.sets[0].images.shape[1:])
+
+    def take(self, indices: Tensor) -> Tensor:
+        source, place = self.source[indices], self.place[indices]
+        out = torch.empty((len(indices), *self.shape[1:]), dtype=torch.uint8)
+        for number, images in enumerate(self.sets):
+            mine = source == number
+            if bool(mine.any()):
+                out[mine] = images.images.take(place[mine])
+        return out
+
+
+def _gathered(splits: Splits, wanted: list[tuple[str, int, int]]) -> ImageSet | None:
+    if not wanted:
+        return None
+    sets = {part: getattr(splits, part) for part in PARTS if getattr(splits, part) is not None}
+    numbers = {part: number for number, part in enumerate(sets)}
+    source = torch.tensor([numbers[part] for part, _, _ in wanted])
+    place = torch.tensor([i for _, i, _ in wanted])
+    return ImageSet(
+        _Gathered(list(sets.values()), source, place),
+        torch.stack([sets[part].labels[i] for part, i, _ in wanted]),
+        torch.tensor([client for _, _, client in wanted]),
+    )

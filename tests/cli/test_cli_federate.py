@@ -1,0 +1,258 @@
+"""``sdq federate``: what it writes, what it refuses, and that a killed run goes on."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdq import checkpoint, run_folder
+
+MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes, side):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.hidden = nn.Linear(16, 8)
+        self.head = nn.Linear(8, classes)
+    def forward(self, x):
+        x = torch.relu(self.bn(self.conv(x)))
+        x = torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+        return self.head(torch.relu(self.hidden(x)))
+
+def build(num_classes, image_size): return Net(num_classes, image_size)
+"""
+COMMON = "federate --rounds 2 --batch-size 16 --quiet --json"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A network, and images of three classes that are bright in different places."""
+    home = tmp_path_factory.mktemp("federate")
+    (home / "net.py").write_text(MODEL)
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 90), ("val", 30), ("test", 45)):
+        labels = np.arange(count) % 3
+        images = rng.normal(90, 30, (count, 8, 8, 3))
+        images[labels == 0, :4] += 90
+        images[labels == 1, 4:] += 90
+        images[labels == 2, :, :4] += 90
+        arrays[f"{part}_images"] = images.clip(0, 255).astype(np.uint8)
+        arrays[f"{part}_labels"] = labels
+    np.savez(home / "d.npz", **arrays)
+    return home
+
+
+@pytest.fixture
+def command(home):
+    return f"{COMMON} --model {home}/net.py:build --data {home}/d.npz"
+
+
+@pytest.fixture(scope="module")
+def federated(sdq, home):
+    """A run of FedAvg, and one of two methods."""
+    start = f"{COMMON} --model {home}/net.py:build --data {home}/d.npz --clients 3"
+    done = {}
+    for name, methods in (("one", "fedavg"), ("two", "fedavg,fedper")):
+        done[name] = sdq(f"{start} --method {methods} --out {home}/{name}")
+        assert done[name].code == 0, done[name].err
+    return done
+
+
+def test_a_run_folder_says_everything(home, federated):
+    run = home / "one"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert federated["one"].json == {"out": str(run), "metrics": metrics}
+    for kind in ("float", "generalization", "specialization"):
+        figures = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "per_class_recall", "ece")
+        assert set(figures) <= set(metrics[kind])
+    assert metrics["rounds"] == 2
+    assert metrics["worst_client"].startswith("client ")
+    # each round 3 clients send and receive every tensor of the network once
+    tensors = load_file(run / "model.safetensors")
+    assert (
+        metrics["bytes_up"] == metrics["bytes_down"] == 6 * sum(t.nbytes for t in tensors.values())
+    )
+    document = json.loads((run / "run.json").read_text())
+    assert document["status"] == "done"
+    assert document["methods"] == ["fedavg"]
+    # one value a channel that says nothing of the images
+    assert document["data"]["mean"] == [0.5, 0.5, 0.5]
+    assert sum(c["num_examples"]["train"] for c in document["clients"]) == 90
+    assert sum(c["num_examples"]["test"] for c in document["clients"]) == 45
+    assert np.sum([c["class_counts"] for c in document["clients"]], 0).tolist() == [30, 30, 30]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["round"] for r in log] == [1, 2]
+    assert all(r["bytes_up"] == metrics["bytes_up"] / 2 for r in log)
+    assert all({"train_loss", "generalization", "specialization"} <= set(r) for r in log)
+
+
+def test_the_servers_model_is_measured_on_the_sets_own_test_images(sdq, home, federated):
+    done = sdq(f"evaluate {home}/one --quiet --json")
+    assert done.code == 0, done.err
+    found = federated["one"].json["metrics"]
+    assert done.json["float"] == found["float"]
+    for key in ("accuracy", "balanced_accuracy", "macro_f1", "auc"):
+        # the same images in another order
+        assert found["generalization"][key] == pytest.approx(found["float"][key])
+
+
+def test_a_federated_run_can_be_quantized(sdq, home, federated, tmp_path):
+    done = sdq(
+        f"quantize --from {home}/one --data {home}/d.npz --bits 4 --search-method uniform "
+        f"--choices 2,4 --epochs 0 --quiet --json --out {tmp_path}/q"
+    )
+    assert done.code == 0, done.err
+    assert done.json["metrics"]["float"] == federated["one"].json["metrics"]["float"]
+
+
+def test_several_methods_have_a_folder_each_and_start_alike(sdq, home, federated):
+    metrics = federated["two"].json["metrics"]["methods"]
+    assert list(metrics) == ["fedavg", "fedper"]
+    assert metrics["fedavg"] == federated["one"].json["metrics"]
+    # FedPer keeps the head, 8 x 3 and 3 numbers, on 3 clients in 2 rounds
+    assert metrics["fedavg"]["bytes_up"] - metrics["fedper"]["bytes_up"] == 6 * 4 * 27
+    for name in metrics:
+        assert json.loads((home / "two" / name / "metrics.json").read_text()) == metrics[name]
+    refused = sdq(f"evaluate {home}/two")
+    assert refused.code == 2
+    assert f"one model, got one for each of fedavg, fedper; give {home}/two/fedavg" in refused.err
+
+
+def test_the_table_compares_the_methods(sdq, home, command, tmp_path):
+    shown = command.replace("--quiet --json", "")
+    done = sdq(f"{shown} --clients 2 --method fedavg,local --out {tmp_path}/r")
+    assert done.code == 0, done.err
+    rows = [line.split("│")[1].strip() for line in done.out.splitlines() if "│" in line]
+    assert rows == ["fedavg", "local"]
+    assert "rounds" in done.err  # the bars
+    refused = sdq(
+        f"quantize --from {tmp_path}/r/local --data {home}/d.npz --bits 2 --out {tmp_path}/q"
+    )
+    assert refused.code == 2
+    assert "must have a server's model, but its method keeps every client's apart" in refused.err
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("methods", ["fedper", "fedavg,fedper"])
+def test_killed_in_any_write_a_federation_goes_on(
+    sdq, command, home, tmp_path, monkeypatch, methods
+):
+    command = f"{command} --clients 3 --participation 0.5 --method {methods} --out"
+    left = [10**9]
+    write = checkpoint.write_bytes_atomically
+
+    def limited(path: Path, content: bytes) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_bytes_atomically", limited)
+    monkeypatch.setattr(run_folder, "write_bytes_atomically", limited)
+    undisturbed = sdq(command, tmp_path / "whole")
+    assert undisturbed.code == 0, undisturbed.err
+    writes = 10**9 - left[0]
+    assert writes > 10
+    expected = undisturbed.json["metrics"]
+    for number in range(2, writes + 1, max(1, writes // 8)):  # the first is run.json itself
+        left[0] = number
+        out = tmp_path / f"killed{number}"
+        with pytest.raises(Killed):
+            sdq(command, out)
+        left[0] = 10**9
+        again = sdq(f"{command} {out} --resume")
+        assert again.code == 0, again.err
+        assert again.json["metrics"] == expected
+        for name in methods.split(","):
+            part = Path() if methods == name else Path(name)
+            file = part / "model.safetensors"
+            a, b = load_file(out / file), load_file(tmp_path / "whole" / file)
+            assert all(torch.equal(a[n], b[n]) for n in b)
+
+
+def test_a_split_file_says_whose_each_image_is(sdq, command, home, tmp_path):
+    """Two hospitals; the second's last images are tested on, wherever the set had them."""
+    rows = [(i, "north" if i % 2 else "south", "test" if i >= 60 else "train") for i in range(120)]
+    path = tmp_path / "split.csv"
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([("index", "client", "split"), *rows])
+    done = sdq(f"{command} --clients {path} --out {tmp_path}/r")
+    assert done.code == 0, done.err
+    document = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert [c["name"] for c in document["clients"]] == ["north", "south"]
+    assert [c["num_examples"]["test"] for c in document["clients"]] == [30, 30]
+    # the images that the set has for training but the file for testing are not trained on later
+    again = sdq(
+        f"quantize --from {tmp_path}/r --data {home}/d.npz --bits 4 --search-method uniform "
+        f"--choices 2,4 --epochs 0 --quiet --json --out {tmp_path}/q"
+    )
+    assert again.code == 0, again.err
+    quantized = json.loads((tmp_path / "q" / "run.json").read_text())
+    assert quantized["data"]["fingerprint"] == document["data"]["fingerprint"]
+    assert quantized["data"]["num_examples"] == {"train": 60, "test": 60}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--clients 3 --method fedavgg", "did you mean 'fedavg'?"),
+        ("--clients 3 --method fedavg,fedavg", "every method must be named once"),
+        ("--clients 3 --method fedprox --hyper nu=1", "nu: extra inputs are not permitted"),
+        ("--clients 3 --method fedprox --hyper mu=-1", "mu: input should be greater than"),
+        ("--clients 3 --method fedprox --hyper mu=.1 --hyper mu=.2", "fedprox.mu must be given"),
+        ("--clients 3 --method fedavg,fedprox --hyper mu=.1", "METHOD.KEY=VALUE of fedavg, fed"),
+        ("--clients 3 --partition dirichlet:none", "iid, dirichlet:ALPHA or one of counts:ich10"),
+        ("--clients 3 --partition dirichlet:-1", "alpha must be positive"),
+        ("--clients 3 --partition counts:ich11", "iid, dirichlet:ALPHA or one of counts:ich10"),
+        ("--clients 3 --partition counts:ich10", "must be 10 for --partition counts:ich10, got 3"),
+        ("--partition iid", "--clients: must say how many"),
+        ("--partition natural", "data must say which centre each image is from"),
+        ("--clients 0", "--clients: must be at least 1"),
+        ("--clients 91", "clients must be from 1 to the 90 examples"),
+        ("--clients few.csv", "must be a number or a file SPLIT.csv, got 'few.csv'"),
+        ("--clients 3 --participation 0", "participation: input should be greater than 0"),
+        ("--clients 3 --lr nan", "--lr: must be a finite number"),
+        ("--clients 3 --bits 2", "a federation cannot learn bitwidths yet; train without them"),
+        ("--clients 3 --head nowhere", "no linear layer 'nowhere'"),
+    ],
+)
+def test_a_wrong_request_leaves_nothing(sdq, command, tmp_path, more, message):
+    done = sdq(f"{command} {more} --out {tmp_path}/r")
+    assert done.code == 2, done.err
+    assert message in done.err
+    assert not (tmp_path / "r" / "metrics.json").exists()
+
+
+def test_a_config_file_has_what_has_no_option(sdq, command, tmp_path):
+    config = tmp_path / "c.json"
+    config.write_text(
+        json.dumps(
+            {
+                "federation": {"lr_decay_every": 1, "rounds": 3},
+                "loss": {"name": "focal", "gamma": 1.0},
+                "methods": {"fedprox": {"mu": 0.5}},
+            }
+        )
+    )
+    refused = sdq(f"{command} --clients 2 --method fedprox --config {config} --out {tmp_path}/r")
+    assert refused.code == 2
+    assert "federation.rounds must be given once" in refused.err
+    config.write_text(config.read_text().replace(', "rounds": 3', ""))
+    done = sdq(f"{command} --clients 2 --method fedprox --config {config} --out {tmp_path}/r")
+    assert done.code == 0, done.err
+    asked = json.loads((tmp_path / "r" / "run.json").read_text())["request"]
+    assert asked["federation"]["loss"]["gamma"] == 1.0
+    assert asked["federation"]["lr_decay_every"] == 1
+    assert asked["methods"] == {"fedprox": {"mu": 0.5}}

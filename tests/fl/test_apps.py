@@ -1,0 +1,224 @@
+"""The Flower apps: what they compute is what the rounds compute, and what fails is named."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fl
+from fl.record import Record
+from fl.setting import Setting
+from fl.store import ByRound
+
+pytest.importorskip("flwr")
+
+from flwr.app import Message
+
+from fl import apps
+from fl.grid import InProcessGrid, run_apps
+
+Clients = Callable[..., list[fl.ClientData]]
+Make = Callable[..., nn.Module]
+CONFIG = fl.FederationConfig(rounds=3, lr=5e-3, batch_size=8, participation=0.7)
+
+
+def setting(net: nn.Module, method: str, **over: Any) -> Setting:
+    return Setting.of(
+        net, fl.method(method), CONFIG.replaced(**over), num_classes=3, image_shape=(1, 6, 6)
+    )
+
+
+class Case:
+    """One federation as apps on a grid of this process."""
+
+    def __init__(
+        self,
+        make: Make,
+        data: Sequence[fl.ClientData],
+        method: str = "fedper",
+        dead: Sequence[int] = (),
+        folder: Path | None = None,
+        kept: Path | None = None,
+        **over: Any,
+    ) -> None:
+        self.done: fl.Federated | None = None
+        self.data = list(data)
+        self.of_client = {k: setting(make(), method, **over) for k in range(len(data))}
+        self.history: list[dict[str, Any]] = []
+
+        def open_federation(config: apps.Values) -> apps.Federation:
+            test = tuple(c.test for c in self.data if c.test is not None)
+            server = setting(make(), method, **over)
+            return apps.Federation(server, len(data), test, folder=folder, round_seconds=5)
+
+        def open_hospital(client: int, run: apps.Values, node: apps.Values) -> apps.Hospital:
+            return apps.Hospital(self.of_client[client], self.data[client], kept)
+
+        def finish(done: fl.Federated, config: apps.Values) -> None:
+            self.done = done
+
+        self.server = apps.server_app(open_federation, finish)
+        self.grid = InProcessGrid(apps.client_app(open_hospital), len(data), dead=dead)
+
+    def run(self) -> fl.Federated:
+        run_apps(self.server, self.grid, {})
+        assert self.done is not None
+        return self.done
+
+
+def failures(done: fl.Federated) -> list[tuple[int, str]]:
+    return [(f["client"], f["reason"]) for r in done.history for f in r["failures"]]
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedper", "scaffold", "pfa", "fca", "local"])
+def test_apps_compute_what_the_rounds_do(method: str, tiny: Make, hospitals: Clients) -> None:
+    done = Case(tiny, hospitals(), method).run()
+    expected = fl.run(tiny(), method=method, clients=hospitals(), num_classes=3, config=CONFIG)
+    assert all(torch.equal(done.state[n], expected.state[n]) for n in expected.state)
+    assert done.generalization == expected.generalization
+    assert done.specialization == expected.specialization
+    assert (done.bytes_up, done.bytes_down) == (expected.bytes_up, expected.bytes_down)
+
+
+def test_a_record_survives_a_message() -> None:
+    tensors = {
+        "model": {"w": torch.randn(2, 3, 1, 1).to(memory_format=torch.channels_last)},
+        "pfa.x": {"n": torch.tensor(7), "half": torch.ones(2).half(), "none": torch.zeros(0, 3)},
+        "empty": {},
+    }
+    record = Record(tensors, {"a": [1, 0.1], "b": None, "c": {"d": "é"}})
+    found = apps.unpacked(apps.packed(record))
+    assert found.values == record.values
+    assert list(found.tensors) == list(tensors)
+    for group, expected in tensors.items():
+        for name, tensor in expected.items():
+            assert found.tensors[group][name].dtype == tensor.dtype
+            assert torch.equal(found.tensors[group][name], tensor)
+
+
+def test_a_node_that_answers_nothing_is_left_out(tiny: Make, hospitals: Clients) -> None:
+    done = Case(tiny, hospitals(), "fedavg", dead=[1], participation=1.0).run()
+    assert done.history[0]["replied"] == [0, 2]
+    assert failures(done) == [(1, "no node says that it is this client")] * 3
+
+
+def test_a_node_that_dies_in_mid_round_is_named(tiny: Make, hospitals: Clients) -> None:
+    case = Case(tiny, hospitals(), "fedavg", participation=1.0)
+    deliver = case.grid._deliver
+
+    def dying(message: Message) -> Message | None:
+        if message.metadata.message_type == "train" and message.metadata.dst_node_id == 1001:
+            case.grid.dead.add(1)
+        return deliver(message)
+
+    case.grid._deliver = dying  # type: ignore[method-assign]
+    done = case.run()
+    assert [r["replied"] for r in done.history] == [[0, 2]] * 3
+    assert failures(done)[0] == (1, "no reply within 5 s")
+    assert failures(done)[1] == (1, "no node says that it is this client")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"lr": 0.5}, "config must be the server's"),
+        ({"net": 1}, "the first weights must be the server's; give both the same"),
+        ({"method": "fedavg"}, "method must be the server's ['fedper'"),
+    ],
+)
+def test_nodes_that_disagree_are_named(
+    tiny: Make, hospitals: Clients, change: dict[str, Any], reason: str
+) -> None:
+    case = Case(tiny, hospitals(), participation=1.0)
+    over = {k: v for k, v in change.items() if k == "lr"}
+    case.of_client[2] = setting(
+        tiny(change.get("net", 0)), change.get("method", "fedper"), participation=1.0, **over
+    )
+    done = case.run()
+    assert [r["replied"] for r in done.history] == [[0, 1]] * 3
+    assert {k for k, _ in failures(done)} == {2}
+    assert reason in failures(done)[0][1]
+
+
+def test_another_version_is_named(
+    tiny: Make, hospitals: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = apps.identity
+
+    def older(found: Setting) -> dict[str, Any]:
+        return real(found) | ({"sdq": "0.0.1"} if found is case.of_client[0] else {})
+
+    case = Case(tiny, hospitals(), participation=1.0)
+    monkeypatch.setattr(apps, "identity", older)
+    found = failures(case.run())
+    assert found[0][0] == 0
+    assert "the version of sdq must be the server's '" in found[0][1]
+    assert "got '0.0.1'" in found[0][1]
+
+
+def test_two_nodes_cannot_be_one_client(tiny: Make, hospitals: Clients) -> None:
+    case = Case(tiny, hospitals(), participation=1.0)
+    case.grid.contexts[1002].node_config["partition-id"] = 1
+    done = case.run()
+    assert [r["replied"] for r in done.history] == [[0]] * 3
+    assert failures(done)[0] == (1, "two nodes say that they are this client")
+
+
+def test_images_of_other_classes_are_named(
+    tiny: Make, hospitals: Clients, hospital_images: Callable[..., Any]
+) -> None:
+    case = Case(tiny, hospitals(), participation=1.0)
+    wrong = hospital_images([0, 1, 2, 2], 5)
+    wrong.labels[3] = 7
+    case.data[1] = fl.ClientData("other", wrong)
+    done = case.run()
+    assert [r["replied"] for r in done.history] == [[0, 2]] * 3
+    assert "train labels must be from 0 to 2, got 0 to 7" in failures(done)[0][1]
+
+
+class Stopped(Exception):
+    """The server is gone."""
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_federation_is_taken_up_in_another_run(
+    tiny: Make, hospitals: Clients, tmp_path: Path, after: int
+) -> None:
+    """The server dies in the middle of a round, when some clients have trained already."""
+    whole = Case(tiny, hospitals(), folder=tmp_path / "a", kept=tmp_path / "b").run()
+    places = {"folder": tmp_path / "server", "kept": tmp_path / "clients"}
+    case = Case(tiny, hospitals(), **places)
+    send, trained = case.grid.send_and_receive, [0]
+
+    def stopping(messages: Any, *, timeout: float | None = None) -> Any:
+        for message in messages:
+            trained[0] += message.metadata.message_type == "train"
+            yield from send([message])
+            if trained[0] > 3 * after:  # three of three clients a round: 0.7 of them, rounded up
+                raise Stopped
+
+    case.grid.send_and_receive = stopping  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        case.run()
+    again = Case(tiny, hospitals(), **places).run()
+    assert len(again.history) == 3
+    assert all(torch.equal(again.state[n], whole.state[n]) for n in whole.state)
+    assert json.dumps(again.specialization) == json.dumps(whole.specialization)
+
+
+def test_a_client_forgets_a_round_that_is_asked_for_again(tmp_path: Path) -> None:
+    kept = ByRound(tmp_path)
+    assert kept.before(0) is None
+    for round in (0, 2, 3):
+        kept.put(Record({}, {"round": round}), round)
+    assert sorted(p.stem for p in tmp_path.iterdir()) == ["000002", "000003"]
+    # the server never heard of the round 3 that the client trained in
+    assert kept.before(3).values == {"round": 2}
+    kept.put(Record({}, {"round": "3 again"}), 3)
+    assert kept.before(4).values == {"round": "3 again"}
+    kept.put(Record({}, {"round": "2 again"}), 2)
+    assert kept.before(9).values == {"round": "2 again"}
