@@ -1,0 +1,95 @@
+"""The steps from a QONNX file to hardware layers, for FINN+'s builder and for our own checks.
+
+FINN+'s own steps are called where there are some. Ours are added for three reasons: graphs are
+first rewritten (:mod:`prepare`); a threshold is noted to belong to a quantizer of the file; and
+thresholds round as PyTorch does, half to even, where FINN's round half up.
+"""
+
+from typing import Any
+
+import numpy as np
+from finn.builder import build_dataflow_steps as default
+from finn.builder.custom_step_library import resnet
+from finn.transformation.fpgadataflow.convert_to_hw.elementwise_binary_operation import (
+    InferElementwiseBinaryOperation,
+)
+from finn.transformation.fpgadataflow.convert_to_hw.thresholding import InferThresholdingLayer
+from finn.transformation.qonnx.convert_qonnx_to_finn import ConvertQONNXtoFINN
+from onnx import NodeProto
+from qonnx.core.modelwrapper import ModelWrapper
+from qonnx.transformation.infer_shapes import InferShapes
+from qonnx.util.cleanup import cleanup_model
+
+from .prepare import Origin, origin, prepare_, set_origin_
+
+UNREACHABLE = np.float32(1e30)
+HARDWARE = "finn.custom_op.fpgadataflow"
+
+
+def step_sdq_qonnx_to_finn(model: ModelWrapper, cfg: Any) -> ModelWrapper:
+    """Rewrite the graph, and turn its quantizers into integer weights and thresholds."""
+    model = model.transform(InferShapes())
+    prepare_(model)
+    model = cleanup_model(model.transform(InferShapes()))
+    origins = {n.output[0]: found for n in model.graph.node if (found := origin(n)) is not None}
+    model = model.transform(ConvertQONNXtoFINN())
+    for tensor, found in origins.items():
+        node = _thresholds_above(model, tensor)
+        if node is not None:
+            set_origin_(node, found)
+            _round_half_to_even_(model, node, found)
+    return model
+
+
+def step_sdq_streamline(model: ModelWrapper, cfg: Any) -> ModelWrapper:
+    """Absorb scales into thresholds: FINN's recipe, or that for residual networks."""
+    if _joins(model):
+        model = resnet.step_resnet_tidy(model, cfg)
+        return resnet.step_resnet_streamline(model, cfg)
+    return default.step_streamline(default.step_tidy_up(model, cfg), cfg)
+
+
+def step_sdq_convert_to_hw(model: ModelWrapper, cfg: Any) -> ModelWrapper:
+    """Turn nodes into hardware layers."""
+    origins = {n.name: found for n in model.graph.node if (found := origin(n)) is not None}
+    if cfg.standalone_thresholds:
+        model = model.transform(InferThresholdingLayer())
+        for node in model.graph.node:
+            found = origins.get(node.name.removeprefix("Thresholding_"))
+            if node.op_type == "Thresholding" and found is not None:
+                set_origin_(node, found)
+    model = default.step_convert_to_hw(model, cfg)
+    return model.transform(InferElementwiseBinaryOperation())
+
+
+def outside_hardware(model: ModelWrapper) -> list[NodeProto]:
+    """Return the nodes that are no hardware layers, in order."""
+    return [node for node in model.graph.node if not node.domain.startswith(HARDWARE)]
+
+
+def _joins(model: ModelWrapper) -> bool:
+    """Return whether two tensors that are computed meet in an addition or concatenation."""
+    return any(
+        node.op_type in ("Add", "Concat", "Mul")
+        and sum(model.get_initializer(name) is None for name in node.input) > 1
+        for node in model.graph.node
+    )
+
+
+def _thresholds_above(model: ModelWrapper, tensor: str) -> NodeProto | None:
+    """Return the MultiThreshold whose codes, shifted and scaled, are a tensor."""
+    node = model.find_producer(tensor)
+    while node is not None and node.op_type in ("Mul", "Add"):
+        node = model.find_producer(node.input[0])
+    return node if node is not None and node.op_type == "MultiThreshold" else None
+
+
+def _round_half_to_even_(model: ModelWrapper, node: NodeProto, found: Origin) -> None:
+    """A value on the border between two codes has the even one: borders of even codes move up."""
+    thresholds = np.array(model.get_initializer(node.input[1]), np.float32)
+    codes_below = found.low + np.arange(thresholds.shape[-1])
+    up = np.nextafter(thresholds, np.float32(np.inf))
+    thresholds = np.where(codes_below % 2 == 0, up, thresholds)
+    if found.ceiling is not None:
+        thresholds = np.where(thresholds > found.ceiling, UNREACHABLE, thresholds)
+    model.set_initializer(node.input[1], thresholds)

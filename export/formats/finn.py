@@ -1,0 +1,177 @@
+"""FINN: the QONNX model that FINN+ reads, in a folder that builds the accelerator.
+
+The file is QONNX (:mod:`export.formats.qonnx`) with a batch of one and the shape and datatype of
+every tensor. Beside it stand ``build.py``, which runs FINN+ on it, the modules it needs
+(``finn_flow``) and a README.
+
+Two runtimes are stages on the way to the device: the graph after streamlining, where scales and
+batch normalisation have become integer thresholds, and after conversion to hardware layers. FINN's
+own Python executes both. Each threshold knows which quantizer of the file it is, so that integer
+codes are compared there too.
+
+Source: Blott et al., "FINN-R", TRETS 2018, https://arxiv.org/abs/1809.04570;
+https://github.com/eki-project/finn-plus
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from qonnx.core.modelwrapper import ModelWrapper
+from torch import Tensor
+
+from export import graph
+from export.finn_flow import environment
+from export.finn_flow.prepare import Origin, origin
+from export.finn_runtime import Executor
+from export.format import Runner, ToolMissing, Trace
+from export.formats import qonnx
+from export.operators import OPERATORS, attributes
+from sdq.batches import Normalization
+from sdq.errors import RunError
+from sdq.quant_model import QuantModel
+
+FILE = "model_finn.onnx"
+STREAMLINED = "FINN after streamlining"
+CONVERTED = "FINN after conversion"
+RUNTIMES = (STREAMLINED, CONVERTED)
+REWRITES: tuple[str, ...] = ()
+ADVICE: dict[str, str] = {}
+
+IMAGES = 10
+"""How many images pass through FINN's Python at a time: it compares every value with every
+threshold at once, up to 255 each."""
+
+metadata = qonnx.metadata
+bits = qonnx.bits
+quantizers = qonnx.quantizers
+open_exact = qonnx.open_exact
+
+
+def write(
+    qmodel: QuantModel,
+    folder: Path,
+    *,
+    sample: Tensor,
+    preprocessing: Normalization | None = None,
+    metadata: Mapping[str, str],
+) -> None:
+    """Write the network; see :func:`export.write` for the arguments.
+
+    Raises:
+        RunError: the exporter failed.
+    """
+    model = qonnx.network_graph(qmodel, sample, preprocessing)
+    graph.save(qonnx.with_batch(model, 1).model, folder / FILE, metadata)
+
+
+def run(path: Path, inputs: Tensor) -> Tensor:
+    """Run the file in FINN's Python, as hardware layers."""
+    return open_runtime(path, CONVERTED, taps=False)(inputs).output
+
+
+def open_runtime(path: Path, runtime: str, *, taps: bool) -> Runner:
+    """Return a runner in FINN's Python.
+
+    Raises:
+        ToolMissing: FINN+ is not installed.
+        RunError: FINN fails in the graph, or leaves layers that are not hardware.
+    """
+    missing = environment.missing()
+    if missing:
+        raise ToolMissing(
+            f"FINN+ needs packages that are not installed ({', '.join(missing)}); "
+            "run make finn, or see docs/finn.md"
+        )
+    file = graph.load(path)
+    compiled: list[_Compiled] = []
+
+    def once(inputs: Tensor) -> Trace:
+        if not compiled:
+            compiled.append(_Compiled(path, file, runtime, taps=taps))
+        traces = [compiled[0](chunk) for chunk in torch.split(inputs, IMAGES)]
+        codes = {
+            name: torch.cat([trace.codes[name] for trace in traces]) for name in traces[0].codes
+        }
+        return Trace(torch.cat([trace.output for trace in traces]), codes)
+
+    return once
+
+
+class _Compiled:
+    """A file as FINN has made it."""
+
+    def __init__(self, path: Path, file: onnx.ModelProto, runtime: str, *, taps: bool) -> None:
+        model = _front_end(path, file, runtime)
+        self.path, self.output = path, model.graph.output[0].name
+        found = {node.name: origin(node) for node in model.graph.node} if taps else {}
+        self.taps = [
+            (node, found[node.name])
+            for node in model.graph.node
+            if found.get(node.name) is not None
+        ]
+        self.executor = Executor(model.model, [self.output, *(n.output[0] for n, _ in self.taps)])
+        self.nodes = {node.name: node for node in file.graph.node}
+
+    def __call__(self, images: Tensor) -> Trace:
+        try:
+            with environment.finn_environment():
+                found = self.executor(images.numpy())
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise RunError(f"{self.path}: FINN's Python cannot run it: {reason}") from error
+        codes = {
+            note.name: self._codes(node, note, found[node.output[0]]) for node, note in self.taps
+        }
+        return Trace(torch.from_numpy(found[self.output]), codes)
+
+    def _codes(self, node: onnx.NodeProto, note: Origin, values: np.ndarray) -> Tensor:
+        codes = torch.from_numpy(_steps_above_lowest(node, values) + note.low)
+        if codes.dim() == 4 and _channels_last(node):
+            codes = codes.permute(0, 3, 1, 2)
+        for name in note.behind:
+            later = self.nodes[name]
+            codes = OPERATORS[later.op_type](attributes(later), codes)
+        return codes.int()
+
+
+def _steps_above_lowest(node: onnx.NodeProto, values: np.ndarray) -> np.ndarray:
+    """Return how many thresholds each value has reached."""
+    if node.op_type == "Thresholding":
+        return values - graph.attribute(node, "ActVal", 0)
+    own = {a.name: a.f for a in node.attribute if a.name in ("out_scale", "out_bias")}
+    return np.rint((values - own.get("out_bias", 0.0)) / own.get("out_scale", 1.0))
+
+
+def _channels_last(node: onnx.NodeProto) -> bool:
+    layout = next((a.s for a in node.attribute if a.name == "data_layout"), b"")
+    return node.op_type == "Thresholding" or layout == b"NHWC"
+
+
+def _front_end(path: Path, file: onnx.ModelProto, runtime: str) -> Any:
+    """Return the graph that FINN makes of a file, up to a stage."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(file)
+    model = ModelWrapper(copy)
+    step = "importing FINN+"
+    try:
+        with environment.finn_environment() as folder:
+            from finn.builder.build_dataflow_config import DataflowBuildConfig
+
+            from export.finn_flow import steps
+
+            settings = DataflowBuildConfig(
+                output_dir=str(folder), standalone_thresholds=True, generate_outputs=[]
+            )
+            wanted = [steps.step_sdq_qonnx_to_finn, steps.step_sdq_streamline]
+            wanted += [steps.step_sdq_convert_to_hw] if runtime == CONVERTED else []
+            for function in wanted:
+                step = function.__name__
+                model = function(model, settings)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(f"{path}: FINN+ fails in {step}: {reason}") from error
+    return model
