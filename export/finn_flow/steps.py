@@ -5,22 +5,66 @@ first rewritten (:mod:`prepare`); a threshold is noted to belong to a quantizer 
 thresholds round as PyTorch does, half to even, where FINN's round half up.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from finn.builder import build_dataflow_steps as default
-from finn.builder.custom_step_library import resnet
 from finn.transformation.fpgadataflow.convert_to_hw.elementwise_binary_operation import (
     InferElementwiseBinaryOperation,
 )
 from finn.transformation.fpgadataflow.convert_to_hw.thresholding import InferThresholdingLayer
 from finn.transformation.qonnx.convert_qonnx_to_finn import ConvertQONNXtoFINN
+from finn.transformation.streamline import absorb, reorder
+from finn.transformation.streamline.collapse_repeated import (
+    CollapseRepeatedAdd,
+    CollapseRepeatedMul,
+)
+from finn.transformation.streamline.remove import RemoveIdentityTranspose
 from onnx import NodeProto
 from qonnx.core.modelwrapper import ModelWrapper
+from qonnx.transformation.base import Transformation
+from qonnx.transformation.batchnorm_to_affine import BatchNormToAffine
+from qonnx.transformation.general import ConvertDivToMul, ConvertSubToAdd
+from qonnx.transformation.infer_data_layouts import InferDataLayouts
+from qonnx.transformation.infer_datatypes import InferDataTypes
 from qonnx.transformation.infer_shapes import InferShapes
+from qonnx.transformation.lower_convs_to_matmul import LowerConvsToMatMul
+from qonnx.transformation.remove import RemoveIdentityOps
 from qonnx.util.cleanup import cleanup_model
 
 from .prepare import Origin, origin, prepare_, set_origin_
+
+ROUNDS = 8
+"""More than the depth of scales that any network here has had between two thresholds."""
+
+LINEAR = (
+    ConvertSubToAdd, ConvertDivToMul, BatchNormToAffine, RemoveIdentityOps,
+    absorb.AbsorbScalarBiasIntoMultiThreshold, reorder.MoveMulPastMaxPool,
+    reorder.MoveScalarLinearPastInvariants, reorder.MoveAddPastMul,
+    reorder.MoveScalarAddPastMatMul, reorder.MoveAddPastConv, reorder.MoveScalarMulPastMatMul,
+    reorder.MoveScalarMulPastConv, reorder.MoveMulPastDWConv, reorder.MoveAddPastMul,
+    CollapseRepeatedAdd, CollapseRepeatedMul, absorb.AbsorbAddIntoMultiThreshold,
+    absorb.FactorOutMulSignMagnitude, absorb.AbsorbMulIntoMultiThreshold,
+    absorb.Absorb1BitMulIntoMatMul, absorb.Absorb1BitMulIntoConv,
+)  # fmt: skip
+"""Scales and offsets move forward through a chain, and into the next thresholds."""
+
+JOINS = (
+    reorder.MoveLinearPastFork, reorder.MoveMulPastJoinAdd, reorder.MoveAddPastJoinAdd,
+    reorder.MoveMulPastJoinConcat, reorder.MoveAddPastJoinConcat,
+)  # fmt: skip
+"""The same, past forks, and past additions and concatenations of equal scales."""
+
+LOWER = (LowerConvsToMatMul,)
+
+LAYOUT = (
+    reorder.MakeMaxPoolNHWC, reorder.MoveTransposePastFork, reorder.MoveTransposePastJoinAdd,
+    reorder.MoveTransposePastJoinConcat, reorder.MoveTransposePastEltwise,
+    absorb.AbsorbTransposeIntoMultiThreshold, absorb.AbsorbConsecutiveTransposes,
+    RemoveIdentityTranspose, InferDataLayouts,
+)  # fmt: skip
+"""Channels come last in hardware: transposes move until two of them meet."""
 
 UNREACHABLE = np.float32(1e30)
 HARDWARE = "finn.custom_op.fpgadataflow"
@@ -43,10 +87,39 @@ def step_sdq_qonnx_to_finn(model: ModelWrapper, cfg: Any) -> ModelWrapper:
 
 def step_sdq_streamline(model: ModelWrapper, cfg: Any) -> ModelWrapper:
     """Absorb scales into thresholds: FINN's recipe, or that for residual networks."""
-    if _joins(model):
-        model = resnet.step_resnet_tidy(model, cfg)
-        return resnet.step_resnet_streamline(model, cfg)
-    return default.step_streamline(default.step_tidy_up(model, cfg), cfg)
+    if not _joins(model):
+        return default.step_streamline(default.step_tidy_up(model, cfg), cfg)
+    model = default.step_tidy_up(model, cfg)
+    for _ in range(ROUNDS):
+        before = _shape_of(model)
+        for group in (LINEAR, JOINS):
+            model = _apply(model, group)
+        if _shape_of(model) == before:
+            break
+    model = _apply(model, LOWER)
+    for _ in range(ROUNDS):
+        before = _shape_of(model)
+        model = _apply(model, LAYOUT)
+        if _shape_of(model) == before:
+            break
+    return model
+
+
+def _apply(model: ModelWrapper, transformations: Sequence[type[Transformation]]) -> ModelWrapper:
+    """Apply transformations in order; in place, where FINN's way copies the graph for each."""
+    for transformation in transformations:
+        before = _shape_of(model)
+        model = model.transform(transformation(), make_deepcopy=False, cleanup=False)
+        if _shape_of(model) != before:
+            model = model.cleanup()
+            for inference in (InferShapes(), InferDataTypes()):
+                model = model.transform(inference, make_deepcopy=False, cleanup=False)
+    return model
+
+
+def _shape_of(model: ModelWrapper) -> list[tuple[str, ...]]:
+    """Return what tells whether a graph has changed."""
+    return [(node.op_type, *node.input, *node.output) for node in model.graph.node]
 
 
 def step_sdq_convert_to_hw(model: ModelWrapper, cfg: Any) -> ModelWrapper:

@@ -107,12 +107,11 @@ class _Compiled:
     def __init__(self, path: Path, file: onnx.ModelProto, runtime: str, *, taps: bool) -> None:
         model = _front_end(path, file, runtime)
         self.path, self.output = path, model.graph.output[0].name
-        found = {node.name: origin(node) for node in model.graph.node} if taps else {}
-        self.taps = [
-            (node, found[node.name])
-            for node in model.graph.node
-            if found.get(node.name) is not None
-        ]
+        self.taps: list[tuple[onnx.NodeProto, Origin]] = []
+        for node in model.graph.node if taps else ():
+            note = origin(node)
+            if note is not None:
+                self.taps.append((node, note))
         self.executor = Executor(model.model, [self.output, *(n.output[0] for n, _ in self.taps)])
         self.nodes = {node.name: node for node in file.graph.node}
 
