@@ -75,7 +75,8 @@ class QuantConfig(Config):
             there is one, and frozen elsewhere (``fold``).
         integer_datapath: quantize also what integer hardware holds between layers: the operands of
             an addition or a concatenation, with one scale for all of them, those of a product, and
-            what averaging and upsampling give. Else only what enters a layer is quantized.
+            what averaging and interpolating upsampling take and give. What a maximum pooling or a
+            flattening reads is quantized before it. Else only what enters a layer is quantized.
         weight_scale: one scale a tensor, or one an output channel.
         restrict_scale: ``float``, or ``power_of_two`` for hardware that shifts.
         weight_quantizer: of the searched layers: ``lsq`` (learned step), ``dorefa`` (tanh over its

@@ -163,7 +163,7 @@ IntegerDatapath = Annotated[
     typer.Option(
         "--integer-datapath",
         help="Quantize also the operands of additions (one scale), concatenations and products, "
-        "and what averaging and upsampling give.",
+        "and what averaging and upsampling take and give.",
     ),
 ]
 LayerChoices = Annotated[
