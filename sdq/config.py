@@ -27,7 +27,8 @@ class Config(BaseModel):
 
     def replaced(self, **fields: Any) -> Self:
         """Return a copy with these fields changed, checked again."""
-        return type(self)(**{**self.model_dump(), **fields})
+        # what nobody set stays so: export.prepare asks which fields somebody chose
+        return type(self)(**{**self.model_dump(exclude_unset=True), **fields})
 
 
 def _sentence(where: str, error: ValidationError) -> str:

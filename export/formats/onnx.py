@@ -31,6 +31,7 @@ from onnx import helper
 from torch import Tensor
 
 from export import channels, graph
+from export.findings import Finding
 from export.float64 import Interpreter
 from export.format import Bits, QuantizerInFile, Runner, Trace
 from export.tracing import trace
@@ -59,6 +60,20 @@ _LEVELS = {
 }
 
 
+def check(qmodel: QuantModel, sample: Tensor) -> tuple[Finding, ...]:
+    """Return the activations of more than 8 bits: QuantizeLinear has them from opset 21 on, and
+    there are no integer kernels to gain.
+    """
+    return tuple(
+        Finding(
+            name, "must have at most 8 bits in onnx, or 32 for float",
+            f"{quantizer.bits}", "--act-bits 8, or --format qonnx",
+        )
+        for name, quantizer in qmodel.act_quantizers().items()
+        if quantizer.bits > 8
+    )  # fmt: skip
+
+
 def write(
     qmodel: QuantModel,
     folder: Path,
@@ -70,15 +85,8 @@ def write(
     """Write the network; see :func:`export.write` for the arguments.
 
     Raises:
-        RequestError: activations of more than 8 bits.
         RunError: the exporter failed, or its graph is not valid ONNX.
     """
-    for name, quantizer in qmodel.act_quantizers().items():
-        if quantizer.bits > 8:  # in 16 bits QuantizeLinear has opset 21, and no integer kernels
-            raise RequestError(
-                f"export: {name}: bits of activations in the onnx format must be at most 8, or "
-                f"32 for float, got {quantizer.bits}; use the format qonnx, or other bits"
-            )
     model = trace(qmodel, "qcdq", sample)
     if preprocessing is not None:
         graph.prepend_preprocessing_(model, preprocessing)

@@ -12,8 +12,8 @@ from sdq.batches import Normalization
 from sdq.cli import inputs as inp
 from sdq.cli import options
 from sdq.cli.evaluate import run_inputs
-from sdq.cli.progress import show_json
-from sdq.errors import RunError
+from sdq.cli.progress import show_json, show_table
+from sdq.errors import RequestError, RunError
 from sdq.quant_model import QuantModel
 from sdq.run_folder import RunFolder
 
@@ -26,6 +26,12 @@ def export_run(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write; default RUN/export/FORMAT.")
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Write nothing; say what the format cannot take, and what to do."
+        ),
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run the file and compare it with PyTorch.")
     ] = False,
@@ -47,11 +53,18 @@ def export_run(
 ) -> None:
     """Write a run's network in a file format; with --verify, prove that it computes the same.
 
+    With --check it only says what the format cannot take, all at once; exit code 2 if there is any.
+
     Example: `sdq export q --format onnx --verify`
     """
     plugins.load("export.formats", format_)
+    if check and (verify or out is not None):
+        raise RequestError("--check: must stand without --out and --verify; it writes nothing")
     folder = RunFolder.open(run)
     qmodel = inp.load_quantized(folder)
+    if check:
+        accepted = check_run(folder, qmodel, format_, quiet=quiet, json_=json_)
+        raise typer.Exit(0 if accepted else 2)
     inputs = None
     if verify:  # open the data first: a wrong --data-root must not leave a file behind
         inputs = run_inputs(folder, data, str(data_root) if data_root else None)
@@ -65,6 +78,21 @@ def export_run(
         show_json(document)
     if document.get("verification", {}).get("verified") is False:
         raise RunError(f"{out}: the file does not compute what PyTorch computes; see above")
+
+
+def check_run(
+    folder: RunFolder, qmodel: QuantModel, format_: str, *, quiet: bool, json_: bool
+) -> bool:
+    """Print what a format cannot take in a run's network; return whether it takes it."""
+    sample = torch.zeros(1, *folder.read_json("run.json")["data"]["image_shape"])
+    findings = [f.to_json() for f in export.check(qmodel, format=format_, sample=sample)]
+    if findings:
+        show_table(f"{format_} cannot take {folder.path}", findings, quiet=quiet)
+    elif not quiet:
+        print(f"{format_} takes {folder.path} as it is")
+    if json_:
+        show_json({"format": format_, "accepted": not findings, "findings": findings})
+    return not findings
 
 
 def write_and_verify(

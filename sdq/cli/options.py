@@ -166,6 +166,14 @@ IntegerDatapath = Annotated[
         "and what averaging and upsampling take and give.",
     ),
 ]
+For = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        help="Quantize so that finn, hls4ml or onnxruntime takes the network: sets what matters to "
+        "it, refuses what contradicts it.",
+    ),
+]
 LayerChoices = Annotated[
     list[str] | None,
     typer.Option(help="'PATTERN=1,2,4': candidates of the layers that match. Repeatable."),
