@@ -17,6 +17,7 @@ from export import finn_layers
 from export.findings import Finding
 from export.network_graph import NetworkGraph
 from sdq.learned_scale import ActQuantizer
+from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 
 
@@ -118,7 +119,8 @@ class _Walk:
             return Codes(quantizer)
         if layer is not None:
             self.found += finn_layers.findings(self.graph, node, layer)
-            self._input(node, sources)
+            if self.graph.qmodel.policy[layer.name].weight_bits != FLOAT_BITS:
+                self._input(node, sources)
             return Sums()
         if all(isinstance(kind, Pixels) for kind in sources):
             return Pixels()
@@ -171,7 +173,7 @@ class _Walk:
     def _operation(self, node: fx.Node, sources: list[Kind]) -> Kind:
         name = self.graph.operation(node)
         if name in _RECTIFIERS and self._from_zero(node, name):
-            return self._rectifier(node)
+            return Sums(rectified=True)
         if name in _NORMS:
             return self._affine(node, sources[0], "use nn.BatchNorm2d before the ReLU")
         if name in _SUMS:
@@ -204,14 +206,6 @@ class _Walk:
         bounds = {"clamp": "min", "clip": "min", "clamp_min": "min"}
         low = settings.get(bounds.get(name, "min_val"), -1.0 if "ardtanh" in name else None)
         return "relu" in name.lower() or low == 0
-
-    def _rectifier(self, node: fx.Node) -> Kind:
-        if not self.graph.quantized_next(node):
-            self._refuse(
-                node, "must be quantized where it is computed", "a ReLU whose result is used in float",
-                "--integer-datapath; put batch normalisation and pooling before or behind both",
-            )  # fmt: skip
-        return Sums(rectified=True)
 
     def _affine(self, node: fx.Node, source: Kind, repair: str) -> Kind:
         if isinstance(source, Sums) and source.rectified:

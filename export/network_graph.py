@@ -104,9 +104,13 @@ class NetworkGraph:
         return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
     def quantized_next(self, node: fx.Node) -> bool:
-        """Tell whether quantizers alone read a tensor, themselves or behind what passes it on."""
+        """Tell whether quantizers alone read a tensor, themselves or behind what passes it on.
+
+        Layers count as well: what they read is their own affair.
+        """
         return bool(node.users) and all(
             self.quantizer(user) is not None
+            or self.layer(user) is not None
             or (self.passes_on(user) and len(node.users) == 1 and self.quantized_next(user))
             for user in node.users
         )

@@ -23,13 +23,14 @@ import torch
 from qonnx.core.modelwrapper import ModelWrapper
 from torch import Tensor
 
-from export import graph
+from export import finn_rules, graph
 from export.finn_flow import environment
 from export.finn_flow.prepare import Origin, origin
 from export.finn_runtime import Executor
 from export.format import Runner, ToolMissing, Trace
 from export.formats import qonnx
-from export.operators import OPERATORS, attributes
+from export.operands import attributes
+from export.operators import OPERATORS
 from sdq.batches import Normalization
 from sdq.errors import RunError
 from sdq.quant_model import QuantModel
@@ -45,6 +46,7 @@ IMAGES = 10
 """How many images pass through FINN's Python at a time: it compares every value with every
 threshold at once, up to 255 each."""
 
+check = finn_rules.check
 metadata = qonnx.metadata
 bits = qonnx.bits
 quantizers = qonnx.quantizers
