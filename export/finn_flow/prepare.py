@@ -397,6 +397,15 @@ def _parts(model: ModelWrapper, tensor: str) -> list[_Part]:
     return found
 
 
+def _unread_(model: ModelWrapper, node: NodeProto) -> bool:
+    """Remove what nobody reads any more: FINN refuses quantizers it has no use for."""
+    results = {entry.name for entry in model.graph.output}
+    if any(name in results or model.find_consumers(name) for name in node.output):
+        return False
+    model.graph.node.remove(node)
+    return True
+
+
 def _pixels_to_float_(model: ModelWrapper, cast: NodeProto) -> bool:
     """Let a graph of uint8 pixels take the same integers in float32."""
     entry = model.graph.input[0]
@@ -417,6 +426,7 @@ def _pixels_to_float_(model: ModelWrapper, cast: NodeProto) -> bool:
 _RULES: tuple[Callable[[ModelWrapper, NodeProto], bool], ...] = (
     _pixels_to_float_,
     _whole_weight_,
+    _unread_,
     _mean_to_pool_,
     _move_quantizer_forward_,
     _share_no_relu_,

@@ -15,6 +15,7 @@ from finn.transformation.fpgadataflow.convert_to_hw.elementwise_binary_operation
 )
 from finn.transformation.fpgadataflow.convert_to_hw.thresholding import InferThresholdingLayer
 from finn.transformation.qonnx.convert_qonnx_to_finn import ConvertQONNXtoFINN
+from finn.transformation.fpgadataflow.convert_to_hw.upsample import InferUpsample
 from finn.transformation.streamline import absorb, reorder
 from finn.transformation.streamline.collapse_repeated import (
     CollapseRepeatedAdd,
@@ -59,8 +60,9 @@ JOINS = (
 LOWER = (LowerConvsToMatMul,)
 
 LAYOUT = (
-    reorder.MakeMaxPoolNHWC, reorder.MoveTransposePastFork, reorder.MoveTransposePastJoinAdd,
-    reorder.MoveTransposePastJoinConcat, reorder.MoveTransposePastEltwise,
+    reorder.MakeMaxPoolNHWC, reorder.MakeScaleResizeNHWC, reorder.MoveTransposePastFork,
+    reorder.MoveTransposePastJoinAdd, reorder.MoveTransposePastJoinConcat,
+    reorder.MoveTransposePastEltwise,
     absorb.AbsorbTransposeIntoMultiThreshold, absorb.AbsorbConsecutiveTransposes,
     RemoveIdentityTranspose, InferDataLayouts,
 )  # fmt: skip
@@ -131,7 +133,8 @@ def step_sdq_convert_to_hw(model: ModelWrapper, cfg: Any) -> ModelWrapper:
             found = origins.get(node.name.removeprefix("Thresholding_"))
             if node.op_type == "Thresholding" and found is not None:
                 set_origin_(node, found)
-    model = default.step_convert_to_hw(model, cfg)
+    # FINN's own step looks for Upsample, and torch writes Resize
+    model = default.step_convert_to_hw(model.transform(InferUpsample()), cfg)
     return model.transform(InferElementwiseBinaryOperation())
 
 
