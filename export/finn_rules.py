@@ -11,7 +11,7 @@ tried there. The table is in docs/finn.md, "What is refused, and why".
 
 from dataclasses import dataclass
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from export import finn_layers
 from export.findings import Finding
@@ -126,8 +126,6 @@ class _Walk:
             return Pixels()
         if self.graph.passes_on(node):
             return self._passed_on(node, sources[0])
-        if self.graph.is_last(node):  # stays in software
-            return Sums()
         return self._operation(node, sources)
 
     def _bits(self, node: fx.Node, quantizer: ActQuantizer) -> None:
@@ -189,8 +187,13 @@ class _Walk:
         return self._unknown(node, name)
 
     def _unknown(self, node: fx.Node, name: str) -> Kind:
-        if name in _PRODUCTS:
-            rule, repair = "must not multiply activations", "leave the gate (squeeze-and-excitation) out"
+        if self.graph.is_last(node):
+            rule, repair = "must be left to software", "return logits, and apply it outside"
+        elif name in _PRODUCTS:
+            rule, repair = (
+                "must not multiply activations",
+                "leave the gate (squeeze-and-excitation) out",
+            )
         elif name in _SELECTIONS:
             rule = "must take every n-th row and column, or pad channels with zeros"
             repair = "use a convolution with a stride, or its padding"
@@ -242,12 +245,12 @@ class _Walk:
 
     def _average(self, node: fx.Node, source: Kind) -> Kind:
         if not isinstance(source, Codes) and not isinstance(source, Pixels):
-            self._refuse(
-                node, "must average codes", "activations in float", "--integer-datapath"
-            )
+            self._refuse(node, "must average codes", "activations in float", "--integer-datapath")
         settings = self.graph.arguments(node)
         padded = settings.get("padding", 0) not in (0, (0, 0))
-        if settings.get("ceil_mode") or (padded and settings.get("count_include_pad", True) is False):
+        if settings.get("ceil_mode") or (
+            padded and settings.get("count_include_pad", True) is False
+        ):
             self._refuse(
                 node, "must average windows of one size", "ceil_mode or count_include_pad=False",
                 "leave it out",
@@ -270,10 +273,14 @@ class _Walk:
         settings = self.graph.arguments(node)
         if self.graph.operation(node) == "getitem":
             index = settings["index"]
-            whole = all(
-                isinstance(part, slice) and part.start is None and part.stop is None
-                for part in index
-            ) if isinstance(index, tuple) else False
+            whole = (
+                all(
+                    isinstance(part, slice) and part.start is None and part.stop is None
+                    for part in index
+                )
+                if isinstance(index, tuple)
+                else False
+            )
             return whole and all(part.step in (None, 1) for part in index[:2])
         pad = settings.get("pad", settings.get("padding", ()))
         zeros = settings.get("mode", "constant") == "constant" and not settings.get("value")

@@ -185,9 +185,7 @@ def load_format(name_or_format: "str | Format") -> tuple[str, Format]:
     return module.__name__.rpartition(".")[2], cast(Format, module)
 
 
-def check(
-    qmodel: QuantModel, *, format: "str | Format", sample: Tensor
-) -> tuple[Finding, ...]:
+def check(qmodel: QuantModel, *, format: "str | Format", sample: Tensor) -> tuple[Finding, ...]:
     """Return what stands against writing a network in a format; empty if nothing does.
 
     Args:

@@ -128,8 +128,8 @@ def check_granularity(name: str, granularity: Granularity) -> None:
     legal = load_preparation(name).granularities
     if granularity not in legal:
         raise RequestError(
-            f"--granularity: must be one of {', '.join(legal)} to prepare for {name} (--for {name}), "
-            f"got {granularity!r}; drop one of the two"
+            f"--granularity: must be one of {', '.join(legal)} to prepare for {name} "
+            f"(--for {name}), got {granularity!r}; drop one of the two"
         )
 
 

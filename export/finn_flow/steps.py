@@ -14,8 +14,8 @@ from finn.transformation.fpgadataflow.convert_to_hw.elementwise_binary_operation
     InferElementwiseBinaryOperation,
 )
 from finn.transformation.fpgadataflow.convert_to_hw.thresholding import InferThresholdingLayer
-from finn.transformation.qonnx.convert_qonnx_to_finn import ConvertQONNXtoFINN
 from finn.transformation.fpgadataflow.convert_to_hw.upsample import InferUpsample
+from finn.transformation.qonnx.convert_qonnx_to_finn import ConvertQONNXtoFINN
 from finn.transformation.streamline import absorb, reorder
 from finn.transformation.streamline.collapse_repeated import (
     CollapseRepeatedAdd,

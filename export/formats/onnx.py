@@ -36,7 +36,7 @@ from export.float64 import Interpreter
 from export.format import Bits, QuantizerInFile, Runner, Trace
 from export.tracing import trace
 from sdq.batches import Normalization
-from sdq.errors import RequestError, RunError
+from sdq.errors import RunError
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 

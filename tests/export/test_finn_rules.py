@@ -13,13 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import export
+from export import graph
 from export.finn_flow import environment
 from export.finn_rules import check
-from export.format import load_format
+from export.format import SCHEMA
+from sdq.errors import RunError
 from sdq.quant_model import QuantModel
 
 SAMPLE = torch.zeros(1, 3, 8, 8)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch copies the image
 
 
 def block(
@@ -51,15 +54,13 @@ def act(kind: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 class Residual(nn.Module):
-    """A residual block; ``shortcut`` is identity, ``down`` (a convolution) or ``pad`` (option A)."""
+    """A block with the shortcut ``identity``, ``down`` (a convolution) or ``pad`` (option A)."""
 
     def __init__(self, shortcut: str = "identity", *, relu: bool = True) -> None:
         super().__init__()
         width, stride = (4, 1) if shortcut == "identity" else (8, 2)
         self.stem = nn.Sequential(*block(3, 4))
-        self.body = nn.Sequential(
-            *block(4, width, stride=stride), *block(width, width, act=None)
-        )
+        self.body = nn.Sequential(*block(4, width, stride=stride), *block(width, width, act=None))
         self.down = nn.Sequential(*block(4, 8, 1, stride=2, act=None)) if stride == 2 else None
         self.shortcut, self.relu = shortcut, relu
         self.last = nn.Sequential(*block(width, 4))
@@ -97,7 +98,9 @@ class Joined(nn.Module):
 class Head(nn.Module):
     """Any function of the first block's result, and a linear layer."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor], width: int, **parts: nn.Module) -> None:
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], width: int, **parts: nn.Module
+    ) -> None:
         super().__init__()
         self.stem, self.head = nn.Sequential(*block(3, 4)), nn.Linear(width, 5)
         self.function = function
@@ -211,6 +214,16 @@ PASSES: dict[str, Row] = {
     "residual with a convolution": row(lambda: Residual("down")),
     "residual with padded channels": row(lambda: Residual("pad")),
     "concatenation": row(Joined),
+    "levels without zero": row(conv(), weight_quantizer="dorefa", bit_choices=(3,)),
+    "nearest upsampling": row(lambda: Joined(nn.Upsample(scale_factor=2))),
+    "an even kernel, padded on one side": row(conv(kernel=2, padding="same")),
+    "a map of classes": row(lambda: nn.Sequential(*block(3, 4), nn.Conv2d(4, 2, 1))),
+    "linear layers on rows": row(
+        lambda: nn.Sequential(
+            nn.Flatten(2), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Flatten(),
+            nn.Linear(24, 5),
+        )
+    ),
     "linear layers alone": row(
         lambda: nn.Sequential(
             nn.Flatten(), nn.Linear(192, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(),
@@ -299,6 +312,9 @@ REFUSED: dict[str, Row] = {
         ("softmax", "softmax", "attention"),
         ("mean", "other dimensions", "AdaptiveAvgPool2d(1)"),
     ),
+    "probabilities": row(
+        lambda: nn.Sequential(between(), nn.Softmax(1)), ("1", "Softmax", "return logits")
+    ),
     "a layer called twice": row(Twice, ("again", "several times", "a layer of its own")),
     "padded rows": row(
         lambda: Head(lambda x: F.pad(x, (1, 1, 1, 1)).flatten(1), 400),
@@ -328,3 +344,135 @@ def test_what_finn_cannot_take_is_said_by_layer_with_a_repair(
         assert finding.rule.startswith("must ")
         assert got in finding.got
         assert repair in finding.repair
+
+
+# ---------------------------------------------------------------------------------- in FINN itself
+
+
+@dataclass(frozen=True)
+class Built:
+    """What FINN makes of a network, up to layers chosen for an FPGA.
+
+    Args:
+        software: operators outside the hardware, in order.
+        floats: hardware in floating point between the first thresholds and the last layer.
+        difference: from PyTorch's output, over its range.
+    """
+
+    software: tuple[str, ...]
+    floats: tuple[str, ...]
+    difference: float
+
+
+class Endless(Exception):
+    """FINN did not end."""
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    def end(*_: object) -> None:
+        raise Endless(f"{seconds} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def build(qmodel: QuantModel, folder: Path) -> Built:
+    """Go through FINN's front end, whatever our rules say."""
+    from export.finn_runtime import Executor
+    from export.formats import finn
+
+    images = torch.randn(2, *SAMPLE.shape[1:], generator=torch.Generator().manual_seed(1))
+    finn.write(qmodel, folder, sample=SAMPLE, metadata={"schema": SCHEMA})
+    file = folder / finn.FILE
+    with torch.no_grad():
+        expected = qmodel(images)
+    model = finn._front_end(file, graph.load(file), finn.CONVERTED)
+    output = model.graph.output[0].name
+    with environment.finn_environment():
+        found = torch.from_numpy(Executor(model.model, [output])(images.numpy())[output])
+    difference = float(
+        (found.reshape(expected.shape) - expected).abs().max() / np.ptp(expected.numpy())
+    )
+    software = [n.op_type for n in model.graph.node if not n.domain.startswith("finn.custom_op")]
+    floats = _floats(model)
+    with environment.finn_environment() as work:
+        from finn.builder import build_dataflow_steps as steps
+        from finn.builder.build_dataflow_config import DataflowBuildConfig
+
+        settings = DataflowBuildConfig(
+            output_dir=str(work), standalone_thresholds=True, generate_outputs=[],
+            fpga_part="xc7z020clg400-1", synth_clk_period_ns=10.0,
+        )  # fmt: skip
+        for step in (
+            steps.step_create_dataflow_partition, steps.step_minimize_bit_width_initial,
+            steps.step_specialize_layers,
+        ):  # fmt: skip
+            model = step(model, settings)
+    return Built(tuple(software), tuple(floats), difference)
+
+
+def _floats(model: Any) -> list[str]:
+    """Return the hardware that reads floating-point numbers, but for the two ends.
+
+    The mean of a global pooling is one: a sum of codes, times a scale, on its way to thresholds.
+    """
+    nodes = list(model.graph.node)
+    first = next(i for i, n in enumerate(nodes) if n.op_type == "Thresholding")
+    last = max(i for i, n in enumerate(nodes) if n.op_type in ("MVAU", "VVAU"))
+    pooled = set[str]()
+    found = []
+    for node in nodes[first + 1 : last]:
+        before = model.find_producer(node.input[0])
+        if before is not None and (before.op_type == "GlobalAccPool" or before.name in pooled):
+            pooled.add(node.name)
+            continue
+        kinds = [
+            model.get_tensor_datatype(x) for x in node.input if model.get_initializer(x) is None
+        ]
+        if any("FLOAT" in kind.name for kind in kinds):
+            found.append(node.op_type)
+    return found
+
+
+FEW = ("a plain network", "residual with padded channels", "nearest upsampling")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in PASSES]
+)
+def test_finn_takes_it_and_computes_the_same(
+    name: str, network: Callable[..., QuantModel], tmp_path: Path
+) -> None:
+    if environment.missing():
+        pytest.skip("FINN+ is not installed")
+    case = PASSES[name]
+    with at_most(100):
+        built = build(network(case.net(), **case.config).eval(), tmp_path)
+    assert built.floats == ()
+    assert set(built.software) <= {"Transpose", "Flatten", "BatchNormalization", "Mul", "Add"}
+    assert built.difference < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_finn_does_not_take_what_is_refused(
+    name: str, network: Callable[..., QuantModel], tmp_path: Path
+) -> None:
+    if environment.missing():
+        pytest.skip("FINN+ is not installed")
+    from finn.util.exception import FINNUserError
+
+    case = REFUSED[name]
+    try:
+        with at_most(100):
+            built = build(network(case.net(), **case.config).eval(), tmp_path)
+    except (RunError, FINNUserError, Endless):
+        return
+    inside = set(built.software) & {"MatMul", "Conv"}
+    assert built.floats or inside or built.difference > 1e-5
