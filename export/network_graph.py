@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from sdq import act_points
-from sdq.calibration import in_float
 from sdq.errors import RequestError
 from sdq.layers import LayerSpec
 from sdq.learned_scale import ActQuantizer
@@ -136,9 +135,10 @@ def _shapes(qmodel: QuantModel, sample: Tensor) -> dict[fx.Node, tuple[int, ...]
     """Return the shape of every floating-point tensor, by the node that gives it."""
     parameter = next(qmodel.parameters())
     training = qmodel.training
-    watch = _Shapes(qmodel.net)
+    watch = _Shapes(qmodel)
     try:
-        with torch.no_grad(), in_float(qmodel.eval()):
+        qmodel.eval()
+        with torch.no_grad():
             watch.run(sample[:1].to(parameter))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise RequestError(
@@ -151,9 +151,15 @@ def _shapes(qmodel: QuantModel, sample: Tensor) -> dict[fx.Node, tuple[int, ...]
 
 
 class _Shapes(fx.Interpreter):
-    def __init__(self, net: fx.GraphModule) -> None:
-        super().__init__(net)
+    """Notes shapes; activations pass unquantized, for they may not be calibrated."""
+
+    def __init__(self, qmodel: QuantModel) -> None:
+        super().__init__(qmodel.net)
+        self.quantizers = set(qmodel.act_modules())
         self.found: dict[fx.Node, tuple[int, ...]] = {}
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return args[0] if target in self.quantizers else super().call_module(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)

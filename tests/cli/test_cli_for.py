@@ -85,9 +85,7 @@ def gated(sdq, files):
     return run
 
 
-def test_a_network_the_target_cannot_take_is_refused_before_training(
-    sdq, files, tmp_path, gated
-):
+def test_a_network_the_target_cannot_take_is_refused_before_training(sdq, files, tmp_path, gated):
     command = f"quantize --from {files}/gated --data {files}/ok.npz --bits 3 --for finn"
     done = sdq(command, "--out", tmp_path / "run")
     assert done.code == 2
@@ -100,7 +98,8 @@ def test_a_network_the_target_cannot_take_is_refused_before_training(
 def test_check_says_all_at_once(sdq, gated, tmp_path):
     done = sdq(f"export {gated} --format finn --check --json")
     assert done.code == 2
-    assert "SiLU" in done.out and "use nn.ReLU" in done.out
+    assert "SiLU" in done.out
+    assert "use nn.ReLU" in done.out
     document = done.json
     assert (document["format"], document["accepted"]) == ("finn", False)
     assert [finding["layer"] for finding in document["findings"]] == ["2", "3"]
