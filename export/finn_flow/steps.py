@@ -13,6 +13,7 @@ from finn.builder import build_dataflow_steps as default
 from finn.transformation.fpgadataflow.convert_to_hw.elementwise_binary_operation import (
     InferElementwiseBinaryOperation,
 )
+from finn.transformation.fpgadataflow.convert_to_hw.global_acc_pool import InferGlobalAccPoolLayer
 from finn.transformation.fpgadataflow.convert_to_hw.thresholding import InferThresholdingLayer
 from finn.transformation.qonnx.convert_qonnx_to_finn import ConvertQONNXtoFINN
 from finn.transformation.streamline import absorb, reorder
@@ -65,6 +66,12 @@ LAYOUT = (
     RemoveIdentityTranspose, InferDataLayouts,
 )  # fmt: skip
 """Channels come last in hardware: transposes move until two of them meet."""
+
+POOLS = (
+    InferGlobalAccPoolLayer, absorb.AbsorbTransposeIntoMultiThreshold, CollapseRepeatedMul,
+    absorb.AbsorbMulIntoMultiThreshold,
+)  # fmt: skip
+"""A global average becomes a sum, and a factor that the next thresholds absorb."""
 
 UNREACHABLE = np.float32(1e30)
 HARDWARE = "finn.custom_op.fpgadataflow"
@@ -125,6 +132,7 @@ def _shape_of(model: ModelWrapper) -> list[tuple[str, ...]]:
 def step_sdq_convert_to_hw(model: ModelWrapper, cfg: Any) -> ModelWrapper:
     """Turn nodes into hardware layers."""
     origins = {n.name: found for n in model.graph.node if (found := origin(n)) is not None}
+    model = _apply(model, POOLS)
     if cfg.standalone_thresholds:
         model = model.transform(InferThresholdingLayer())
         for node in model.graph.node:
@@ -135,9 +143,34 @@ def step_sdq_convert_to_hw(model: ModelWrapper, cfg: Any) -> ModelWrapper:
     return model.transform(InferElementwiseBinaryOperation())
 
 
-def outside_hardware(model: ModelWrapper) -> list[NodeProto]:
-    """Return the nodes that are no hardware layers, in order."""
-    return [node for node in model.graph.node if not node.domain.startswith(HARDWARE)]
+FRONT_END = (step_sdq_qonnx_to_finn, step_sdq_streamline, step_sdq_convert_to_hw)
+
+
+def left_over(model: ModelWrapper) -> list[NodeProto]:
+    """Return the nodes that should be hardware layers and are not, in order.
+
+    What stands before the first hardware layer or after the last one may stay on the host, if it
+    has no weights and no thresholds.
+    """
+    before, after = set[str](), set[str]()
+    for node in model.graph.node:
+        if node.domain.startswith(HARDWARE) or before.intersection(node.input):
+            before.update(node.output)
+    for node in reversed(model.graph.node):
+        if node.domain.startswith(HARDWARE) or after.intersection(node.output):
+            after.update(node.input)
+    return [
+        node
+        for node in model.graph.node
+        if not node.domain.startswith(HARDWARE)
+        and (
+            node.op_type in COMPUTES
+            or (before.intersection(node.input) and after.intersection(node.output))
+        )
+    ]
+
+
+COMPUTES = ("MatMul", "Conv", "ConvTranspose", "Im2Col", "MultiThreshold", "Quant")
 
 
 def _joins(model: ModelWrapper) -> bool:
