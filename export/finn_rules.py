@@ -66,7 +66,8 @@ def check(qmodel: QuantModel, sample: Tensor) -> tuple[Finding, ...]:
 _RECTIFIERS = ("ReLU", "ReLU6", "relu", "relu6", "clamp", "clamp_min", "clip", "hardtanh",
                "Hardtanh")  # fmt: skip
 _NORMS = ("BatchNorm1d", "BatchNorm2d", "FrozenBatchNorm", "FrozenWhole", "SyncBatchNorm")
-_SUMS = ("add", "iadd", "add_", "sub", "isub", "sub_")
+_SUMS = ("add", "iadd", "add_")
+_DIFFERENCES = ("sub", "isub", "sub_")
 _PRODUCTS = ("mul", "imul", "mul_", "truediv", "div")
 _JOINS = ("cat", "concat")
 _AVERAGES = ("AvgPool2d", "AdaptiveAvgPool2d", "avg_pool2d", "adaptive_avg_pool2d", "mean")
@@ -82,6 +83,7 @@ _REPAIRS = {
         ("Upsample", "UpsamplingBilinear2d", "interpolate"),
         "use mode='nearest', which repeats codes",
     ),
+    **dict.fromkeys(_DIFFERENCES, "add, and let the layer before learn the sign"),
     **dict.fromkeys(("matmul", "bmm", "softmax", "Softmax", "scaled_dot_product_attention"),
                     "FINN has no attention: use convolutions"),
     **dict.fromkeys(("chunk", "split", "permute", "transpose", "roll", "unbind", "stack"),
@@ -174,7 +176,7 @@ class _Walk:
             return Sums(rectified=True)
         if name in _NORMS:
             return self._affine(node, sources[0], "use nn.BatchNorm2d before the ReLU")
-        if name in _SUMS:
+        if name in _SUMS or (name in _DIFFERENCES and len(sources) == 1):
             return self._sum(node, sources)
         if name in _PRODUCTS and len(sources) == 1:
             return self._affine(node, sources[0], "multiply before the ReLU")

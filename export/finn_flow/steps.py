@@ -13,6 +13,7 @@ from finn.builder import build_dataflow_steps as default
 from finn.transformation.fpgadataflow.convert_to_hw.elementwise_binary_operation import (
     InferElementwiseBinaryOperation,
 )
+from finn.transformation.fpgadataflow.convert_to_hw.global_acc_pool import InferGlobalAccPoolLayer
 from finn.transformation.fpgadataflow.convert_to_hw.thresholding import InferThresholdingLayer
 from finn.transformation.fpgadataflow.convert_to_hw.upsample import InferUpsample
 from finn.transformation.qonnx.convert_qonnx_to_finn import ConvertQONNXtoFINN
@@ -22,6 +23,7 @@ from finn.transformation.streamline.collapse_repeated import (
     CollapseRepeatedMul,
 )
 from finn.transformation.streamline.remove import RemoveIdentityTranspose
+from finn.transformation.streamline.round_thresholds import RoundAndClipThresholds
 from onnx import NodeProto
 from qonnx.core.modelwrapper import ModelWrapper
 from qonnx.transformation.base import Transformation
@@ -68,6 +70,12 @@ LAYOUT = (
 )  # fmt: skip
 """Channels come last in hardware: transposes move until two of them meet."""
 
+POOLS = (
+    InferGlobalAccPoolLayer, absorb.AbsorbTransposeIntoMultiThreshold, CollapseRepeatedMul,
+    absorb.AbsorbMulIntoMultiThreshold,
+)  # fmt: skip
+"""A global average becomes a sum, and a factor that the next thresholds absorb."""
+
 UNREACHABLE = np.float32(1e30)
 HARDWARE = "finn.custom_op.fpgadataflow"
 
@@ -89,7 +97,7 @@ def step_sdq_qonnx_to_finn(model: ModelWrapper, cfg: Any) -> ModelWrapper:
 
 def step_sdq_streamline(model: ModelWrapper, cfg: Any) -> ModelWrapper:
     """Absorb scales into thresholds: FINN's recipe, or that for residual networks."""
-    if not _joins(model):
+    if not (_joins(model) or model.get_nodes_by_op_type("Resize")):
         return default.step_streamline(default.step_tidy_up(model, cfg), cfg)
     model = default.step_tidy_up(model, cfg)
     for _ in range(ROUNDS):
@@ -127,6 +135,8 @@ def _shape_of(model: ModelWrapper) -> list[tuple[str, ...]]:
 def step_sdq_convert_to_hw(model: ModelWrapper, cfg: Any) -> ModelWrapper:
     """Turn nodes into hardware layers."""
     origins = {n.name: found for n in model.graph.node if (found := origin(n)) is not None}
+    # a threshold below the codes it is compared with must be a code, or FINN cannot run it
+    model = _apply(model, (*POOLS, RoundAndClipThresholds))
     if cfg.standalone_thresholds:
         model = model.transform(InferThresholdingLayer())
         for node in model.graph.node:
@@ -138,9 +148,34 @@ def step_sdq_convert_to_hw(model: ModelWrapper, cfg: Any) -> ModelWrapper:
     return model.transform(InferElementwiseBinaryOperation())
 
 
-def outside_hardware(model: ModelWrapper) -> list[NodeProto]:
-    """Return the nodes that are no hardware layers, in order."""
-    return [node for node in model.graph.node if not node.domain.startswith(HARDWARE)]
+FRONT_END = (step_sdq_qonnx_to_finn, step_sdq_streamline, step_sdq_convert_to_hw)
+
+
+def left_over(model: ModelWrapper) -> list[NodeProto]:
+    """Return the nodes that should be hardware layers and are not, in order.
+
+    What stands before the first hardware layer or after the last one may stay on the host, if it
+    has no weights and no thresholds.
+    """
+    before, after = set[str](), set[str]()
+    for node in model.graph.node:
+        if node.domain.startswith(HARDWARE) or before.intersection(node.input):
+            before.update(node.output)
+    for node in reversed(model.graph.node):
+        if node.domain.startswith(HARDWARE) or after.intersection(node.output):
+            after.update(node.input)
+    return [
+        node
+        for node in model.graph.node
+        if not node.domain.startswith(HARDWARE)
+        and (
+            node.op_type in COMPUTES
+            or (before.intersection(node.input) and after.intersection(node.output))
+        )
+    ]
+
+
+COMPUTES = ("MatMul", "Conv", "ConvTranspose", "Im2Col", "MultiThreshold", "Quant")
 
 
 def _joins(model: ModelWrapper) -> bool:

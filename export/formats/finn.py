@@ -23,11 +23,11 @@ import torch
 from qonnx.core.modelwrapper import ModelWrapper
 from torch import Tensor
 
-from export import finn_rules, graph
+from export import finn_folder, finn_rules, graph
 from export.finn_flow import environment
 from export.finn_flow.prepare import Origin, origin
 from export.finn_runtime import Executor
-from export.format import Runner, ToolMissing, Trace
+from export.format import Runner, Trace
 from export.formats import qonnx
 from export.operands import attributes
 from export.operators import OPERATORS
@@ -68,6 +68,7 @@ def write(
     """
     model = qonnx.network_graph(qmodel, sample, preprocessing)
     graph.save(qonnx.with_batch(model, 1).model, folder / FILE, metadata)
+    finn_folder.write(folder, metadata)
 
 
 def run(path: Path, inputs: Tensor) -> Tensor:
@@ -82,12 +83,7 @@ def open_runtime(path: Path, runtime: str, *, taps: bool) -> Runner:
         ToolMissing: FINN+ is not installed.
         RunError: FINN fails in the graph, or leaves layers that are not hardware.
     """
-    missing = environment.missing()
-    if missing:
-        raise ToolMissing(
-            f"FINN+ needs packages that are not installed ({', '.join(missing)}); "
-            "run make finn, or see docs/finn.md"
-        )
+    finn_folder.check_installed()
     file = graph.load(path)
     compiled: list[_Compiled] = []
 
@@ -157,7 +153,7 @@ def _front_end(path: Path, file: onnx.ModelProto, runtime: str) -> Any:
     copy = onnx.ModelProto()
     copy.CopyFrom(file)
     model = ModelWrapper(copy)
-    step = "importing FINN+"
+    step, left = "importing FINN+", list[onnx.NodeProto]()
     try:
         with environment.finn_environment() as folder:
             from finn.builder.build_dataflow_config import DataflowBuildConfig
@@ -167,12 +163,37 @@ def _front_end(path: Path, file: onnx.ModelProto, runtime: str) -> Any:
             settings = DataflowBuildConfig(
                 output_dir=str(folder), standalone_thresholds=True, generate_outputs=[]
             )
-            wanted = [steps.step_sdq_qonnx_to_finn, steps.step_sdq_streamline]
-            wanted += [steps.step_sdq_convert_to_hw] if runtime == CONVERTED else []
-            for function in wanted:
+            for function in steps.FRONT_END if runtime == CONVERTED else steps.FRONT_END[:2]:
                 step = function.__name__
                 model = function(model, settings)
+            left = steps.left_over(model) if runtime == CONVERTED else []
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise RunError(f"{path}: FINN+ fails in {step}: {reason}") from error
+    if left:
+        nodes = ", ".join(f"{node.name} ({node.op_type})" for node in left)
+        raise RunError(
+            f"{path}: FINN+ has no hardware for a part of layer {_layer(file, model, left[0])!r}: "
+            f"{nodes}; see docs/finn.md for what it takes"
+        )
     return model
+
+
+def _layer(file: onnx.ModelProto, model: ModelWrapper, node: onnx.NodeProto) -> str:
+    """Return the layer that a node of FINN's graph belongs to, by the quantizer it reads."""
+    found: Origin | None = None
+    while found is None:
+        found = origin(node)
+        producer = model.find_producer(node.input[0])
+        if producer is None:
+            break
+        node = producer
+    if found is None:
+        return graph.layers(file)[0]
+    made = {f"{found.name}.quant"}
+    for later in file.graph.node:
+        if made.intersection(later.input):
+            if later.op_type in graph.MULTIPLIES:
+                return str(later.name.partition("#")[0])
+            made.update(later.output)
+    return found.name

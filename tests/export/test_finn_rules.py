@@ -267,11 +267,13 @@ PASSES: dict[str, Row] = {
     "linear bottlenecks": row(Inverted),
     "concatenation": row(Joined),
     "dense concatenations": row(Dense),
-    "a difference": row(lambda: Head(lambda x: (F.max_pool2d(x, 3, 1, 1) - x).flatten(1), 256)),
     "an added number": row(lambda: between(*block(4, 4, act=None), Plus(0.5), nn.ReLU())),
     "padded average pooling": row(lambda: between(nn.AvgPool2d(3, 1, 1), *block(4, 4))),
     "adaptive average pooling": row(lambda: between(nn.AdaptiveAvgPool2d(2), side=2)),
     "levels without zero": row(conv(), weight_quantizer="dorefa", bit_choices=(3,)),
+    "a decoder without a shortcut": row(
+        lambda: between(nn.MaxPool2d(2), *block(4, 4), nn.Upsample(scale_factor=2), *block(4, 4))
+    ),
     "nearest upsampling": row(lambda: Joined(nn.Upsample(scale_factor=2))),
     "an even kernel, padded on one side": row(conv(kernel=2, padding="same")),
     "a map of classes": row(lambda: nn.Sequential(*block(3, 4), nn.Conv2d(4, 2, 1))),
@@ -360,6 +362,10 @@ REFUSED: dict[str, Row] = {
     "interpolation": row(
         lambda: Joined(nn.Upsample(scale_factor=2, mode="bilinear")),
         ("up", "Upsample", "mode='nearest'"),
+    ),
+    "a difference": row(
+        lambda: Head(lambda x: (F.max_pool2d(x, 3, 1, 1) - x).flatten(1), 256),
+        ("sub", "sub", "learn the sign"),
     ),
     "squeeze and excitation": row(
         Gated, ("sigmoid", "sigmoid", "nn.ReLU"), ("mul", "mul", "squeeze-and-excitation")
