@@ -135,8 +135,7 @@ def _shape_of(model: ModelWrapper) -> list[tuple[str, ...]]:
 def step_sdq_convert_to_hw(model: ModelWrapper, cfg: Any) -> ModelWrapper:
     """Turn nodes into hardware layers."""
     origins = {n.name: found for n in model.graph.node if (found := origin(n)) is not None}
-    # a threshold below the codes it is compared with must be a code, or FINN cannot run it
-    model = _apply(model, (*POOLS, RoundAndClipThresholds))
+    model = _apply(model, POOLS)
     if cfg.standalone_thresholds:
         model = model.transform(InferThresholdingLayer())
         for node in model.graph.node:
@@ -145,7 +144,9 @@ def step_sdq_convert_to_hw(model: ModelWrapper, cfg: Any) -> ModelWrapper:
                 set_origin_(node, found)
     # FINN's own step looks for Upsample, and torch writes Resize
     model = default.step_convert_to_hw(model.transform(InferUpsample()), cfg)
-    return model.transform(InferElementwiseBinaryOperation())
+    model = model.transform(InferElementwiseBinaryOperation())
+    # FINN's Python refuses thresholds below all codes; only hardware layers know their codes' range
+    return _apply(model, (RoundAndClipThresholds,))
 
 
 FRONT_END = (step_sdq_qonnx_to_finn, step_sdq_streamline, step_sdq_convert_to_hw)
