@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from export import graph
 from export.finn_flow import environment
 from export.finn_rules import check
 from export.format import SCHEMA
+from sdq.apply_policy import apply_policy_
 from sdq.errors import RunError
+from sdq.policy import BitwidthPolicy
 from sdq.quant_model import QuantModel
 
 SAMPLE = torch.zeros(1, 3, 8, 8)
@@ -521,6 +523,20 @@ def test_finn_takes_it_and_computes_the_same(
     assert built.floats == ()
     assert set(built.software) <= {"Transpose", "Flatten", "BatchNormalization", "Mul", "Add"}
     assert built.difference < 1e-5
+
+
+@pytest.mark.slow
+def test_channels_with_bits_of_their_own_become_one_weight(
+    network: Callable[..., QuantModel], tmp_path: Path
+) -> None:
+    if environment.missing():
+        pytest.skip("FINN+ is not installed")
+    qmodel = network(conv()(), **DATAPATH).eval()
+    each = {"weight_bits": 8, "channel_bits": (1, 2, 6, 8)}
+    layers = [replace(x, **each) if x.name == "3" else x for x in qmodel.policy]
+    apply_policy_(qmodel, BitwidthPolicy(tuple(layers)))
+    assert check(qmodel, SAMPLE) == ()
+    assert build(qmodel, tmp_path).difference < 1e-5
 
 
 @pytest.mark.slow
