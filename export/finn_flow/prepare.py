@@ -24,6 +24,7 @@ from qonnx.core.datatype import DataType
 from qonnx.core.modelwrapper import ModelWrapper
 
 TAG = "sdq.quantizer"
+FLATTEN = "(flatten)"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Origin:
         name: of the activation quantizer.
         low: its lowest code.
         ceiling: a bound on its input, in its unit; None without one.
-        behind: the nodes of the file, in order, that the quantizer was moved in front of.
+        behind: what the quantizer was moved in front of, in order: names of pooling nodes of the
+            file, or ``FLATTEN``.
     """
 
     name: str
@@ -122,12 +124,16 @@ def _move_quantizer_forward_(model: ModelWrapper, quant: NodeProto) -> bool:
     before = model.find_producer(quant.input[0])
     if before is None or before.op_type not in ("MaxPool", "Flatten", "Reshape"):
         return False
+    flattens = before.op_type != "MaxPool"
+    if flattens and len(model.get_tensor_shape(before.output[0])) != 2:
+        return False
     inputs = {entry.name for entry in model.graph.input}
     if before.input[0] in inputs or len(model.find_consumers(before.output[0])) != 1:
         return False
     found = origin(quant)
     if found is not None:
-        set_origin_(quant, replace(found, behind=(before.name, *found.behind)))
+        name = FLATTEN if flattens else before.name
+        set_origin_(quant, replace(found, behind=(name, *found.behind)))
     middle, output = before.output[0], quant.output[0]
     quant.input[0], quant.output[0] = before.input[0], middle
     before.input[0], before.output[0] = middle, output

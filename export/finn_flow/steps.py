@@ -114,13 +114,16 @@ def step_sdq_streamline(model: ModelWrapper, cfg: Any) -> ModelWrapper:
 
 def _apply(model: ModelWrapper, transformations: Sequence[type[Transformation]]) -> ModelWrapper:
     """Apply transformations in order; in place, where FINN's way copies the graph for each."""
+    changed = False
     for transformation in transformations:
         before = _shape_of(model)
         model = model.transform(transformation(), make_deepcopy=False, cleanup=False)
         if _shape_of(model) != before:
-            model = model.cleanup()
-            for inference in (InferShapes(), InferDataTypes()):
-                model = model.transform(inference, make_deepcopy=False, cleanup=False)
+            changed = True
+            model = model.transform(InferShapes(), make_deepcopy=False, cleanup=False)
+    if changed:
+        model = model.cleanup()
+        model = model.transform(InferDataTypes(), make_deepcopy=False, cleanup=False)
     return model
 
 

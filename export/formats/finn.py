@@ -25,7 +25,7 @@ from torch import Tensor
 
 from export import finn_folder, graph
 from export.finn_flow import environment
-from export.finn_flow.prepare import Origin, origin
+from export.finn_flow.prepare import FLATTEN, Origin, origin
 from export.finn_runtime import Executor
 from export.format import Runner, Trace
 from export.formats import qonnx
@@ -50,6 +50,7 @@ metadata = qonnx.metadata
 bits = qonnx.bits
 quantizers = qonnx.quantizers
 open_exact = qonnx.open_exact
+build = finn_folder.build
 
 
 def write(
@@ -129,8 +130,10 @@ class _Compiled:
         if codes.dim() == 4 and _channels_last(node):
             codes = codes.permute(0, 3, 1, 2)
         for name in note.behind:
-            later = self.nodes[name]
-            codes = OPERATORS[later.op_type](attributes(later), codes)
+            if name == FLATTEN:
+                codes = codes.flatten(1)
+            else:
+                codes = OPERATORS["MaxPool"](attributes(self.nodes[name]), codes)
         return codes.int()
 
 
