@@ -5,7 +5,7 @@ first rewritten (:mod:`prepare`); a threshold is noted to belong to a quantizer 
 thresholds round as PyTorch does, half to even, where FINN's round half up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,8 @@ def step_sdq_convert_to_hw(model: ModelWrapper, cfg: Any) -> ModelWrapper:
     return model.transform(InferElementwiseBinaryOperation())
 
 
-FRONT_END = (step_sdq_qonnx_to_finn, step_sdq_streamline, step_sdq_convert_to_hw)
+Step = Callable[[ModelWrapper, Any], ModelWrapper]
+FRONT_END: tuple[Step, ...] = (step_sdq_qonnx_to_finn, step_sdq_streamline, step_sdq_convert_to_hw)
 
 
 def left_over(model: ModelWrapper) -> list[NodeProto]:
