@@ -6,6 +6,7 @@ steps, ``folding.json`` what the user decides about parallelism.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -48,6 +49,9 @@ examples are built with on these families."""
 
 DEFAULT_TARGET = "pynq_z2"
 DEFAULT_FPS = 100
+
+_ERROR = re.compile(r"(\[[^]]*\] )?(\w*(Error|Exception): |.*FINN.* ERROR: )")
+"""A line that ends a traceback, or that FINN logs when it gives up."""
 
 _SCRIPT = '''"""Builds the accelerator: python build.py --help"""
 
@@ -156,8 +160,9 @@ def build(folder: Path) -> dict[str, Any]:
     reports = folder / REPORTS
     if done.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line for line in lines if "ERROR" in line or "Error" in line]
-        raise RunError(f"{folder}: FINN+ fails: {(errors or lines or ['?'])[-1]:.300}; see {log}")
+        errors = [line for line in lines if _ERROR.match(line)]
+        reason = (errors or lines or ["no output"])[-1]
+        raise RunError(f"{folder}: FINN+ fails: {reason:.300}; see {log}")
     performance, resources, cycles = (
         json.loads((reports / f"estimate_{name}.json").read_text(encoding="utf-8"))
         for name in ("network_performance", "layer_resources", "layer_cycles")

@@ -7,8 +7,8 @@ refuses, or that would leave floating-point layers in the hardware:
 - a ReLU before a signed quantizer makes that an unsigned one of one bit less,
 - a ReLU6 (Clip) becomes a ReLU, and thresholds above its bound cannot be reached,
 - a mean over rows and columns becomes a global average pooling,
-- an average pooling becomes a depthwise convolution with weights of 1 and a division,
-- strided slices and padded channels become a 1x1 convolution with weights of 0 and 1,
+- an average pooling becomes a depthwise convolution with weights of 2 and a division,
+- strided slices and padded channels become a 1x1 convolution with weights of 0 and 2, halved,
 - weights with odd codes, or whose channels differ in bits, get one range that holds all codes,
 - a cast of pixels is taken away: FINN's graphs hold integers in float32.
 """
@@ -24,6 +24,7 @@ from qonnx.core.datatype import DataType
 from qonnx.core.modelwrapper import ModelWrapper
 
 TAG = "sdq.quantizer"
+FLATTEN = "(flatten)"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Origin:
         name: of the activation quantizer.
         low: its lowest code.
         ceiling: a bound on its input, in its unit; None without one.
-        behind: the nodes of the file, in order, that the quantizer was moved in front of.
+        behind: what the quantizer was moved in front of, in order: names of pooling nodes of the
+            file, or ``FLATTEN``.
     """
 
     name: str
@@ -122,12 +124,16 @@ def _move_quantizer_forward_(model: ModelWrapper, quant: NodeProto) -> bool:
     before = model.find_producer(quant.input[0])
     if before is None or before.op_type not in ("MaxPool", "Flatten", "Reshape"):
         return False
+    flattens = before.op_type != "MaxPool"
+    if flattens and len(model.get_tensor_shape(before.output[0])) != 2:
+        return False
     inputs = {entry.name for entry in model.graph.input}
     if before.input[0] in inputs or len(model.find_consumers(before.output[0])) != 1:
         return False
     found = origin(quant)
     if found is not None:
-        set_origin_(quant, replace(found, behind=(before.name, *found.behind)))
+        name = FLATTEN if flattens else before.name
+        set_origin_(quant, replace(found, behind=(name, *found.behind)))
     middle, output = before.output[0], quant.output[0]
     quant.input[0], quant.output[0] = before.input[0], middle
     before.input[0], before.output[0] = middle, output
@@ -231,7 +237,7 @@ def _average_to_conv_(model: ModelWrapper, pool: NodeProto) -> bool:
     channels = shape[1]
     ones = np.ones((channels, 1, *kernel), np.float32)
     weight = _integers(model, f"{pool.name}.weight", ones)
-    size = _constant(model, f"{pool.name}.size", np.asarray(np.prod(kernel), np.float32))
+    size = _constant(model, f"{pool.name}.size", np.asarray(2 * np.prod(kernel), np.float32))
     middle = f"{pool.output[0]}.sum"
     model.set_tensor_shape(middle, model.get_tensor_shape(pool.output[0]))
     conv = helper.make_node(
@@ -244,9 +250,9 @@ def _average_to_conv_(model: ModelWrapper, pool: NodeProto) -> bool:
 
 
 def _integers(model: ModelWrapper, name: str, values: np.ndarray) -> str:
-    """Store weights of 0 and 1; FINN's layers want theirs signed."""
-    model.set_initializer(name, values)
-    model.set_tensor_datatype(name, DataType["INT2"])
+    """Store weights of 0 and 1 doubled: FINN narrows types, and has no layer for binary ones."""
+    model.set_initializer(name, 2 * values)
+    model.set_tensor_datatype(name, DataType["INT3"])
     return name
 
 
@@ -274,12 +280,16 @@ def _subsample_to_conv_(model: ModelWrapper, first: NodeProto) -> bool:
     select[front + np.arange(shape[1]), np.arange(shape[1])] = 1
     same = output[1] == shape[1]
     weight = _integers(model, f"{first.name}.select", select[:, :1] * 0 + 1 if same else select)
+    middle = f"{chain[-1].output[0]}.doubled"
+    model.set_tensor_shape(middle, output)
+    half = _constant(model, f"{first.name}.half", np.asarray(0.5, np.float32))
+    halve = helper.make_node("Mul", [middle, half], list(chain[-1].output), f"{first.name}.halve")
     conv = helper.make_node(
-        "Conv", [first.input[0], weight], list(chain[-1].output), first.name,
+        "Conv", [first.input[0], weight], [middle], first.name,
         group=shape[1] if same else 1, kernel_shape=[1, 1], pads=[0] * 4, strides=strides,
         dilations=[1, 1],
     )  # fmt: skip
-    _replace_(model, chain[-1], [conv])
+    _replace_(model, chain[-1], [conv, halve])
     for node in chain[:-1]:
         model.graph.node.remove(node)
     return True

@@ -5,7 +5,7 @@ first rewritten (:mod:`prepare`); a threshold is noted to belong to a quantizer 
 thresholds round as PyTorch does, half to even, where FINN's round half up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,13 +117,16 @@ def step_sdq_streamline(model: ModelWrapper, cfg: Any) -> ModelWrapper:
 
 def _apply(model: ModelWrapper, transformations: Sequence[type[Transformation]]) -> ModelWrapper:
     """Apply transformations in order; in place, where FINN's way copies the graph for each."""
+    changed = False
     for transformation in transformations:
         before = _shape_of(model)
         model = model.transform(transformation(), make_deepcopy=False, cleanup=False)
         if _shape_of(model) != before:
-            model = model.cleanup()
-            for inference in (InferShapes(), InferDataTypes()):
-                model = model.transform(inference, make_deepcopy=False, cleanup=False)
+            changed = True
+            model = model.transform(InferShapes(), make_deepcopy=False, cleanup=False)
+    if changed:
+        model = model.cleanup()
+        model = model.transform(InferDataTypes(), make_deepcopy=False, cleanup=False)
     return model
 
 
@@ -149,7 +152,8 @@ def step_sdq_convert_to_hw(model: ModelWrapper, cfg: Any) -> ModelWrapper:
     return _apply(model, (RoundAndClipThresholds,))
 
 
-FRONT_END = (step_sdq_qonnx_to_finn, step_sdq_streamline, step_sdq_convert_to_hw)
+Step = Callable[[ModelWrapper, Any], ModelWrapper]
+FRONT_END: tuple[Step, ...] = (step_sdq_qonnx_to_finn, step_sdq_streamline, step_sdq_convert_to_hw)
 
 
 def left_over(model: ModelWrapper) -> list[NodeProto]:

@@ -13,9 +13,10 @@ Source: Blott et al., "FINN-R", TRETS 2018, https://arxiv.org/abs/1809.04570;
 https://github.com/eki-project/finn-plus
 """
 
+import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from export import finn_folder, finn_rules, graph
 from export.finn_flow import environment
-from export.finn_flow.prepare import Origin, origin
+from export.finn_flow.prepare import FLATTEN, Origin, origin
 from export.finn_runtime import Executor
 from export.format import Runner, Trace
 from export.formats import qonnx
@@ -51,6 +52,7 @@ metadata = qonnx.metadata
 bits = qonnx.bits
 quantizers = qonnx.quantizers
 open_exact = qonnx.open_exact
+build = finn_folder.build
 
 
 def write(
@@ -130,8 +132,10 @@ class _Compiled:
         if codes.dim() == 4 and _channels_last(node):
             codes = codes.permute(0, 3, 1, 2)
         for name in note.behind:
-            later = self.nodes[name]
-            codes = OPERATORS[later.op_type](attributes(later), codes)
+            if name == FLATTEN:
+                codes = codes.flatten(1)
+            else:
+                codes = OPERATORS["MaxPool"](attributes(self.nodes[name]), codes)
         return codes.int()
 
 
@@ -148,12 +152,38 @@ def _channels_last(node: onnx.NodeProto) -> bool:
     return node.op_type == "Thresholding" or layout == b"NHWC"
 
 
-def _front_end(path: Path, file: onnx.ModelProto, runtime: str) -> Any:
+def _front_end(path: Path, file: onnx.ModelProto, runtime: str) -> ModelWrapper:
     """Return the graph that FINN makes of a file, up to a stage."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(file)
-    model = ModelWrapper(copy)
-    step, left = "importing FINN+", list[onnx.NodeProto]()
+    try:
+        model = _streamlined(file.SerializeToString())
+        if runtime == STREAMLINED:
+            return model
+        model, left = _transformed(model, slice(2, None))
+    except _StepFails as error:
+        raise RunError(f"{path}: FINN+ fails in {error}") from error
+    if left:
+        nodes = ", ".join(f"{node.name} ({node.op_type})" for node in left)
+        raise RunError(
+            f"{path}: FINN+ has no hardware for a part of layer {_layer(file, model, left[0])!r}: "
+            f"{nodes}; see docs/finn.md for what it takes"
+        )
+    return model
+
+
+@functools.lru_cache(maxsize=1)
+def _streamlined(content: bytes) -> ModelWrapper:
+    """Return the graph after streamlining: what takes longest, and both stages want."""
+    model = ModelWrapper(onnx.load_model_from_string(content))
+    return _transformed(model, slice(2))[0]
+
+
+class _StepFails(Exception):
+    """A step of FINN's raised; the text has the step and the reason."""
+
+
+def _transformed(model: ModelWrapper, which: slice) -> tuple[ModelWrapper, list[onnx.NodeProto]]:
+    """Return what steps of the front end make of a graph, and what is no hardware layer then."""
+    step = "being imported"
     try:
         with environment.finn_environment() as folder:
             from finn.builder.build_dataflow_config import DataflowBuildConfig
@@ -163,20 +193,14 @@ def _front_end(path: Path, file: onnx.ModelProto, runtime: str) -> Any:
             settings = DataflowBuildConfig(
                 output_dir=str(folder), standalone_thresholds=True, generate_outputs=[]
             )
-            for function in steps.FRONT_END if runtime == CONVERTED else steps.FRONT_END[:2]:
+            model = copy.deepcopy(model)
+            for function in steps.FRONT_END[which]:
                 step = function.__name__
                 model = function(model, settings)
-            left = steps.left_over(model) if runtime == CONVERTED else []
+            return model, steps.left_over(model)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RunError(f"{path}: FINN+ fails in {step}: {reason}") from error
-    if left:
-        nodes = ", ".join(f"{node.name} ({node.op_type})" for node in left)
-        raise RunError(
-            f"{path}: FINN+ has no hardware for a part of layer {_layer(file, model, left[0])!r}: "
-            f"{nodes}; see docs/finn.md for what it takes"
-        )
-    return model
+        raise _StepFails(f"{step}: {reason}") from error
 
 
 def _layer(file: onnx.ModelProto, model: ModelWrapper, node: onnx.NodeProto) -> str:

@@ -1,5 +1,6 @@
 """``sdq export``: a run's network as a file for another runtime, checked against PyTorch."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,20 @@ def export_run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export.")
     ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Board that the files are for (finn: pynq_z2, ultra96, zcu102, ...)."),
+    ] = None,
+    fps: Annotated[
+        int | None, typer.Option(min=1, help="Frames a second that the hardware is folded for.")
+    ] = None,
+    build: Annotated[
+        bool,
+        typer.Option(
+            "--build",
+            help="Run the compiler too, as far as its tools are installed; reports land in --out.",
+        ),
+    ] = False,
     data: options.OptionalData = None,
     data_root: options.DataRoot = None,
     json_: options.Json = False,
@@ -57,9 +72,17 @@ def export_run(
 
     Example: `sdq export q --format onnx --verify`
     """
-    plugins.load("export.formats", format_)
-    if check and (verify or out is not None):
-        raise RequestError("--check: must stand without --out and --verify; it writes nothing")
+    plugin = plugins.load("export.formats", format_)
+    if build and not hasattr(plugin, "build"):
+        raise RequestError(
+            f"export: --build must be asked of a format with a compiler, got {format_!r}; "
+            "leave it out"
+        )
+    if check and (build or verify or out is not None):
+        raise RequestError(
+            "--check: must stand without --out, --build and --verify; it writes nothing"
+        )
+    wishes = {"target": target, "fps": fps}
     folder = RunFolder.open(run)
     qmodel = inp.load_quantized(folder)
     if check:
@@ -70,8 +93,11 @@ def export_run(
         inputs = run_inputs(folder, data, str(data_root) if data_root else None)
     out = out or run / "export" / format_.replace("-", "_")
     document = write_and_verify(
-        folder, qmodel, inputs, format_, out, with_preprocessing, samples, overwrite
-    )
+        folder, qmodel, inputs, format_, out, with_preprocessing, samples, overwrite,
+        {key: str(value) for key, value in wishes.items() if value is not None},
+    )  # fmt: skip
+    if build:
+        document["build"] = plugin.build(out)
     if not quiet:
         print(describe(document))
     if json_:
@@ -104,8 +130,12 @@ def write_and_verify(
     with_preprocessing: bool = False,
     samples: int = 500,
     overwrite: bool = False,
+    wishes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write one format and, given data, verify it. Return what both report, as JSON values."""
+    """Write one format and, given data, verify it. Return what both report, as JSON values.
+
+    ``wishes`` are the format's own options; they go into the file's metadata.
+    """
     recorded = folder.read_json("run.json")["data"]
     normalization = Normalization(tuple(recorded["mean"]), tuple(recorded["std"]))
     preprocessing = normalization if with_preprocessing else None
@@ -120,6 +150,7 @@ def write_and_verify(
             "mean": recorded["mean"],
             "std": recorded["std"],
             "run": str(folder.path.name),
+            **(wishes or {}),
         },
         overwrite=overwrite,
     )
@@ -143,4 +174,13 @@ def describe(document: dict[str, Any]) -> str:
     """Return what a person wants to read of an export."""
     written = document["export"]
     lines = [f"{written['path']}  {written['file_bytes']:,} bytes  sha256 {written['sha256'][:12]}"]
-    return "\n".join(lines + document.get("summary", []))
+    return "\n".join(lines + document.get("summary", []) + _describe_build(document))
+
+
+def _describe_build(document: dict[str, Any]) -> list[str]:
+    found = document.get("build")
+    if found is None:
+        return []
+    counts = ", ".join(f"{value:,.0f} {name}" for name, value in found["resources"].items())
+    rate = found["performance"]["estimated_throughput_fps"]
+    return [f"estimated: {counts}; {rate:,.0f} frames a second; reports in {found['reports']}"]

@@ -32,7 +32,7 @@ NAMES = [
     ("evaluate --model mpl --weights w --data {f}/ok.npz", "did you mean 'mlp'?"),
     (f"{TRAIN} --epoch 2", "Did you mean '--epochs'?"),
     (f"{QUANTIZE} --bit 2", "Did you mean one of: '--bits'"),
-    ("export {f}/quantized --format onxn", "did you mean 'onnx'? Known: onnx, qonnx"),
+    ("export {f}/quantized --format onxn", "did you mean 'onnx'? Known: finn, onnx, qonnx"),
     ("cost {f}/quantized --target bitfusion", "did you mean 'bit_fusion'?"),
     (
         f"{SEARCH} --bits 2 --search-method sqd",

@@ -142,4 +142,4 @@ def test_check_of_a_skipped_layer(sdq, files, tmp_path):
 def test_check_writes_nothing_and_says_so(sdq, files, option):
     done = sdq(f"export {files / 'quantized'} --check {option}")
     assert done.code == 2
-    assert "--check: must stand without --out and --verify" in done.err
+    assert "--check: must stand without --out, --build and --verify" in done.err

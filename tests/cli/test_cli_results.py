@@ -42,7 +42,7 @@ def read(path):
         ("models", {"mlp", "resnet20", "vgg_like"}),
         ("datasets", {"synthetic_derm", "dermamnist"}),
         ("methods", {"fedavg", "fca"}),
-        ("formats", {"onnx", "qonnx"}),
+        ("formats", {"finn", "onnx", "qonnx"}),
         ("targets", {"bit_fusion"}),
         ("search_methods", {"sdq", "hessian"}),
     ],

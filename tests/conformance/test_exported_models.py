@@ -67,7 +67,7 @@ def trained(name: str) -> QuantModel:
 )
 def test_every_format_is_verified(name: str, tmp_path: Path) -> None:
     qmodel = trained(name)
-    for format_ in plugins.names("export.formats"):
+    for format_ in set(plugins.names("export.formats")) - {"finn"}:  # it has tests of its own
         export.write(qmodel, tmp_path, format=format_, sample=images(1))
         report = export.verify(qmodel, tmp_path, format=format_, inputs=images())
         assert report.verified, f"{format_}: {report.reason}"
