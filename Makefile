@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow check format clean
+.PHONY: demo finn test slow check format clean
 
 $(VENV)/.engine: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -14,7 +14,17 @@ $(VENV)/.engine: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(install_finn)
 	touch $@ $(VENV)/.engine
+
+# FINN+ pins versions that go with no recent torch; what it needs besides is in the extra.
+define install_finn
+$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[finn]'
+$(BIN)/pip install --quiet --constraint constraints.txt --no-deps finn-plus mip onnx-passes
+endef
+
+finn: $(VENV)/.engine
+	$(install_finn)
 
 demo: $(VENV)/.engine
 	rm -rf runs/demo

@@ -1,20 +1,26 @@
 """Files that leave PyTorch, and the proof that they compute what PyTorch computed.
 
-:func:`write` puts a quantized network into a file, :func:`verify` reads the file back and compares
-it with the network, code by code. A format is one module in ``export/formats``; importing this
-package imports no ONNX.
+:func:`prepare` says how a network must be quantized for what will run it, and :func:`check` what
+stands against that. :func:`write` puts a quantized network into a file, :func:`verify` reads the
+file back and compares it with the network, code by code. A format is one module in
+``export/formats``; importing this package imports no ONNX.
 """
 
-from export.format import ExportResult, Format, QuantizerInFile, Trace, write
+from export.findings import Finding
+from export.format import ExportResult, Format, QuantizerInFile, Trace, check, write
+from export.preparation import prepare
 from export.report import VerifyReport
 from export.verify import verify
 
 __all__ = [
     "ExportResult",
+    "Finding",
     "Format",
     "QuantizerInFile",
     "Trace",
     "VerifyReport",
+    "check",
+    "prepare",
     "verify",
     "write",
 ]

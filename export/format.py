@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
+from export.findings import Finding, refuse
 from sdq import plugins
 from sdq.batches import Normalization
 from sdq.checkpoint import write_bytes_atomically
@@ -87,6 +88,16 @@ class Format(Protocol):
     RUNTIMES: tuple[str, ...]
     REWRITES: tuple[str, ...]
     ADVICE: Mapping[str, str]
+
+    def check(self, qmodel: QuantModel, sample: Tensor) -> tuple[Finding, ...]:
+        """Return what the format, or the tool that reads it, cannot take in a network.
+
+        Asked before anything is written, also where that tool is not installed.
+
+        Args:
+            qmodel: need not be calibrated.
+            sample: ``(N, C, H, W)``, for shapes only.
+        """
 
     def write(
         self,
@@ -190,6 +201,21 @@ def _name(plugin: Format) -> str:
     return str(getattr(plugin, "__name__", "")).rpartition(".")[2].replace("_", "-")
 
 
+def check(qmodel: QuantModel, *, format: "str | Format", sample: Tensor) -> tuple[Finding, ...]:
+    """Return what stands against writing a network in a format; empty if nothing does.
+
+    Args:
+        qmodel: need not be calibrated.
+        format: a plugin name of ``export.formats``, or such a module.
+        sample: an input ``(N, C, H, W)``, for shapes only.
+
+    Raises:
+        RequestError: no such format.
+    """
+    _, plugin = load_format(format)
+    return plugin.check(qmodel, sample)
+
+
 def expected_bits(qmodel: QuantModel) -> dict[str, Bits]:
     """Return the bits a file of this network must have: of the policy, and of its activations."""
     weights = {bits.name: _expected(bits) for bits in qmodel.policy}
@@ -231,9 +257,9 @@ def write(
         opset: of ONNX; None: what the format prefers.
 
     Raises:
-        RequestError: the network is not calibrated or still being searched, the sample does not
-            fit, the file exists already, the format does not have the opset, or a metadata key is
-            the file's own.
+        RequestError: the network is not calibrated or still being searched, the format cannot take
+            it (all findings in one message), the sample does not fit, the file exists already, the
+            format does not have the opset, or a metadata key is the file's own.
         RunError: the exporter failed, or the file's bitwidths are not the policy's.
         OSError: the folder cannot be written, or the disk is full.
     """
@@ -241,6 +267,7 @@ def write(
     options = _options(name, plugin, opset)
     texts = _texts(qmodel, name, preprocessing, metadata or {})
     _check_network(qmodel)
+    refuse(name, plugin.check(qmodel, sample))
     folder = Path(folder)
     target = folder / plugin.FILE
     if target.exists() and not overwrite:

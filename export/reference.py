@@ -81,11 +81,10 @@ class Reference:
         """Return input scale times the smallest weight scale of the last layer, if it has both."""
         name = self.single.policy.layers[-1].name
         weight = self.weight(name)
-        graph = self.single.net.graph
-        inputs = [n.args[0] for n in graph.nodes if n.op == "call_module" and n.target == name]
-        source = self.single.act_quantizers().get(str(getattr(inputs[-1], "target", "")))
-        if weight is None or source is None:
+        path = self.single.input_quantizer(name)
+        if weight is None or path is None:
             return None
+        source = self.single.act_quantizers()[path]
         return float(source.scale.detach()) * float(weight[1].min())
 
 

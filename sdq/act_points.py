@@ -2,7 +2,9 @@
 
 Integer hardware adds and concatenates codes, so the operands must mean the same by a code: they
 have one scale. A product's scale is the product of its operands', which may differ. An average or
-an interpolation leaves the codes' grid and is brought back to one.
+an interpolation takes codes, leaves their grid and is brought back to one. A maximum pooling, a
+flattening, a repetition of pixels passes codes on: what they read is quantized, and not what they
+give, which would be the same numbers.
 """
 
 import operator
@@ -24,6 +26,14 @@ _LEAVES_THE_GRID = {
 }  # fmt: skip
 _MODULES_THAT_LEAVE = (
     nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.Upsample,
+)  # fmt: skip
+_PASSES_ON = {
+    F.max_pool1d, F.max_pool2d, torch.flatten, torch.squeeze, torch.unsqueeze, "flatten", "view",
+    "reshape", "squeeze", "unsqueeze", "contiguous",
+}  # fmt: skip
+_MODULES_THAT_PASS_ON = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d,
+    nn.Dropout2d,
 )  # fmt: skip
 
 
@@ -60,10 +70,12 @@ def act_groups(
     for node in net.graph.nodes:
         if node.op == "call_module" and node.target in layers:
             source = node.args[0] if node.args else node.kwargs["input"]
+            source = _maker(net, source) if integer_datapath else source
             readers.setdefault(source, []).append(str(node.target))
     together: dict[fx.Node, fx.Node] = {source: source for source in readers}
     if integer_datapath:
-        for nodes in _stored(net, _float_tensors(net, sample)):
+        for stored in _stored(net, _float_tensors(net, sample)):
+            nodes = [_maker(net, node) for node in stored]
             for node in nodes:
                 together.setdefault(node, node)
                 together[_root(together, node)] = _root(together, nodes[0])
@@ -83,17 +95,46 @@ def _root(together: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
     return node
 
 
+def _maker(net: nn.Module, node: fx.Node) -> fx.Node:
+    """Return the node that made the values a node has; the node itself if that is the input.
+
+    What is done to the network's input before it is quantized stays outside the integer part.
+    """
+    source = node
+    while passes_on(net, source):
+        source = source.all_input_nodes[0]
+    return node if source.op == "placeholder" else source
+
+
+def passes_on(net: nn.Module, node: fx.Node) -> bool:
+    """Tell whether a node's values are its input's, or some of them, once training is over."""
+    if node.op == "call_module":
+        module = net.get_submodule(str(node.target))
+        return isinstance(module, _MODULES_THAT_PASS_ON) or _repeats_pixels(module)
+    if node.target is F.interpolate:
+        return (node.args[3] if len(node.args) > 3 else node.kwargs.get("mode")) in (
+            None, "nearest"
+        )  # fmt: skip
+    return node.op in ("call_function", "call_method") and node.target in _PASSES_ON
+
+
+def _repeats_pixels(module: nn.Module) -> bool:
+    return isinstance(module, nn.Upsample) and module.mode == "nearest"
+
+
 def _stored(net: fx.GraphModule, tensors: set[fx.Node]) -> Iterator[list[fx.Node]]:
     """Yield tensors that need a scale, each time those that need the same."""
     for node in net.graph.nodes:
         if node not in tensors:
             continue
+        if passes_on(net, node):
+            continue
         operands = [source for source in node.all_input_nodes if source in tensors]
         if node.op == "call_module":
             if isinstance(net.get_submodule(str(node.target)), _MODULES_THAT_LEAVE):
-                yield [node]
+                yield from ([stored] for stored in (*operands, node))
         elif node.target in _LEAVES_THE_GRID:
-            yield [node]
+            yield from ([stored] for stored in (*operands, node))
         elif node.target in _TOGETHER and operands:
             cat = node.target in (torch.cat, torch.concat, torch.stack)
             yield [*operands, node] if cat else operands

@@ -27,7 +27,8 @@ class Config(BaseModel):
 
     def replaced(self, **fields: Any) -> Self:
         """Return a copy with these fields changed, checked again."""
-        return type(self)(**{**self.model_dump(), **fields})
+        # what nobody set stays so: export.prepare asks which fields somebody chose
+        return type(self)(**{**self.model_dump(exclude_unset=True), **fields})
 
 
 def _sentence(where: str, error: ValidationError) -> str:
@@ -75,7 +76,8 @@ class QuantConfig(Config):
             there is one, and frozen elsewhere (``fold``).
         integer_datapath: quantize also what integer hardware holds between layers: the operands of
             an addition or a concatenation, with one scale for all of them, those of a product, and
-            what averaging and upsampling give. Else only what enters a layer is quantized.
+            what averaging and interpolating upsampling take and give. What a maximum pooling or a
+            flattening reads is quantized before it. Else only what enters a layer is quantized.
         integer_bias: round biases to whole multiples of the input's scale times the weight's, as
             integer kernels hold them.
         weight_scale: one scale a tensor, or one an output channel.

@@ -5,7 +5,7 @@ tensor that enters one is quantized once, where it is made, and whoever else rea
 addition, say) reads the quantized tensor. Batch normalisation stays as it is.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -135,6 +135,26 @@ class QuantModel(nn.Module):
         module: Any = self.net.get_submodule(str(node.target))
         return module.act_quant.fused_activation_quant_proxy
 
+    def _readers(self, node: fx.Node) -> Iterator[str]:
+        """Yield the modules that read a tensor, also behind what only passes it on."""
+        for user in node.users:
+            if user.op == "call_module":
+                yield str(user.target)
+            if act_points.passes_on(self.net, user):
+                yield from self._readers(user)
+
+    def input_quantizer(self, name: str) -> str | None:
+        """Return the path of the activation quantizer whose codes a layer reads, if there is one.
+
+        Of a layer that is called several times, the last call counts.
+        """
+        calls = [n for n in self.net.graph.nodes if n.op == "call_module" and n.target == name]
+        source = calls[-1].all_input_nodes[0]
+        while act_points.passes_on(self.net, source):
+            source = source.all_input_nodes[0]
+        found = source.op == "call_module" and source in self._act_nodes()
+        return str(source.target) if found else None
+
     def choices(self, layer: int) -> tuple[int, ...]:
         """Return the candidate weight bitwidths of a layer, by index."""
         name = self.policy.layers[layer].name
@@ -156,7 +176,7 @@ class QuantModel(nn.Module):
         for node in self._act_nodes():
             path = first.setdefault(id(self._act_proxy(node).tensor_quant), str(node.target))
             found = readers.setdefault(path, [])
-            found += [str(user.target) for user in node.users if user.target in names]
+            found += [name for name in self._readers(node) if name in names]
             if any(source.op == "placeholder" for source in node.all_input_nodes):
                 fixed.add(path)
         return {

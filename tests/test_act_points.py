@@ -97,19 +97,33 @@ class Chained(nn.Module):
         return self.head(x)
 
 
+class Upsampled(nn.Module):
+    """The first upsampling mixes pixels, the second repeats them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1)
+        self.upsample = nn.Upsample(scale_factor=2, mode="bilinear")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.upsample(F.relu(self.a(x))).amax((2, 3), keepdim=True)
+        return self.c(F.interpolate(F.relu(x), scale_factor=2)).flatten(1)
+
+
 DATAPATHS: dict[str, tuple[Callable[[], nn.Module], list[set[str]]]] = {
     "residual": (
         Residual,
-        [{"a_input"}, {"b_input", "b_output"}, {"c_input"}, {"head.linear_input"}],
+        [{"a_input"}, {"b_input", "b_output"}, {"c_input"}, {"c_output"}, {"head.linear_input"}],
     ),
     "squeeze and excitation": (
         Excited,
         [{"a_input"}, {"relu_output"}, {"down_input"}, {"up_input"}, {"sigmoid_output"},
-         {"last_input"}, {"mean_output"}],
+         {"last_input"}, {"last_output"}, {"mean_output"}],
     ),
     "concatenation": (
         Concatenated,
-        [{"a_input"}, {"relu_output", "tanh_output", "c_input"}, {"head.linear_input"}],
+        [{"a_input"}, {"relu_output", "tanh_output", "c_input"}, {"relu_1_output"},
+         {"head.linear_input"}],
     ),
     "chain of concatenations": (
         Chained,
@@ -123,8 +137,18 @@ DATAPATHS: dict[str, tuple[Callable[[], nn.Module], list[set[str]]]] = {
             nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AvgPool2d(2), nn.MaxPool2d(2), nn.Conv2d(8, 8, 1),
             Head(),
         ),
-        # what is averaged is stored, and so is what the layer reads
-        [{"0_input"}, {"_2_output"}, {"4_input"}, {"5.linear_input"}],
+        # what is averaged is stored; the maximum of the averages has their codes
+        [{"0_input"}, {"_1_output"}, {"4_input"}, {"_4_output"}, {"5.linear_input"}],
+    ),
+    "maximum pool and flattening": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(), nn.Flatten(),
+            nn.Linear(200, 5),
+        ),
+        [{"0_input"}, {"5_input"}],
+    ),
+    "nearest and linear upsampling": (
+        Upsampled, [{"a_input"}, {"relu_output"}, {"upsample_output"}, {"c_input"}]
     ),
 }  # fmt: skip
 
@@ -147,6 +171,36 @@ def test_what_hardware_adds_or_joins_has_one_scale(
     assert scales(qmodel) == expected
     plain = quantized(seeded(make))
     assert all(path.endswith("_input") for path in plain.act_quantizers())
+
+
+@pytest.mark.parametrize("name", ["maximum pool and flattening", "average pool"])
+def test_what_passes_codes_on_may_stand_behind_the_quantizer(
+    name: str, images: Callable[[], Tensor], seeded: Callable[..., nn.Module],
+    quantized: Callable[..., QuantModel],
+) -> None:  # fmt: skip
+    make, _ = DATAPATHS[name]
+    qmodel = quantized(seeded(make), integer_datapath=True).eval()
+    quantizer = qmodel.act_quantizers()[qmodel.input_quantizer("5" if "max" in name else "4")]
+    seen: list[Tensor] = []
+    layer = qmodel.layer("5" if "max" in name else "4")
+    layer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        qmodel(images())
+    codes = seen[0] / quantizer.scale.detach()
+    assert (codes - codes.round()).abs().max() < 1e-4
+    assert codes.unique().numel() > 4
+
+
+def test_a_layer_behind_a_pool_is_known_to_read_the_quantizer(
+    quantized: Callable[..., QuantModel],
+) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 1), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 5),
+    )  # fmt: skip
+    qmodel = quantized(net, integer_datapath=True, act_choices=(2, 4))
+    assert qmodel.searched_acts() == {"3_input": ("3",)}
+    assert [qmodel.input_quantizer(name) for name in "037"] == ["0_input", "3_input", "7_input"]
 
 
 def test_a_shared_scale_is_calibrated_on_all_that_share_it(

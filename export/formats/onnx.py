@@ -31,11 +31,12 @@ from onnx import helper
 from torch import Tensor
 
 from export import channels, graph, qdq
+from export.findings import Finding
 from export.float64 import Interpreter
 from export.format import Bits, QuantizerInFile, Runner, Trace
 from export.tracing import OPSET, trace
 from sdq.batches import Normalization
-from sdq.errors import RequestError, RunError
+from sdq.errors import RunError
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 
@@ -61,6 +62,20 @@ _LEVELS = {
 }
 
 
+def check(qmodel: QuantModel, sample: Tensor) -> tuple[Finding, ...]:
+    """Return the activations of more than 8 bits: QuantizeLinear has them from opset 21 on, and
+    there are no integer kernels to gain.
+    """
+    return tuple(
+        Finding(
+            name, "must have at most 8 bits in onnx, or 32 for float",
+            f"{quantizer.bits}", "--act-bits 8, or --format qonnx",
+        )
+        for name, quantizer in qmodel.act_quantizers().items()
+        if quantizer.bits > 8
+    )  # fmt: skip
+
+
 def write(
     qmodel: QuantModel,
     folder: Path,
@@ -73,7 +88,6 @@ def write(
     """Write the network; see :func:`export.write` for the arguments.
 
     Raises:
-        RequestError: activations of more than 8 bits.
         RunError: the exporter failed, or its graph is not valid ONNX.
     """
     save(graph_of(qmodel, sample, preprocessing, opset), folder / FILE, metadata)
@@ -85,15 +99,8 @@ def graph_of(
     """Return the graph that :func:`write` writes.
 
     Raises:
-        RequestError: activations of more than 8 bits.
         RunError: the exporter failed.
     """
-    for name, quantizer in qmodel.act_quantizers().items():
-        if quantizer.bits > 8:  # in 16 bits QuantizeLinear has opset 21, and no integer kernels
-            raise RequestError(
-                f"export: {name}: bits of activations in the onnx format must be at most 8, or "
-                f"32 for float, got {quantizer.bits}; use the format qonnx, or other bits"
-            )
     model = trace(qmodel, "qcdq", sample, opset)
     qdq.to_unsigned_(model)
     qdq.quantize_before_relu_(model)

@@ -27,6 +27,7 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from export import channels, graph
+from export.findings import Finding
 from export.float64 import Interpreter, fold_constants_
 from export.format import Bits, QuantizerInFile, Runner, Trace
 from export.tracing import trace
@@ -54,6 +55,11 @@ _QUANTIZERS = ("Quant", "BipolarQuant")
 _MAKERS = (*_QUANTIZERS, *channels.JOINS)
 
 
+def check(qmodel: QuantModel, sample: Tensor) -> tuple[Finding, ...]:
+    """Return nothing: whatever can be quantized can be written."""
+    return ()
+
+
 def write(
     qmodel: QuantModel,
     folder: Path,
@@ -67,10 +73,21 @@ def write(
     Raises:
         RunError: the exporter failed.
     """
+    graph.save(network_graph(qmodel, sample, preprocessing), folder / FILE, metadata)
+
+
+def network_graph(
+    qmodel: QuantModel, sample: Tensor, preprocessing: Normalization | None
+) -> onnx.ModelProto:
+    """Return a network as a QONNX graph with a free batch size.
+
+    Raises:
+        RunError: the exporter failed.
+    """
     model = trace(qmodel, "qonnx", sample)
     if preprocessing is not None:
         graph.prepend_preprocessing_(model, preprocessing)
-    graph.save(_cleaned(model), folder / FILE, metadata)
+    return _cleaned(model)
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -126,13 +143,13 @@ def open_runtime(path: Path, runtime: str, *, taps: bool) -> Runner:
         RunError: the executor fails in the file.
     """
     file = graph.load(path)
-    tensors = _taps(file) if taps else {}
+    tensors = tapped_tensors(file) if taps else {}
     fixed: dict[int, ModelWrapper] = {}
 
     def once(inputs: Tensor) -> Trace:
         try:
             if len(inputs) not in fixed:
-                fixed[len(inputs)] = _with_batch(file, len(inputs))
+                fixed[len(inputs)] = with_batch(file, len(inputs))
             feed = {file.graph.input[0].name: inputs.numpy()}
             context = execute_onnx(fixed[len(inputs)], feed, return_full_exec_context=True)
         except Exception as error:
@@ -149,7 +166,7 @@ def open_runtime(path: Path, runtime: str, *, taps: bool) -> Runner:
 def open_exact(path: Path) -> Runner:
     """Return a runner in float64."""
     model = graph.load(path)
-    tensors = _taps(model)
+    tensors = tapped_tensors(model)
     interpreter = Interpreter(model)
 
     def once(inputs: Tensor) -> Trace:
@@ -182,7 +199,8 @@ def _cleaned(model: onnx.ModelProto) -> onnx.ModelProto:
     return cleaned
 
 
-def _with_batch(file: onnx.ModelProto, size: int) -> ModelWrapper:
+def with_batch(file: onnx.ModelProto, size: int) -> ModelWrapper:
+    """Return a copy of a graph with a fixed batch size, and with the shape of every tensor."""
     model = onnx.ModelProto()
     model.CopyFrom(file)
     for entry in [*model.graph.input, *model.graph.output]:
@@ -262,7 +280,7 @@ def _act_quantizers(model: onnx.ModelProto, values: dict[str, np.ndarray]) -> li
     return [n for n in model.graph.node if n.op_type == "Quant" and n.input[0] not in values]
 
 
-def _taps(model: onnx.ModelProto) -> dict[str, tuple[str, Tensor]]:
+def tapped_tensors(model: onnx.ModelProto) -> dict[str, tuple[str, Tensor]]:
     """Return the output of each activation quantizer, and its scale."""
     values = graph.constants(model)
     return {

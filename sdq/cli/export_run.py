@@ -1,6 +1,7 @@
 """``sdq export``: a run's network as a file for another runtime, checked against PyTorch."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +14,8 @@ from sdq.batches import Normalization
 from sdq.cli import inputs as inp
 from sdq.cli import options
 from sdq.cli.evaluate import run_inputs
-from sdq.cli.progress import show_json
-from sdq.errors import RunError
+from sdq.cli.progress import show_json, show_table
+from sdq.errors import RequestError, RunError
 from sdq.quant_model import QuantModel
 from sdq.run_folder import RunFolder
 
@@ -27,6 +28,12 @@ def export_run(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write; default RUN/export/FORMAT.")
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Write nothing; say what the format cannot take, and what to do."
+        ),
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run the file and compare it with PyTorch.")
     ] = False,
@@ -44,6 +51,20 @@ def export_run(
     opset: Annotated[
         int | None, typer.Option(help="Of ONNX; default: what the format prefers.")
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Board that the files are for (finn: pynq_z2, ultra96, zcu102, ...)."),
+    ] = None,
+    fps: Annotated[
+        int | None, typer.Option(min=1, help="Frames a second that the hardware is folded for.")
+    ] = None,
+    build: Annotated[
+        bool,
+        typer.Option(
+            "--build",
+            help="Run the compiler too, as far as its tools are installed; reports land in --out.",
+        ),
+    ] = False,
     data: options.OptionalData = None,
     data_root: options.DataRoot = None,
     json_: options.Json = False,
@@ -51,24 +72,57 @@ def export_run(
 ) -> None:
     """Write a run's network in a file format; with --verify, prove that it computes the same.
 
+    With --check it only says what the format cannot take, all at once; exit code 2 if there is any.
+
     Example: `sdq export q --format onnx --verify`
     """
-    plugins.load("export.formats", format_)
+    plugin = plugins.load("export.formats", format_)
+    if build and not hasattr(plugin, "build"):
+        raise RequestError(
+            f"export: --build must be asked of a format with a compiler, got {format_!r}; "
+            "leave it out"
+        )
+    if check and (build or verify or out is not None):
+        raise RequestError(
+            "--check: must stand without --out, --build and --verify; it writes nothing"
+        )
+    wishes = {"target": target, "fps": fps}
     folder = RunFolder.open(run)
     qmodel = inp.load_quantized(folder)
+    if check:
+        accepted = check_run(folder, qmodel, format_, quiet=quiet, json_=json_)
+        raise typer.Exit(0 if accepted else 2)
     inputs = None
     if verify:  # open the data first: a wrong --data-root must not leave a file behind
         inputs = run_inputs(folder, data, str(data_root) if data_root else None)
     out = out or run / "export" / format_.replace("-", "_")
     document = write_and_verify(
-        folder, qmodel, inputs, format_, out, with_preprocessing, samples, overwrite, opset
-    )
+        folder, qmodel, inputs, format_, out, with_preprocessing, samples, overwrite, opset,
+        {key: str(value) for key, value in wishes.items() if value is not None},
+    )  # fmt: skip
+    if build:
+        document["build"] = plugin.build(out)
     if not quiet:
         print(describe(document))
     if json_:
         show_json(document)
     if document.get("verification", {}).get("verified") is False:
         raise RunError(f"{out}: the file does not compute what PyTorch computes; see above")
+
+
+def check_run(
+    folder: RunFolder, qmodel: QuantModel, format_: str, *, quiet: bool, json_: bool
+) -> bool:
+    """Print what a format cannot take in a run's network; return whether it takes it."""
+    sample = torch.zeros(1, *folder.read_json("run.json")["data"]["image_shape"])
+    findings = [f.to_json() for f in export.check(qmodel, format=format_, sample=sample)]
+    if findings:
+        show_table(f"{format_} cannot take {folder.path}", findings, quiet=quiet)
+    elif not quiet:
+        print(f"{format_} takes {folder.path} as it is")
+    if json_:
+        show_json({"format": format_, "accepted": not findings, "findings": findings})
+    return not findings
 
 
 def write_and_verify(
@@ -81,8 +135,12 @@ def write_and_verify(
     samples: int = 500,
     overwrite: bool = False,
     opset: int | None = None,
+    wishes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write one format and, given data, verify it. Return what both report, as JSON values."""
+    """Write one format and, given data, verify it. Return what both report, as JSON values.
+
+    ``wishes`` are the format's own options; they go into the file's metadata.
+    """
     recorded = folder.read_json("run.json")["data"]
     normalization = Normalization(tuple(recorded["mean"]), tuple(recorded["std"]))
     preprocessing = normalization if with_preprocessing else None
@@ -98,6 +156,7 @@ def write_and_verify(
             "std": recorded["std"],
             "run": str(folder.path.name),
             "run_sha256": _sha256(folder.path / "model.safetensors"),
+            **(wishes or {}),
         },
         overwrite=overwrite,
         opset=opset,
@@ -134,4 +193,13 @@ def describe(document: dict[str, Any]) -> str:
         f"{written['path']}  {written['file_bytes']:,} bytes  sha256 {written['sha256'][:12]}",
         weights,
     ]
-    return "\n".join(lines + document.get("summary", []))
+    return "\n".join(lines + document.get("summary", []) + _describe_build(document))
+
+
+def _describe_build(document: dict[str, Any]) -> list[str]:
+    found = document.get("build")
+    if found is None:
+        return []
+    counts = ", ".join(f"{value:,.0f} {name}" for name, value in found["resources"].items())
+    rate = found["performance"]["estimated_throughput_fps"]
+    return [f"estimated: {counts}; {rate:,.0f} frames a second; reports in {found['reports']}"]

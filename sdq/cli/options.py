@@ -163,7 +163,15 @@ IntegerDatapath = Annotated[
     typer.Option(
         "--integer-datapath",
         help="Quantize also the operands of additions (one scale), concatenations and products, "
-        "and what averaging and upsampling give.",
+        "and what averaging and upsampling take and give.",
+    ),
+]
+For = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        help="Quantize so that finn, hls4ml or onnxruntime takes the network: sets what matters to "
+        "it, refuses what contradicts it.",
     ),
 ]
 IntegerBias = Annotated[

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import export
+from export.preparation import check_granularity
 from sdq import config, plugins
 from sdq.cli import options
 from sdq.cli.device import DeviceRequest, on_target
@@ -33,6 +35,8 @@ class Plan:
     """Of phase 2, if it is not the float network."""
     ptq: PtqConfig | None = None
     """Quantization after training, in place of phase 2."""
+    prepared_for: str | None = None
+    """What is to run the network, if that was said."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what is asked, for ``run.json``."""
@@ -46,6 +50,7 @@ class Plan:
             "policy": self.given_policy,
             "teacher": vars(self.teacher) if self.teacher else None,
             "ptq": self.ptq.model_dump() if self.ptq else None,
+            "for": self.prepared_for,
         }
 
 
@@ -114,11 +119,13 @@ def make_quantization(
     weight_scale: config.ScaleGranularity,
     scale: config.ScaleKind,
     weight_quantizer: config.WeightQuantizerKind,
+    prepared_for: str | None,
 ) -> tuple[QuantConfig, Limits]:
     """Return how the network is quantized, with what that adds to the limits.
 
     Raises:
-        RequestError: a value out of range, or bits that the target has not.
+        RequestError: a value out of range, bits that the target has not, or an option that
+            contradicts what the network is prepared for.
     """
     pins = []
     for pattern, value in options.rules(pin, "--pin"):
@@ -147,11 +154,26 @@ def make_quantization(
         weight_quantizer=weight_quantizer,
     )
     quant = file.changed("quant", quant)
+    if prepared_for is not None:
+        quant = prepared(quant, prepared_for, file)
     if limits.device.target is not None:
         quant = on_target(quant, limits.device.target)
     if quant.act_choices is not None:  # where they are learned, --act-bits is what they may cost
         limits = replace(limits, avg_act_bits=float(quant.act_bits))
     return quant, limits
+
+
+def prepared(quant: QuantConfig, name: str, file: "ConfigFile") -> QuantConfig:
+    """Return the configuration as ``--for`` wants it, where nobody chose otherwise.
+
+    Raises:
+        RequestError: an unknown name, or an option or a field of the file that contradicts it.
+    """
+    in_file = file.sections.get("quant", {})
+    asked = {field: option for field, option in FIELDS["quant"].items() if options.given(option)}
+    names = {field: f"--{option.replace('_', '-')}" for field, option in FIELDS["quant"].items()}
+    names |= {field: f"--config: quant.{field}" for field in in_file}
+    return export.prepare(name, quant, chosen={*asked, *in_file}, options=names)
 
 
 def make_plan(
@@ -164,14 +186,17 @@ def make_plan(
     policy: Path | None = None,
     teacher: TeacherRequest | None = None,
     ptq: PtqConfig | None = None,
+    prepared_for: str | None = None,
 ) -> Plan:
     """Check the options of a run and gather them.
 
     Raises:
-        RequestError: no budget (or a budget and a policy), a latency for single channels, or an
-            unknown method.
+        RequestError: no budget (or a budget and a policy), a latency for single channels, bits of
+            single channels for what cannot have them, or an unknown method.
     """
     plugins.load("sdq.search_methods", search_method)
+    if prepared_for is not None:
+        check_granularity(prepared_for, search.granularity)
     if limits.device.given and search.granularity == "channel":
         raise RequestError(
             "--latency-ms: must stand with --granularity layer, block or network, got channel: a "
@@ -185,7 +210,9 @@ def make_plan(
     given = str(policy) if policy is not None else None
     held = limits if policy is None else None
     target = limits.device.target
-    return Plan(quant, held, search_method, search, train, given, target, teacher, ptq)
+    return Plan(
+        quant, held, search_method, search, train, given, target, teacher, ptq, prepared_for
+    )
 
 
 FIELDS: dict[str, dict[str, str]] = {

@@ -9,6 +9,7 @@ import typer
 from torch import nn
 
 import hw
+from export.preparation import check_prepared
 from sdq.apply_policy import apply_policy_
 from sdq.calibration import calibrate_
 from sdq.cli import inputs as inp
@@ -112,7 +113,10 @@ def find_policy(
 
 
 def prepare(source: Source, plan: Plan) -> QuantModel:
-    """Quantize and calibrate the source's network, and check that the budget can be met."""
+    """Quantize and calibrate the source's network, and check that the budget can be met.
+
+    What it is prepared for must be able to take it.
+    """
     network, inputs = source.network, source.inputs
     inp.check_logits(network, inputs.sample, len(inputs.splits.class_names))
     qmodel = quantize_model(network, plan.quant, sample=inputs.sample)
@@ -120,6 +124,8 @@ def prepare(source: Source, plan: Plan) -> QuantModel:
         legal = layers_on_target(qmodel, plan.target)
         if legal != plan.quant:
             qmodel = quantize_model(network, legal, sample=inputs.sample)
+    if plan.prepared_for is not None:  # before hours of training, not after
+        check_prepared(plan.prepared_for, qmodel, inputs.sample)
     if plan.limits is not None:
         space = SearchSpace.of(qmodel, plan.search.granularity)
         check_search(qmodel, plan.limits.budget(space), plan.search, plan.method)
@@ -261,6 +267,7 @@ def quantize(
     weight_quantizer: options.WeightQuantizer = "lsq",
     search_method: options.SearchMethod = "sdq",
     search_epochs: options.SearchEpochs = 4,
+    for_: options.For = None,
     config: options.ConfigPath = None,
     epochs: Annotated[int, typer.Option(min=0, help="Passes of fine-tuning (phase 2).")] = 12,
     lr: Annotated[
@@ -332,7 +339,7 @@ def quantize(
         learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
         skip=skip, layer_choices=layer_choices, batch_norm=batch_norm,
         integer_datapath=integer_datapath, integer_bias=integer_bias, weight_scale=weight_scale,
-        scale=scale, weight_quantizer=weight_quantizer,
+        scale=scale, weight_quantizer=weight_quantizer, prepared_for=for_,
     )  # fmt: skip
     searching = SearchConfig(granularity=granularity, epochs=search_epochs, seed=seed)
     if after_training is not None:
@@ -348,6 +355,7 @@ def quantize(
         policy=policy,
         teacher=asked_teacher if after_training is None else None,
         ptq=after_training,
+        prepared_for=for_,
     )
     fabric = open_fabric(device, devices, precision)
     request = inp.DataRequest(

@@ -48,6 +48,7 @@ def search(
     weight_quantizer: options.WeightQuantizer = "lsq",
     search_method: options.SearchMethod = "sdq",
     search_epochs: options.SearchEpochs = 4,
+    for_: options.For = None,
     config: options.ConfigPath = None,
     data_root: options.DataRoot = None,
     batch_size: options.BatchSize = 128,
@@ -76,11 +77,13 @@ def search(
         learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
         skip=skip, layer_choices=layer_choices, batch_norm=batch_norm,
         integer_datapath=integer_datapath, integer_bias=integer_bias, weight_scale=weight_scale,
-        scale=scale, weight_quantizer=weight_quantizer,
+        scale=scale, weight_quantizer=weight_quantizer, prepared_for=for_,
     )  # fmt: skip
     searching = SearchConfig(granularity=granularity, epochs=search_epochs, seed=seed)
     searching = file.changed("search", searching)
-    plan = make_plan(quant, limits, search_method=search_method, search=searching, train=None)
+    plan = make_plan(
+        quant, limits, search_method=search_method, search=searching, train=None, prepared_for=for_
+    )
     fabric = open_fabric(device, devices, precision)
     request = inp.DataRequest(
         data, str(data_root) if data_root else None, image_size, mean, std, split, batch_size,

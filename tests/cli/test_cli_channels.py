@@ -84,5 +84,6 @@ def test_activations_of_sixteen_bits(sdq, files, tmp_path):
     if ONNX:
         done = sdq(f"export {run} --format onnx --out {tmp_path / 'onnx'}")
         assert done.code == 2
-        assert "must be at most 8, or 32 for float, got 16; use the format qonnx" in done.err
+        assert "must have at most 8 bits in onnx, or 32 for float, got 16; " in done.err
+        assert "--act-bits 8, or --format qonnx" in done.err
         assert not (tmp_path / "onnx").exists()

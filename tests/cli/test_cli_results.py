@@ -42,7 +42,7 @@ def read(path):
         ("models", {"mlp", "resnet20", "vgg_like"}),
         ("datasets", {"synthetic_derm", "dermamnist"}),
         ("methods", {"fedavg", "fca"}),
-        ("formats", {"onnx", "onnx-packed", "qonnx"}),
+        ("formats", {"finn", "hls4ml", "onnx", "onnx-packed", "qonnx"}),
         ("targets", {"bit_fusion"}),
         ("search_methods", {"sdq", "hessian"}),
     ],

@@ -22,7 +22,7 @@ if importlib.util.find_spec("onnx") is None:
 import export
 
 SIDE, CLASSES = 32, 4
-FPGA = {"hls4ml"}
+FPGA = {"finn", "hls4ml"}
 """Take fewer networks, and compile for minutes: they have tests of their own."""
 DEEP = {"resnet50", "efficientnet_b0", "densenet121"}
 """Half a minute each."""

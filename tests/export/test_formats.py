@@ -9,7 +9,7 @@ from export.format import expected_bits, load_format
 from sdq import plugins
 from sdq.plugins import call_with_known
 
-FPGA = {"hls4ml"}
+FPGA = {"finn", "hls4ml"}
 """Take fewer networks, and compile for minutes: they have tests of their own."""
 FORMATS = sorted(set(plugins.names("export.formats")) - FPGA)
 NETS = ["plain", "perceptron", "residual", "twice", "segmenter"]

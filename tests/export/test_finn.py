@@ -1,0 +1,163 @@
+"""The finn format: written, streamlined, converted to hardware layers, executed, codes equal."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import export
+from export import finn_folder, graph
+from export.finn_flow import environment
+from export.formats import finn
+from sdq.batches import Normalization
+from sdq.errors import RequestError, RunError
+
+needs_finn = pytest.mark.skipif(bool(environment.missing()), reason="FINN+ is not installed")
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
+        nn.Linear(6, 5),
+    )  # fmt: skip
+
+
+class Separable(nn.Module):
+    """Depthwise-separable convolutions, a linear bottleneck that is added, ReLU6, a global mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6))
+        self.body = nn.Sequential(
+            nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(),
+            nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6(),
+            nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6),
+        )  # fmt: skip
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.head(self.pool(x + self.body(x)).flatten(1))
+
+
+SHIFTS = {"weight_scale": "per_tensor", "restrict_scale": "power_of_two"}
+CASES = {
+    "mixed bits": (plain, {}),
+    "one bit": (plain, {"bits": 1}),
+    "shifts": (plain, SHIFTS),
+    "option A shortcut": ("residual", {}),
+    "averages": ("plain", {}),
+    "separable": (Separable, {"bits": 4}),
+    "perceptron": ("perceptron", {}),
+}
+
+
+def exported(folder, network, sample, net, preprocessing=None, **config):
+    config = {"act_bits": 4, "integer_datapath": True} | config
+    qmodel = network(net if isinstance(net, str) else net(), **config)
+    return qmodel, export.write(
+        qmodel, folder, format="finn", sample=sample, preprocessing=preprocessing
+    )
+
+
+@needs_finn
+@pytest.mark.parametrize("case", CASES)
+def test_codes_are_pytorchs_after_streamlining_and_in_hardware(
+    tmp_path, network, sample, images, case, capfd
+):
+    net, config = CASES[case]
+    before = dict(os.environ), Path.cwd(), list(sys.path)
+    qmodel, _ = exported(tmp_path, network, sample, net, **config)
+    report = export.verify(qmodel, tmp_path, format="finn", inputs=images, batch_size=8)
+    assert report.verified, report.lines
+    assert [stage.name for stage in report.runtimes] == list(finn.RUNTIMES)
+    for name in finn.RUNTIMES:
+        trace = finn.open_runtime(tmp_path / finn.FILE, name, taps=True)(images[:3])
+        assert set(trace.codes) == set(qmodel.act_quantizers())
+    assert (dict(os.environ), Path.cwd(), list(sys.path)) == before
+    assert capfd.readouterr().out == ""
+
+
+@needs_finn
+def test_pixels_go_in_where_the_file_has_the_preprocessing(tmp_path, network, sample):
+    normalization = Normalization((0.5, 0.4, 0.6), (0.2, 0.25, 0.22))
+    qmodel, _ = exported(tmp_path, network, sample, plain, normalization)
+    pixels = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
+    report = export.verify(qmodel, tmp_path, format="finn", inputs=pixels)
+    assert report.verified, report.lines
+    path = tmp_path / finn.FILE
+    model = finn._front_end(path, graph.load(path), finn.CONVERTED)
+    assert model.graph.node[0].op_type == "Thresholding"  # nothing is left for the host
+    assert str(model.get_tensor_datatype(model.graph.input[0].name)) == "UINT8"
+
+
+@needs_finn
+def test_several_images_at_a_time_are_one_by_one(tmp_path, network, sample, images):
+    exported(tmp_path, network, sample, "residual")
+    run = finn.open_runtime(tmp_path / finn.FILE, finn.CONVERTED, taps=True)
+    together, alone = run(images[:5]), [run(image[None]) for image in images[:5]]
+    for name, codes in together.codes.items():
+        assert torch.equal(codes, torch.cat([trace.codes[name] for trace in alone])), name
+    torch.testing.assert_close(together.output, torch.cat([trace.output for trace in alone]))
+
+
+@needs_finn
+def test_what_has_no_hardware_is_named_by_layer(tmp_path, network, sample, images, monkeypatch):
+    monkeypatch.setattr(finn, "check", lambda qmodel, sample: ())  # which would refuse it at once
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.LeakyReLU(), nn.Conv2d(4, 5, 4),
+        nn.Flatten(),
+    )  # fmt: skip
+    exported(tmp_path, network, sample, lambda: net)
+    with pytest.raises(RunError) as caught:
+        finn.run(tmp_path / finn.FILE, images[:2])
+    assert "no hardware for a part of layer '2'" in str(caught.value)
+    assert "LeakyRelu" in str(caught.value)
+
+
+def test_without_finn_the_file_is_still_compared(tmp_path, network, sample, images, monkeypatch):
+    monkeypatch.setattr(environment, "missing", lambda: ["finn", "mip"])
+    qmodel, result = exported(tmp_path, network, sample, plain)
+    report = export.verify(qmodel, tmp_path, format="finn", inputs=images)
+    assert report.exact.different == 0
+    assert report.runtimes == ()
+    assert all("not installed (finn, mip); run make finn" in text for text in report.warnings)
+    assert set(result.others) == {"README.md", "build.py", "finn_flow", "folding.json"}
+    with pytest.raises(RunError, match="run make finn"):
+        finn_folder.build(tmp_path)
+
+
+def test_importing_export_imports_no_finn():
+    code = "import export, sys; sys.exit(any(n.split('.')[0] == 'finn' for n in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [({"target": "pynq"}, "must be one of pynq_z2"), ({"fps": "0"}, "fps must be a whole number")],
+)
+def test_a_wrong_target_is_refused(tmp_path, network, sample, metadata, message):
+    qmodel = network(plain(), integer_datapath=True)
+    with pytest.raises(RequestError, match=message):
+        export.write(qmodel, tmp_path / "a", format="finn", sample=sample, metadata=metadata)
+    assert not (tmp_path / "a").exists()
+
+
+@needs_finn
+@pytest.mark.slow
+def test_the_folder_builds_estimates_and_sources_by_itself(tmp_path, network, sample):
+    exported(tmp_path, network, sample, "residual")
+    found = finn_folder.build(tmp_path)
+    assert found["resources"]["LUT"] > 0
+    assert found["performance"]["estimated_throughput_fps"] >= finn_folder.DEFAULT_FPS
+    folding = json.loads((tmp_path / "build/report/auto_folding_config.json").read_text())
+    assert any(name.startswith("MVAU") for name in folding)
+    sources = {path.suffix for path in (tmp_path / "build/work").rglob("*")}
+    assert {".cpp", ".v"} <= sources
