@@ -37,6 +37,9 @@ INTEGER_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx_vnni_int8", 
 FAST, SMALL, SMALLEST = 2.5, 3.5, 12.0
 """The aims: throughput and size of `onnx`, size of `onnx-packed`, against float."""
 
+UNSTEADY = 1.5
+"""Of times whose quartiles are further apart no ratio is judged: something else was running."""
+
 WITHOUT_VNNI = (
     "Without VNNI, AVX2 takes three instructions for 32 products of 8 bits, and four for 32 of "
     "floats: what is gained comes largely from reading a quarter of the bytes, and the aim of "
@@ -82,8 +85,9 @@ def heading(options: argparse.Namespace) -> list[str]:
         f"{', '.join(flags) or 'none'}; VNNI: **{'yes' if vnni else 'no'}**. Random weights of "
         f"{options.bits} bits, first and last layer {options.first_last_bits}; activations of 8 "
         "bits. Milliseconds a batch are medians with the quartiles; a ratio is the median of "
-        "float's time over the file's, of runs next to each other. `precise` is the session option "
-        "session.x64quantprecision, which keeps 8-bit weights exact without VNNI.",
+        "float's time over the file's, of runs next to each other; where quartiles lie more than a "
+        f"factor of {UNSTEADY} apart it is called unsteady, and not judged. `precise` is the "
+        "session option session.x64quantprecision, which keeps 8-bit weights exact without VNNI.",
         "",
         *([] if vnni else [WITHOUT_VNNI, ""]),
     ]
@@ -136,9 +140,17 @@ def row(threads: int, batch: int, kind: str, times: dict[str, list[float]]) -> s
         pairs = zip(times["float"], times[kind], strict=True)
         value = statistics.median(ours / theirs for ours, theirs in pairs)
         ratio, aim = f"{value:.2f}", "met" if value >= FAST else "missed"
+        if not (steady(times["float"]) and steady(times[kind])):
+            aim = "unsteady"
     return (
         f"| {threads} | {batch} | {kind} | {middle:.2f} ({low:.2f}-{high:.2f}) | {ratio} | {aim} |"
     )
+
+
+def steady(times: list[float]) -> bool:
+    """Tell whether the quartiles lie close enough together for a ratio to mean something."""
+    low, _, high = statistics.quantiles(times, n=4)
+    return high <= UNSTEADY * low
 
 
 def network(name: str, classes: int) -> nn.Module:
