@@ -309,8 +309,8 @@ def cells(rows: list[dict[str, Any]]) -> str:
 
 def command() -> str:
     """Return this run's command; the data file by its name alone."""
-    found = _reports.command()
-    return found.replace(str(Path(arguments().data).parent), "DIR")
+    data = arguments().data
+    return _reports.command().replace(data, f"DIR/{Path(data).name}" if "/" in data else data)
 
 
 if __name__ == "__main__":
