@@ -33,12 +33,13 @@ HEAD = "retrained_head"
 
 
 class CReFFConfig(Config):
-    """Hyper-parameters; the paper's, but for the head's training.
+    """Hyper-parameters; the paper's, but for its 200 rounds: fewer must do here.
 
     Args:
         features: M, of each class.
         match_steps: of the features in a round.
-        match_lr: of them.
+        match_lr: of them, for each feature. (The paper: 0.1 on the mean over M features, which is
+            0.1 / M for each, and takes a hundred rounds to come near the gradients.)
         retrain_steps: of the head in a round, each on all features, from where it was. (The paper:
             300 epochs in batches, at 0.01, from new weights.)
         retrain_lr: of them.
@@ -82,7 +83,8 @@ def matched(
         config: how.
     """
     moved = features.clone().requires_grad_()
-    optimizer = torch.optim.SGD([moved], lr=config.match_lr)
+    # the gradient that is matched is a mean over a class's features
+    optimizer = torch.optim.SGD([moved], lr=config.match_lr * features.shape[1])
     for _ in range(config.match_steps):
         alike = F.cosine_similarity(head_gradients(moved, weight, bias), gradients, dim=2)
         optimizer.zero_grad()

@@ -118,7 +118,7 @@ def test_creff_gradients_are_autograds() -> None:
 def test_creff_features_find_the_gradients_and_mend_the_head() -> None:
     features, weight, bias = blobs()
     rng = torch.Generator().manual_seed(1)
-    config = CReFFConfig(match_steps=300)
+    config = CReFFConfig()
     present = torch.tensor([True] * 3)
     gradients = head_gradients(features, weight, bias)
     drawn = torch.randn(3, 20, 8, generator=rng)
