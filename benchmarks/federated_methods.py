@@ -4,12 +4,14 @@ A variant is a method, with hyper-parameters, the loss or the federation changed
 
     fedavg    fedavg;loss=balanced_softmax    fednpr;around=moon    prr;config.local_epochs=5
 
-Images are divided by ``dirichlet:ALPHA`` or by a published federation's class counts (``ich10``,
-which leaves most clients without one or two classes); a client's validation and test images have
-the mix of its training images. The table has balanced accuracy and AUC of the server's model on all
-test images (G) and of the clients' models on their own (S), with logits as they are, without
-the classes that were never trained on (masked), and adjusted at test time by the logarithm of the
-prior. Each finished run is kept in ``--out``; interrupted, the command goes on where it stopped.
+Images are divided as ``sdq federate --partition`` divides them: ``dirichlet:ALPHA``, ``natural``,
+or by a published federation's class counts (``counts:ich10`` leaves most clients without one or two
+classes); a client's validation and test images have the mix of its training images. The table has
+balanced accuracy and AUC of the server's model on all test images (G) and of the clients' models
+on their own (S): with logits as they are; without the classes that were never trained on (masked);
+and minus the logarithm of the prior, at test time (adjusted; for models trained with
+cross-entropy). Each finished run is kept in ``--out``; interrupted, the command goes on where it
+stopped.
 
     python benchmarks/federated_methods.py --data DIR/dermamnist.npz --rounds 24 --seeds 0,1,2 \
         --out runs/federated --table benchmarks/results/NAME.md
@@ -18,17 +20,18 @@ prior. Each finished run is kept in ``--out``; interrupted, the command goes on 
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import _reports
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fl
+from fl.clients import Partition, clients_of
 from sdq.batches import Augmentation, Normalization, generator
-from sdq.data import DataOptions, ImageSet, Splits, open_data
+from sdq.data import DataOptions, Splits, open_data
 from sdq.errors import RequestError
 from sdq.plugins import load, names
 
@@ -41,13 +44,7 @@ BESIDE = (
     f"ditto;{BALANCED}", f"apfl;{BALANCED}", f"pfa;{BALANCED}", "fednpr;weight=0",
     "fednpr_per;weight=0", "fednpr;around=moon", "fednpr;around=ditto",
 )  # fmt: skip
-PARTITIONS = "dirichlet:1.0,dirichlet:0.3,ich10"
-# training images of the RSNA haemorrhage set by client and class, as FCA divided them
-ICH10 = (
-    (0, 0, 1112, 2245, 4033), (88, 5522, 0, 1926, 0), (89, 1122, 2339, 0, 7627),
-    (0, 2430, 0, 3574, 2944), (132, 518, 0, 930, 1828), (269, 0, 0, 1034, 1834),
-    (538, 928, 2662, 0, 0), (9, 502, 0, 0, 2869), (69, 62, 0, 1635, 957), (4, 62, 1017, 429, 1033),
-)  # fmt: skip
+PARTITIONS = "dirichlet:1.0,dirichlet:0.3,counts:ich10"
 COLUMNS = (
     ("G", "generalization", "plain", "balanced_accuracy"),
     ("G adjusted", "generalization", "adjusted", "balanced_accuracy"),
@@ -107,40 +104,6 @@ def group_norm_cnn(classes: int, channels: int) -> nn.Module:
     )
 
 
-def shares(partition: str, clients: int, labels: Tensor, seed: int) -> np.ndarray:
-    """Return the share of each class that each client has, ``(classes, clients)``."""
-    counts = torch.bincount(labels)
-    if partition == "ich10":
-        table = np.array(ICH10, np.float64)
-        # classes and columns by size; after the last column again the first
-        columns = np.argsort(-table.sum(0))
-        rank = counts.argsort(descending=True).argsort().numpy()
-        chosen: np.ndarray = table[:, columns[rank % len(columns)]].T
-        return chosen / chosen.sum(1, keepdims=True)
-    kind, _, alpha = partition.partition(":")
-    if kind != "dirichlet":
-        raise SystemExit(f"--partitions: dirichlet:ALPHA or ich10, got {partition!r}")
-    parts = fl.dirichlet(labels, clients, float(alpha), seed, min_examples=10)
-    each = torch.stack([torch.bincount(labels[p], minlength=len(counts)) for p in parts], dim=1)
-    found: np.ndarray = (each.double() / counts[:, None]).numpy()
-    return found
-
-
-def divided(images: ImageSet | None, share: np.ndarray, seed: int) -> list[ImageSet | None]:
-    """Return each client's part, or None where it has no image."""
-    if images is None:
-        return [None] * share.shape[1]
-    rng = np.random.default_rng(seed)
-    parts: list[list[np.ndarray]] = [[] for _ in range(share.shape[1])]
-    for c in images.labels.unique().tolist():
-        members = rng.permutation(np.flatnonzero(images.labels.numpy() == c))
-        cuts = np.floor(np.cumsum(share[c])[:-1] * len(members) + 0.5).astype(int)
-        for part, chunk in zip(parts, np.split(members, cuts), strict=True):
-            part.append(chunk)
-    joined = [torch.from_numpy(np.sort(np.concatenate(p))) for p in parts]
-    return [images.subset(indices) if len(indices) else None for indices in joined]
-
-
 class Bench:
     """Everything of one partition and seed."""
 
@@ -152,16 +115,9 @@ class Bench:
         if options.train_images:
             order = torch.randperm(len(train), generator=generator(0, "part of the images"))
             train = train.subset(order[: options.train_images].sort().values)
-        share = shares(partition, options.clients, train.labels, seed)
-        each = zip(
-            divided(train, share, seed), divided(splits.val, share, seed),
-            divided(splits.test, share, seed), strict=True,
-        )  # fmt: skip
-        self.clients = [
-            fl.ClientData(f"client {k}", found[0], found[1], found[2])
-            for k, found in enumerate(each)
-            if found[0] is not None
-        ]
+        made = Partition.parsed(partition)
+        number = options.clients if made.kind in ("dirichlet", "iid") else None
+        self.clients = clients_of(replace(splits, train=train), made, number, seed)
         self.test = splits.test
         self.classes = len(splits.class_names)
         self.channels = splits.image_shape[0]

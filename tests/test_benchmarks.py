@@ -58,14 +58,14 @@ def test_federated_methods_are_measured_and_go_on(tmp_path: Path) -> None:
     variants = "fedavg;loss=balanced_softmax,fednpr;around=moon,fedbn,centralized"
     command = [
         sys.executable, "-W", "ignore", script, "--data", "synthetic_derm", "--train-images", "200",
-        "--rounds", "1", "--seeds", "0,1", "--partitions", "dirichlet:1.0,ich10",
+        "--rounds", "1", "--seeds", "0,1", "--partitions", "dirichlet:1.0,counts:ich10",
         "--variants", variants, "--out", tmp_path / "out", "--table", tmp_path / "table.md",
     ]  # fmt: skip
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     table = (tmp_path / "table.md").read_text()
-    assert "## ich10" in table
+    assert "## counts:ich10" in table
     assert "| fedbn | refused |" in table  # the network has none
     files = sorted(p.name for p in (tmp_path / "out").glob("*.json"))
     assert len(files) == 2 * 2 * 3
