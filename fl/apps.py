@@ -20,7 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fl.client import try_answer
+from fl.client import CRASHES, try_answer
 from fl.method import ClientData
 from fl.record import Failure, Record, Reply, Request
 from fl.run import Federated, run_over
@@ -116,7 +116,11 @@ def client_app(open_hospital: Callable[[int, Values, Values], Hospital]) -> Clie
 
     def respond(kind: str, message: Message, context: Context) -> Message:
         client = int(context.node_config["partition-id"])
-        hospital = open_hospital(client, context.run_config, context.node_config)
+        try:
+            hospital = open_hospital(client, context.run_config, context.node_config)
+        except CRASHES as error:
+            failed = {"client": client, "failure": f"{type(error).__name__}: {error}"}
+            return Message(packed(Record({}, failed)), reply_to=message)
         if kind == "hello":
             values = {"client": client, "identity": identity(hospital.setting)}
             return Message(packed(Record({}, values)), reply_to=message)
@@ -240,7 +244,6 @@ class GridTransport:
         client = int(said["client"])
         self.known.add(node)
         self.refused.pop(client, None)
-        theirs = said["identity"]
         if not 0 <= client < self.num_clients:
             raise RequestError(
                 f"node {node}: partition-id must be from 0 to {self.num_clients - 1}, "
@@ -250,8 +253,11 @@ class GridTransport:
             self.refused[client] = "two nodes say that they are this client"
             del self.nodes[client]
             return
+        theirs = said.get("identity", {})
         different = [key for key in mine if theirs.get(key) != mine[key]]
-        if different:
+        if "failure" in said:
+            self.refused[client] = str(said["failure"])
+        elif different:
             self.refused[client] = _difference(different[0], theirs.get(different[0]), mine)
         else:
             self.nodes[client] = node

@@ -222,3 +222,11 @@ def test_a_client_forgets_a_round_that_is_asked_for_again(tmp_path: Path) -> Non
     assert kept.before(4).values == {"round": "3 again"}
     kept.put(Record({}, {"round": "2 again"}), 2)
     assert kept.before(9).values == {"round": "2 again"}
+
+
+def test_a_hospital_whose_images_cannot_be_opened_is_named(tiny: Make, hospitals: Clients) -> None:
+    case = Case(tiny, hospitals(), participation=1.0)
+    del case.of_client[1]
+    done = case.run()
+    assert [r["replied"] for r in done.history] == [[0, 2]] * 3
+    assert failures(done)[0] == (1, "KeyError: 1")
