@@ -130,6 +130,55 @@ def in_process(home: Path) -> fl.Federated:
     )  # fmt: skip
 
 
+SIMULATED = """
+import json, sys
+import hospitals
+from fl.apps import client_app, server_app
+from flwr.simulation import run_simulation
+
+CONFIG, HOME = json.loads(sys.argv[1]), sys.argv[2]
+
+def hospital(number, run, node):
+    return hospitals.open_hospital(number, CONFIG, {"data": f"{HOME}/{number}.npz"})
+
+def server(run):
+    return hospitals.open_federation(CONFIG)
+
+def finish(done, run):
+    hospitals.finish(done, CONFIG)
+
+run_simulation(
+    server_app(server, finish),
+    client_app(hospital),
+    num_supernodes=2,
+    backend_config={"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 1}},
+)
+"""
+
+
+@pytest.mark.slow
+def test_flowers_simulation_gives_the_same_model(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    for k in range(2):
+        write_hospital(tmp_path / f"{k}.npz", k, 3 - k)
+    script = tmp_path / "simulated.py"
+    script.write_text(SIMULATED)
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    quiet |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    places = [str(EXAMPLE), str(Path(fl.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    config = json.dumps({**CONFIG, "out": str(tmp_path / "out")})
+    done = subprocess.run(
+        [sys.executable, str(script), config, str(tmp_path)], capture_output=True, text=True,
+        env={**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(places)}, timeout=PATIENCE,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = in_process(tmp_path)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in expected.state.items():
+        assert torch.allclose(found[name], tensor, rtol=1e-5, atol=1e-7), name
+
+
 @pytest.mark.slow
 def test_a_superlink_with_two_supernodes_gives_the_same_model(deployed: Deployed) -> None:
     home = deployed.home
