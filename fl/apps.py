@@ -20,14 +20,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fl.client import try_answer
+from fl.client import CRASHES, try_answer
 from fl.method import ClientData
 from fl.record import Failure, Record, Reply, Request
 from fl.run import Federated, run_over
 from fl.setting import Setting
 from fl.store import ByRound
 from sdq.data import ImageSet
-from sdq.errors import RequestError
 
 Values = Mapping[str, Any]
 
@@ -116,7 +115,11 @@ def client_app(open_hospital: Callable[[int, Values, Values], Hospital]) -> Clie
 
     def respond(kind: str, message: Message, context: Context) -> Message:
         client = int(context.node_config["partition-id"])
-        hospital = open_hospital(client, context.run_config, context.node_config)
+        try:
+            hospital = open_hospital(client, context.run_config, context.node_config)
+        except CRASHES as error:
+            failed = {"client": client, "failure": f"{type(error).__name__}: {error}"}
+            return Message(packed(Record({}, failed)), reply_to=message)
         if kind == "hello":
             values = {"client": client, "identity": identity(hospital.setting)}
             return Message(packed(Record({}, values)), reply_to=message)
@@ -181,11 +184,8 @@ class GridTransport:
     num_clients: int
     round_seconds: float | None = None
     federation: str = ""
-    nodes: dict[int, int] = field(default_factory=dict)
-    """Node of each client."""
-    refused: dict[int, str] = field(default_factory=dict)
-    """Why a client that there is cannot take part."""
-    known: set[int] = field(default_factory=set)
+    claims: dict[int, tuple[int, str]] = field(default_factory=dict)
+    """Of each node: which client it says it is, and why that is refused, or nothing."""
 
     def __post_init__(self) -> None:
         self.federation = self.federation or f"run-{self.grid.run.run_id:016x}"
@@ -193,22 +193,21 @@ class GridTransport:
     def ask(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
         """Send the requests, and yield the answers as they come."""
         self._meet()
-        waiting: dict[str, int] = {}  # message: client
+        waiting: dict[int, int] = {}  # node: client
         messages = []
         for request in requests:
-            if (node := self.nodes.get(request.client)) is None:
-                reason = self.refused.get(request.client, "no node says that it is this client")
-                yield Failure(request.client, reason)
+            node = self._node(request.client)
+            if isinstance(node, str):
+                yield Failure(request.client, node)
                 continue
             values = {"round": request.round, "federation": self.federation}
             record = Record(request.record.tensors, {**request.record.values, **values})
             messages.append(Message(packed(record), node, TYPES[request.kind]))
-            waiting[str(node)] = request.client
+            waiting[node] = request.client
         for message in self.grid.send_and_receive(messages, timeout=self.round_seconds):
-            yield _answer(waiting.pop(str(message.metadata.src_node_id)), message)
-        for client in waiting.values():
-            # it may come back as another node
-            self.known.discard(self.nodes.pop(client))
+            yield _answer(waiting.pop(message.metadata.src_node_id), message)
+        for node, client in waiting.items():
+            del self.claims[node]  # it is asked anew who it is, if it is there
             yield Failure(client, f"no reply within {self.round_seconds} s")
 
     def commit(self, rounds: int) -> dict[str, Any]:
@@ -225,8 +224,8 @@ class GridTransport:
     def _meet(self) -> None:
         """Ask nodes that are new which clients they are."""
         nodes = set(self.grid.get_node_ids())
-        self.nodes = {client: node for client, node in self.nodes.items() if node in nodes}
-        fresh = sorted(nodes - self.known)
+        self.claims = {node: claim for node, claim in self.claims.items() if node in nodes}
+        fresh = sorted(nodes - set(self.claims))
         if not fresh:
             return
         messages = [Message(packed(Record()), node, TYPES["hello"]) for node in fresh]
@@ -234,27 +233,23 @@ class GridTransport:
         for reply in self.grid.send_and_receive(messages, timeout=HELLO_SECONDS):
             if reply.has_error():
                 continue  # it is asked again before the next round
-            self._greet(reply.metadata.src_node_id, unpacked(reply.content).values, mine)
+            said = unpacked(reply.content).values
+            theirs = said.get("identity", {})
+            different = [key for key in mine if theirs.get(key) != mine[key]]
+            refusal = str(said.get("failure", ""))
+            if different and not refusal:
+                refusal = _difference(different[0], theirs.get(different[0]), mine)
+            self.claims[reply.metadata.src_node_id] = (int(said["client"]), refusal)
 
-    def _greet(self, node: int, said: Values, mine: Values) -> None:
-        client = int(said["client"])
-        self.known.add(node)
-        self.refused.pop(client, None)
-        theirs = said["identity"]
-        if not 0 <= client < self.num_clients:
-            raise RequestError(
-                f"node {node}: partition-id must be from 0 to {self.num_clients - 1}, "
-                f"got {client}; start the node with another"
-            )
-        if client in self.nodes:
-            self.refused[client] = "two nodes say that they are this client"
-            del self.nodes[client]
-            return
-        different = [key for key in mine if theirs.get(key) != mine[key]]
-        if different:
-            self.refused[client] = _difference(different[0], theirs.get(different[0]), mine)
-        else:
-            self.nodes[client] = node
+    def _node(self, client: int) -> int | str:
+        """Return the client's node, or why there is none."""
+        claims = {node: why for node, (number, why) in self.claims.items() if number == client}
+        if len(claims) > 1:
+            return "two nodes say that they are this client"
+        for node, refusal in claims.items():
+            return refusal or node
+        numbers = sorted({number for number, _ in self.claims.values()})
+        return f"no node says that it is this client; there are nodes of {numbers or 'none'}"
 
 
 def _difference(key: str, theirs: Any, mine: Values) -> str:

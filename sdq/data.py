@@ -149,11 +149,12 @@ class Splits:
         """``(C, H, W)``."""
         return self.train.images.shape[1:]
 
-    def checked(self, where: str) -> "Splits":
+    def checked(self, where: str, *, every_class: bool = True) -> "Splits":
         """Return self, or raise RequestError when labels, shapes or classes do not fit.
 
         Every class must occur in ``train``: a network cannot learn a class it never sees, and
-        the per-class figures would be meaningless.
+        the per-class figures would be meaningless. ``every_class=False`` lets it be so: what one
+        hospital lacks another may have.
         """
         classes = len(self.class_names)
         for name, part in (("train", self.train), ("val", self.val), ("test", self.test)):
@@ -178,7 +179,7 @@ class Splits:
                     f"got {part.images.shape[1:]}"
                 )
         counts = torch.bincount(self.train.labels, minlength=classes)
-        if (counts == 0).any():
+        if every_class and (counts == 0).any():
             empty = [self.class_names[int(c)] for c in (counts == 0).nonzero()]
             raise RequestError(
                 f"{where}: every class must have a training image, got none of "
@@ -213,8 +214,13 @@ class DataOptions:
         return self.root
 
 
-def open_data(reference: str, options: DataOptions) -> Splits:
+def open_data(reference: str, options: DataOptions, *, every_class: bool = True) -> Splits:
     """Resolve ``--data``: a plugin name, an ``.npz``, a folder, or ``file.py:function``.
+
+    Args:
+        reference: which data.
+        options: how they are read.
+        every_class: whether each class must have a training image; not so for one hospital's own.
 
     Raises:
         RequestError: nothing of that name, or what is there does not hold together.
@@ -247,7 +253,7 @@ def open_data(reference: str, options: DataOptions) -> Splits:
         )
     else:
         splits = plugins.load("sdq.datasets", reference).load(options)
-    return splits.checked(reference)
+    return splits.checked(reference, every_class=every_class)
 
 
 def divide(labels: Tensor, shares: Sequence[float], seed: int) -> list[Tensor]:

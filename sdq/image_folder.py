@@ -55,6 +55,7 @@ def read_tables(
     *,
     centres: Mapping[str, str] | None = None,
     parts: Mapping[str, str] | None = None,
+    class_names: tuple[str, ...] | None = None,
 ) -> Splits:
     """Read a folder of images described by one CSV, or by one CSV a split.
 
@@ -65,6 +66,7 @@ def read_tables(
         centres: where each image was taken, by its name without suffix; None looks for a column
             in the CSV files of the folder.
         parts: the split of each image, by its name without suffix; others are left out.
+        class_names: in their order; None takes those in the tables.
     """
     index = _index(folder)
     groups = _column(folder, tables.values(), index, GROUP_COLUMNS)
@@ -89,6 +91,12 @@ def read_tables(
                 "remove the second row"
             )
         seen.add(row.file.path)
+    if class_names is not None:
+        if unknown := sorted(set(names) - set(class_names)):
+            raise RequestError(
+                f"{folder}: classes must be {', '.join(class_names)}, got {unknown[0]!r}"
+            )
+        return build(str(folder), rows, class_names, options)
     one_hot = set(names) <= set(ISIC_CLASSES)
     return build(str(folder), rows, tuple(names) if one_hot else sorted_names(names), options)
 

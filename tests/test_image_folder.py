@@ -11,7 +11,8 @@ from PIL import Image
 
 from sdq import image_rows
 from sdq.data import ArrayImages, DataOptions, open_data
-from sdq.datasets import ham10000, isic2018, isic2019
+from sdq.datasets import dermoscopic4, ham10000, isic2018, isic2019
+from sdq.errors import RequestError
 from sdq.image_files import FileImages
 from sdq.image_folder import read_folder
 from sdq.npz_file import read_npz
@@ -272,6 +273,76 @@ def test_isic2019_drops_the_empty_class(tmp_path: Path) -> None:
     splits = open_data(str(folder), DataOptions(split=(1, 0, 0)))
     assert splits.class_names == tuple(names[:8])
     assert splits.train.labels.tolist() == list(range(8)) * 2
+
+
+def test_isic2019_has_flambys_centres(tmp_path: Path) -> None:
+    folder = tmp_path / "isic2019"
+    names = CLASSES_2019.split(",")[:8]
+    isic(folder, "ISIC_2019_Training", CLASSES_2019, names * 2)
+    lesions = ["BCN_0000001", "HAM_0000001", "MSK4_0000001", "HAM_0000002", ""]
+    table(
+        folder / "ISIC_2019_Training_Metadata.csv",
+        "image,lesion_id",
+        *(f"ISIC_{i:07},{lesions[i % 5]}{i if lesions[i % 5] else ''}" for i in range(16)),
+    )
+    splits = isic2019.load(DataOptions(root=tmp_path, split=(1, 0, 0)))
+    assert splits.centre_names == ("BCN", "HAM", "MSK4")
+    assert splits.train.centres is not None
+    assert splits.train.centres.tolist() == [(0, 1, 2, 1, -1)[i % 5] for i in range(16)]
+    sources = [f"ISIC_{i:07},{'rosendahl' if i % 5 == 1 else 'vidir_modern'}" for i in range(16)]
+    table(folder / "HAM10000_metadata.csv", "image_id,dataset", *sources)
+    splits = isic2019.load(DataOptions(root=tmp_path, split=(1, 0, 0)))
+    assert splits.centre_names == ("BCN", "MSK4", "rosendahl", "vidir_modern")
+    assert splits.train.centres is not None
+    assert splits.train.centres.tolist() == [(0, 2, 1, 3, -1)[i % 5] for i in range(16)]
+
+
+def test_isic2019_has_flambys_split(tmp_path: Path) -> None:
+    """The file has every centre by number and every part; what it leaves out is left out."""
+    folder = tmp_path / "isic2019"
+    names = CLASSES_2019.split(",")[:8]
+    isic(folder, "ISIC_2019_Training", CLASSES_2019, names * 3)
+    rows = [f"ISIC_{i:07},{i % 6},{'test' if i >= 16 else 'train'}" for i in range(22)]
+    table(folder / "train_test_split", "image,center,fold", *rows)
+    splits = isic2019.load(DataOptions(root=tmp_path))
+    assert splits.test is not None
+    assert (len(splits.train), len(splits.test), splits.val) == (16, 6, None)
+    assert splits.train.centres is not None
+    of = [splits.centre_names[c] for c in splits.train.centres.tolist()]
+    assert of == [isic2019.CENTRES[i % 6] for i in range(16)]
+    table(folder / "train_test_split", "image,center,fold", "ISIC_0000001,6,train")
+    with pytest.raises(RequestError, match="center must be from 0 to 5, got '6'"):
+        isic2019.load(DataOptions(root=tmp_path))
+
+
+def test_a_centre_column_names_centres(tmp_path: Path) -> None:
+    for i in range(4):
+        draw(tmp_path / f"{i}.png", 4, 4)
+    rows = [f"{i},{'xy'[i % 2]},{'ba'[i // 2]}" for i in range(4)]
+    table(tmp_path / "t.csv", "image,label,hospital", *rows)
+    splits = open_data(str(tmp_path), DataOptions(split=(1, 0, 0)))
+    assert splits.centre_names == ("a", "b")
+    assert splits.train.centres is not None
+    assert splits.train.centres.tolist() == [1, 1, 0, 0]
+    assert splits.train.names == ("0.png", "1.png", "2.png", "3.png")
+
+
+def test_dermoscopic4_is_nevi_keratoses_and_melanomas(tmp_path: Path) -> None:
+    folder = tmp_path / "dermoscopic4"
+    for i in range(12):
+        draw(folder / "images" / f"ISIC_{i}.png", 4, 4)
+    rows = [
+        f"ISIC_{i},{dermoscopic4.CLASS_NAMES[i % 3]},{'AB'[i // 6]},{'test' if i % 2 else 'train'}"
+        for i in range(12)
+    ]
+    table(folder / "dermoscopic4.csv", "image,label,client,split", *rows)
+    splits = dermoscopic4.load(DataOptions(root=tmp_path))
+    assert splits.class_names == ("nv", "bkl", "mel")
+    assert splits.centre_names == ("A", "B")
+    assert splits.train.labels.tolist() == [0, 2, 1, 0, 2, 1]
+    table(folder / "dermoscopic4.csv", "image,label,client,split", *rows[:-1], "ISIC_11,bcc,B,test")
+    with pytest.raises(RequestError, match="classes must be nv, bkl, mel, got 'bcc'"):
+        dermoscopic4.load(DataOptions(root=tmp_path))
 
 
 def test_isic2019_keeps_the_unknown_class_when_used(tmp_path: Path) -> None:

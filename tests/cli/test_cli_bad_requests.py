@@ -21,7 +21,7 @@ def _both(options: str, expected: str) -> list[tuple[str, str]]:
 
 NAMES = [
     ("trian", "unknown verb 'trian'; did you mean 'train'?"),
-    ("xyz", "Known: cost, demo, evaluate, export, list, quantize, search, train"),
+    ("xyz", "Known: cost, demo, evaluate, export, federate, list, quantize, search, train"),
     ("--jsno", "No such option '--jsno'"),
     ("list model", "did you mean 'models'? Known: datasets, formats, methods, models"),
     ("list", "Missing argument 'KIND'"),

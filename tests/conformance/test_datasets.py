@@ -30,12 +30,15 @@ def check(splits: Splits) -> None:
         assert part.labels.dtype == torch.int64
         assert part.labels.shape == (len(part),)
         assert part.images.shape[0] == len(part)
+        if part.centres is not None:
+            assert part.centres.shape == (len(part),)
+            assert int(part.centres.max()) < len(splits.centre_names)
     assert splits.checked("here") is splits
 
 
 def test_there_is_a_built_in_set() -> None:
-    assert BUILT_IN == ["synthetic_derm"]
-    assert {"cifar10", "dermamnist", "ham10000", "isic2018", "isic2019"} <= set(ROOTED)
+    assert BUILT_IN == ["synthetic_derm", "synthetic_ich"]
+    assert {"cifar10", "dermamnist", "ham10000", "isic2018", "isic2019", "rsna_ich"} <= set(ROOTED)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -45,6 +48,20 @@ def test_a_built_in_set_needs_nothing_and_follows_from_its_seed(name: str) -> No
     assert first.image_shape[1:] == (16, 16)
     assert fingerprint(first) == fingerprint(open_data(name, DataOptions(image_size=16)))
     assert fingerprint(first) != fingerprint(open_data(name, DataOptions(image_size=16, seed=1)))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_set_has_centres_with_mixes_of_their_own(name: str) -> None:
+    splits = open_data(name, DataOptions(image_size=16))
+    classes, centres = len(splits.class_names), len(splits.centre_names)
+    assert centres >= 4
+    for part in (splits.train, splits.test):
+        assert part is not None
+        assert part.centres is not None
+        joint = torch.bincount(part.centres * classes + part.labels, minlength=centres * classes)
+        joint = joint.view(centres, classes) / joint.view(centres, classes).sum(1, keepdim=True)
+        assert (joint.amax(0) > 1.2 * joint.amin(0)).all()
+        assert (joint.amax(0) > 2 * joint.amin(0)).sum() >= classes - 1
 
 
 @pytest.mark.parametrize("name", ROOTED)

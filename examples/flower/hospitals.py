@@ -1,0 +1,87 @@
+"""Federated training with sdq on Flower: the server's app and the hospitals'.
+
+Every hospital starts a node with its number, and with its own images:
+
+    flower-supernode --superlink HOST:PORT --node-config 'partition-id=0 data="/images/own.npz"'
+
+Without ``data`` in the node's configuration it takes its share of the built-in set, by centre. A
+node that has a ``folder`` there keeps what it learned across runs, so that a federation can be
+taken up again.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+import fl
+from fl.apps import Federation, Hospital, Values, client_app, server_app
+from fl.clients import Partition, clients_of
+from fl.setting import Setting
+from sdq import plugins
+from sdq.batches import generator
+from sdq.checkpoint import save_tensors
+from sdq.data import DataOptions, open_data
+
+
+def open_setting(config: Values) -> Setting:
+    """Return what server and hospitals have in common."""
+    channels, height, width = (int(side) for side in str(config["image-shape"]).split(","))
+    seed, classes = int(config["seed"]), int(config["classes"])
+    with torch.random.fork_rng():
+        torch.manual_seed(generator(seed, "weights").initial_seed())
+        build = plugins.load("sdq.models", config["model"]).build
+        offered = {"num_classes": classes, "in_channels": channels, "image_size": height}
+        model = plugins.call_with_known(build, **offered)
+    return Setting.of(
+        model,
+        fl.method(config["method"], **json.loads(config["hyper"])),
+        fl.FederationConfig(
+            rounds=config["rounds"], local_epochs=config["local-epochs"], lr=config["lr"],
+            batch_size=config["batch-size"], participation=config["participation"], seed=seed,
+        ),
+        num_classes=classes,
+        image_shape=(channels, height, width),
+    )  # fmt: skip
+
+
+def open_federation(config: Values) -> Federation:
+    """Return the server's side; it has no images."""
+    out = config["out"]
+    return Federation(
+        open_setting(config),
+        int(config["clients"]),
+        folder=Path(out) / "checkpoints" if out else None,
+        round_seconds=float(config["round-seconds"]),
+    )
+
+
+def open_hospital(number: int, config: Values, node: Values) -> Hospital:
+    """Return a hospital's side: its own images, or its share of the built-in ones."""
+    if "data" in node:
+        # a hospital may lack a class that others have
+        options = DataOptions(seed=int(config["seed"]))
+        splits = open_data(str(node["data"]), options, every_class=False)
+        images = fl.ClientData(f"hospital {number}", splits.train, splits.val, splits.test)
+    else:
+        splits = open_data(str(config["data"]), DataOptions(seed=int(config["seed"])))
+        natural = Partition.parsed("natural")
+        images = clients_of(splits, natural, None, int(config["seed"]))[number]
+    folder = Path(str(node["folder"])) if "folder" in node else None
+    return Hospital(open_setting(config), images, folder)
+
+
+def finish(done: fl.Federated, config: Values) -> None:
+    """Write the model and its figures, if there is an ``out``."""
+    best = (done.specialization or {}).get("balanced_accuracy")
+    print(f"round {done.round}: balanced accuracy of the hospitals' models {best}")
+    if config["out"]:
+        out = Path(config["out"])
+        out.mkdir(parents=True, exist_ok=True)
+        save_tensors(out / "model.safetensors", done.state)
+        metrics = {"specialization": done.specialization, "history": done.history}
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
+
+
+server = server_app(open_federation, finish)
+client = client_app(open_hospital)
