@@ -130,13 +130,15 @@ def finn_nodes(qmodel: QuantModel, part: str, fps: float, clock_hz: float) -> li
 
 
 def _estimated(file: Path, folder: Path, part: str, fps: float, clock_hz: float) -> Iterator[Node]:
-    from export.finn_flow import environment
     from qonnx.core.modelwrapper import ModelWrapper
 
+    from export.finn_flow import environment
+
     with environment.finn_environment(folder):
-        from export.finn_flow import steps
         from finn.builder import build_dataflow_steps as default
         from finn.builder.build_dataflow_config import DataflowBuildConfig, DataflowOutputType
+
+        from export.finn_flow import steps
 
         config = DataflowBuildConfig(
             output_dir=str(folder), standalone_thresholds=True, target_fps=fps, fpga_part=part,

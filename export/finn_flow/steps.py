@@ -24,7 +24,7 @@ from finn.transformation.streamline.collapse_repeated import (
 )
 from finn.transformation.streamline.remove import RemoveIdentityTranspose
 from finn.transformation.streamline.round_thresholds import RoundAndClipThresholds
-from onnx import NodeProto
+from onnx import NodeProto, helper
 from qonnx.core.modelwrapper import ModelWrapper
 from qonnx.transformation.base import Transformation
 from qonnx.transformation.batchnorm_to_affine import BatchNormToAffine
@@ -107,12 +107,38 @@ def step_sdq_streamline(model: ModelWrapper, cfg: Any) -> ModelWrapper:
         if _shape_of(model) == before:
             break
     model = _apply(model, LOWER)
+    _transpose_behind_forked_pools_(model)
     for _ in range(ROUNDS):
         before = _shape_of(model)
         model = _apply(model, LAYOUT)
         if _shape_of(model) == before:
             break
     return model
+
+
+def _transpose_behind_forked_pools_(model: ModelWrapper) -> None:
+    """Put a transposition and its inverse between a max pooling and its readers, if it has several.
+
+    FINN's ``MakeMaxPoolNHWC`` takes the first reader for the only one.
+    """
+    for pool in list(model.graph.node):
+        if pool.op_type != "MaxPool" or len(model.find_consumers(pool.output[0])) < 2:
+            continue
+        output = pool.output[0]
+        shape = model.get_tensor_shape(output)
+        pool.output[0], middle = f"{output}.pooled", f"{output}.channels_last"
+        model.set_tensor_shape(pool.output[0], shape)
+        model.set_tensor_shape(middle, [shape[axis] for axis in (0, 2, 3, 1)])
+        place = list(model.graph.node).index(pool) + 1
+        for inputs, result, order in (
+            (pool.output[0], middle, [0, 2, 3, 1]),
+            (middle, output, [0, 3, 1, 2]),
+        ):
+            node = helper.make_node("Transpose", [inputs], [result], perm=order)
+            model.graph.node.insert(place, node)
+            place += 1
+        for tensor in (pool.output[0], middle):
+            model.set_tensor_datatype(tensor, model.get_tensor_datatype(output))
 
 
 def _apply(model: ModelWrapper, transformations: Sequence[type[Transformation]]) -> ModelWrapper:

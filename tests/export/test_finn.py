@@ -47,12 +47,32 @@ class Separable(nn.Module):
         return self.head(self.pool(x + self.body(x)).flatten(1))
 
 
+class PooledResidual(nn.Module):
+    """A max pooling that a convolution and an addition read, and a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+        self.project = nn.Sequential(nn.Conv2d(4, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+        self.last = nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(torch.relu(self.first(x)))
+        x = torch.relu(x + self.body(x))
+        x = torch.relu(self.last(x) + self.project(x))
+        return self.head(x.mean((2, 3)))
+
+
 SHIFTS = {"weight_scale": "per_tensor", "restrict_scale": "power_of_two"}
 CASES = {
     "mixed bits": (plain, {}),
     "one bit": (plain, {"bits": 1}),
     "shifts": (plain, SHIFTS),
     "option A shortcut": ("residual", {}),
+    "pooling before a shortcut": (PooledResidual, {}),
     "averages": ("plain", {}),
     "separable": (Separable, {"bits": 4}),
     "perceptron": ("perceptron", {}),
