@@ -9,6 +9,7 @@ import torch
 import typer
 
 import export
+from export.findings import refuse
 from sdq import plugins
 from sdq.batches import Normalization
 from sdq.cli import inputs as inp
@@ -23,10 +24,16 @@ from sdq.run_folder import RunFolder
 def export_run(
     run: Annotated[Path, typer.Argument(help="Run folder of `sdq quantize`.")],
     format_: Annotated[
-        str, typer.Option("--format", help="A name (see `sdq list formats`).")
+        str,
+        typer.Option(
+            "--format", help="A name (see `sdq list formats`), or several, separated by commas."
+        ),
     ] = "onnx",
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write; default RUN/export/FORMAT.")
+        Path | None,
+        typer.Option(
+            help="Folder to write; default RUN/export/FORMAT. Of several formats, its parent."
+        ),
     ] = None,
     check: Annotated[
         bool,
@@ -70,44 +77,69 @@ def export_run(
     json_: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write a run's network in a file format; with --verify, prove that it computes the same.
+    """Write a run's network in file formats; with --verify, prove that they compute the same.
 
-    With --check it only says what the format cannot take, all at once; exit code 2 if there is any.
+    With --check it only says what a format cannot take, all at once; exit code 2 if there is any.
 
-    Example: `sdq export q --format onnx --verify`
+    Example: `sdq export q --format onnx,qonnx,finn --verify`
     """
-    plugin = plugins.load("export.formats", format_)
-    if build and not hasattr(plugin, "build"):
-        raise RequestError(
-            f"export: --build must be asked of a format with a compiler, got {format_!r}; "
-            "leave it out"
-        )
+    formats = {name: plugins.load("export.formats", name) for name in _split(format_)}
+    for option, given in (("--build", build), ("--target", target), ("--fps", fps)):
+        if given and not any(hasattr(plugin, "build") for plugin in formats.values()):
+            raise RequestError(
+                f"export: {option} must be asked of a format with a compiler, got {format_!r}; "
+                "leave it out"
+            )
     if check and (build or verify or out is not None):
         raise RequestError(
             "--check: must stand without --out, --build and --verify; it writes nothing"
         )
-    wishes = {"target": target, "fps": fps}
     folder = RunFolder.open(run)
     qmodel = inp.load_quantized(folder)
     if check:
-        accepted = check_run(folder, qmodel, format_, quiet=quiet, json_=json_)
-        raise typer.Exit(0 if accepted else 2)
+        accepted = [check_run(folder, qmodel, x, quiet=quiet, json_=json_) for x in formats]
+        raise typer.Exit(0 if all(accepted) else 2)
+    sample = torch.zeros(1, *folder.read_json("run.json")["data"]["image_shape"])
+    for name in formats:  # all of them before the first is written
+        refuse(name, export.check(qmodel, format=name, sample=sample))
     inputs = None
     if verify:  # open the data first: a wrong --data-root must not leave a file behind
         inputs = run_inputs(folder, data, str(data_root) if data_root else None)
-    out = out or run / "export" / format_.replace("-", "_")
-    document = write_and_verify(
-        folder, qmodel, inputs, format_, out, with_preprocessing, samples, overwrite, opset,
-        {key: str(value) for key, value in wishes.items() if value is not None},
-    )  # fmt: skip
-    if build:
-        document["build"] = plugin.build(out)
-    if not quiet:
-        print(describe(document))
+    documents, wrong = [], []
+    for name, plugin in formats.items():
+        place = _folder_of(name, run, out, alone=len(formats) == 1)
+        wishes = {"target": target, "fps": fps} if hasattr(plugin, "build") else {}
+        document = write_and_verify(
+            folder, qmodel, inputs, name, place, with_preprocessing, samples, overwrite, opset,
+            {key: str(value) for key, value in wishes.items() if value is not None},
+        )  # fmt: skip
+        if build and hasattr(plugin, "build"):
+            document["build"] = plugin.build(place)
+        if not quiet:
+            print(describe(document), flush=True)
+        if document.get("verification", {}).get("verified") is False:
+            wrong.append(str(place))
+        documents.append(document)
     if json_:
-        show_json(document)
-    if document.get("verification", {}).get("verified") is False:
-        raise RunError(f"{out}: the file does not compute what PyTorch computes; see above")
+        show_json(documents[0] if len(formats) == 1 else {"exports": documents})
+    if wrong:
+        raise RunError(
+            f"{', '.join(wrong)}: the file does not compute what PyTorch computes; see above"
+        )
+
+
+def _split(formats: str) -> list[str]:
+    names = [name.strip() for name in formats.split(",")]
+    if len(set(names)) < len(names):
+        raise RequestError(f"--format: must name each format once, got {formats!r}; drop one")
+    return names
+
+
+def _folder_of(name: str, run: Path, out: Path | None, *, alone: bool) -> Path:
+    own = name.replace("-", "_")
+    if out is None:
+        return run / "export" / own
+    return out if alone else out / own
 
 
 def check_run(
