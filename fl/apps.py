@@ -16,17 +16,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fl.client import CRASHES, try_answer
-from fl.method import ClientData
+from fl.method import ClientData, Method
 from fl.record import Failure, Record, Reply, Request
 from fl.run import Federated, run_over
 from fl.setting import Setting
 from fl.store import ByRound
-from sdq.data import ImageSet
+from sdq.data import ArrayImages, ImageSet
+from sdq.errors import RequestError
 
 Values = Mapping[str, Any]
 
@@ -92,6 +94,7 @@ def server_app(
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
         federation = open_federation(context.run_config)
+        _check_apart(federation.setting.method)
         transport = GridTransport(
             grid, federation.setting, federation.num_clients, federation.round_seconds
         )
@@ -140,6 +143,19 @@ def client_app(open_hospital: Callable[[int, Values, Values], Hospital]) -> Clie
         register = app.train if category == "train" else app.query
         register(action or "default")(lambda m, c, kind=kind: respond(kind, m, c))
     return app
+
+
+def _check_apart(method: Method) -> None:
+    """Raise RequestError if the method needs the clients' images in one place."""
+    nobody = ImageSet(
+        ArrayImages(torch.zeros(0, 1, 1, 1, dtype=torch.uint8)), torch.zeros(0).long()
+    )
+    two = (ClientData("a", nobody), ClientData("b", nobody))
+    if tuple(method.arrange(two)) != two:
+        raise RequestError(
+            f"{method.name}: must have every client's images in one place, and here each is on its "
+            "own node; choose another method"
+        )
 
 
 def identity(setting: Setting) -> dict[str, Any]:

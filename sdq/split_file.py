@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sdq.data import ImageSet, Splits
 from sdq.errors import RequestError
@@ -102,35 +101,16 @@ def _part(path: Path, number: int, split: str | None, own: str) -> str:
     return SPLIT_NAMES[split.lower()]
 
 
-class _Gathered:
-    """Images of several sets, in one order."""
-
-    def __init__(self, sets: list[ImageSet], source: Tensor, place: Tensor) -> None:
-        self.sets, self.source, self.place = sets, source, place
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return (len(self.place), *self.sets[0].images.shape[1:])
-
-    def take(self, indices: Tensor) -> Tensor:
-        source, place = self.source[indices], self.place[indices]
-        out = torch.empty((len(indices), *self.shape[1:]), dtype=torch.uint8)
-        for number, images in enumerate(self.sets):
-            mine = source == number
-            if bool(mine.any()):
-                out[mine] = images.images.take(place[mine])
-        return out
-
-
 def _gathered(splits: Splits, wanted: list[tuple[str, int, int]]) -> ImageSet | None:
+    """Return images named by part and place, with their clients."""
     if not wanted:
         return None
-    sets = {part: getattr(splits, part) for part in PARTS if getattr(splits, part) is not None}
-    numbers = {part: number for number, part in enumerate(sets)}
-    source = torch.tensor([numbers[part] for part, _, _ in wanted])
-    place = torch.tensor([i for _, i, _ in wanted])
-    return ImageSet(
-        _Gathered(list(sets.values()), source, place),
-        torch.stack([sets[part].labels[i] for part, i, _ in wanted]),
-        torch.tensor([client for _, _, client in wanted]),
-    )
+    sets: dict[str, ImageSet] = {}
+    first: dict[str, int] = {}
+    for part in PARTS:
+        if (images := getattr(splits, part)) is not None:
+            first[part] = sum(map(len, sets.values()))
+            sets[part] = images
+    places = torch.tensor([first[part] + place for part, place, _ in wanted])
+    chosen = ImageSet.joined(list(sets.values())).subset(places)
+    return replace(chosen, centres=torch.tensor([client for _, _, client in wanted]))

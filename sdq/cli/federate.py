@@ -15,6 +15,7 @@ from fl.config import FederationConfig, Select
 from fl.config import Optimizer as OptimizerKind
 from fl.losses import LossConfig, LossName
 from fl.method import ClientData, Method
+from fl.setting import Setting
 from fl.state import BatchNormPolicy
 from sdq.batches import Normalization, generator
 from sdq.cli import inputs as inp
@@ -146,8 +147,6 @@ def federate(
         batch_norm=batch_norm, loss=_loss(loss, file), evaluate_every=evaluate_every,
         adjust=adjust, select=select, seed=seed,
     ))  # fmt: skip
-    for each in chosen:
-        each.check(settings)
     request = inp.DataRequest(
         data, str(data_root) if data_root else None, image_size, mean, std, split, batch_size,
         seed, augment, split_file=asked_clients.split_file,
@@ -158,6 +157,11 @@ def federate(
     inputs = _open_inputs(request)
     hospitals = asked_clients.divide(inputs.splits, seed)
     network = _network(model, weights, inputs, seed).to(target)
+    for each in chosen:  # whatever is wrong with the request shows before a folder is made
+        Setting.of(
+            copy.deepcopy(network), each, settings, num_classes=len(inputs.splits.class_names),
+            image_shape=inputs.splits.image_shape, head=head,
+        )  # fmt: skip
     federation = Federation(network, inputs, hospitals, settings, described, head, quiet)
     asked = {
         "verb": "federate",
@@ -252,7 +256,9 @@ def _run_one(run: RunFolder, method: Method, federation: Federation) -> dict[str
         methods=[method.name], server_model=method.has_server_model,
         clients=describe_clients(clients, classes),
     )  # fmt: skip
-    names = [client.name for client in method.arrange(clients)]
+    arranged = method.arrange(clients)
+    names = [client.name for client in arranged]
+    measured = [each.name for client in arranged for each in client.pooled or (client,)]
     asked = share_of_clients(len(names), config.participation)
     watch = FederationWatch(
         run, method.name, config.rounds, asked, names, quiet=federation.quiet
@@ -264,7 +270,7 @@ def _run_one(run: RunFolder, method: Method, federation: Federation) -> dict[str
             folder=run.path / "checkpoints", watch=watch.round, hear=watch.answer,
         )  # fmt: skip
     run.write_tensors("model.safetensors", done.state)
-    metrics = _metrics(done, names)
+    metrics = _metrics(done, measured)
     if method.has_server_model and (inputs.splits.test or inputs.splits.val) is not None:
         result = copy.deepcopy(federation.network)  # the next method starts from the same
         result.load_state_dict(done.state)

@@ -14,6 +14,8 @@ import fl
 from fl.record import Record
 from fl.setting import Setting
 from fl.store import ByRound
+from sdq import plugins
+from sdq.errors import RequestError
 
 pytest.importorskip("flwr")
 
@@ -75,7 +77,10 @@ def failures(done: fl.Federated) -> list[tuple[int, str]]:
     return [(f["client"], f["reason"]) for r in done.history for f in r["failures"]]
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedper", "scaffold", "pfa", "fca", "local"])
+METHODS = [name for name in plugins.names("fl.methods") if name != "centralized"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_apps_compute_what_the_rounds_do(method: str, tiny: Make, hospitals: Clients) -> None:
     done = Case(tiny, hospitals(), method).run()
     expected = fl.run(tiny(), method=method, clients=hospitals(), num_classes=3, config=CONFIG)
@@ -83,6 +88,11 @@ def test_apps_compute_what_the_rounds_do(method: str, tiny: Make, hospitals: Cli
     assert done.generalization == expected.generalization
     assert done.specialization == expected.specialization
     assert (done.bytes_up, done.bytes_down) == (expected.bytes_up, expected.bytes_down)
+
+
+def test_what_pools_images_cannot_be_deployed(tiny: Make, hospitals: Clients) -> None:
+    with pytest.raises(RequestError, match="centralized: must have every client's images"):
+        Case(tiny, hospitals(), "centralized").run()
 
 
 def test_a_record_survives_a_message() -> None:
