@@ -304,6 +304,37 @@ def test_export_twice(sdq, files, tmp_path):
 
 
 @needs_onnx
+def test_export_of_several_formats(sdq, files, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    export = f"export {files / 'quantized'} --out {out} --verify --samples 10 --json --format"
+    done = sdq(f"{export} onnx-packed,qonnx")
+    assert done.code == 0, done.err
+    assert [x["export"]["format"] for x in done.json["exports"]] == ["onnx-packed", "qonnx"]
+    assert all(x["verification"]["verified"] for x in done.json["exports"])
+    assert (out / "onnx_packed" / "model_packed.onnx").is_file()
+    assert (out / "qonnx" / "model_qonnx.onnx").is_file()
+    # what one format cannot take is said before another is written
+    from export.findings import Finding
+    from export.formats import hls4ml
+
+    found = (Finding("layers.1", "must be dense", "something else", "make it dense"),)
+    monkeypatch.setattr(hls4ml, "check", lambda *_: found)
+    other = tmp_path / "other"
+    done = sdq(f"export {files / 'quantized'} --format onnx,hls4ml --out {other} --samples 10")
+    assert done.code == 2
+    assert "hls4ml cannot take this network" in done.err
+    assert "layers.1: must be dense, got something else; make it dense" in done.err
+    assert not other.exists()
+    for wrong, words in (("onnx,onnx", "each format once"), ("onnx,finnn", "did you mean 'finn'")):
+        done = sdq(f"export {files / 'quantized'} --format {wrong} --out {other}")
+        assert done.code == 2
+        assert words in done.err
+    done = sdq(f"export {files / 'quantized'} --format onnx --target pynq_z2 --out {other}")
+    assert done.code == 2
+    assert "--target must be asked of a format with a compiler" in done.err
+
+
+@needs_onnx
 def test_a_wrong_data_root_leaves_no_export(sdq, files, tmp_path):
     done = sdq(f"export {files / 'quantized'} --verify --data nowhere.npz --out", tmp_path / "out")
     assert done.code == 2
