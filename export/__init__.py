@@ -2,7 +2,8 @@
 
 :func:`prepare` says how a network must be quantized for what will run it, and :func:`check` what
 stands against that. :func:`write` puts a quantized network into a file, :func:`verify` reads the
-file back and compares it with the network, code by code. A format is one module in
+file back and compares it with the network, code by code; :func:`simulate_layers` does so with
+layers of the hardware that a format's compiler wrote. A format is one module in
 ``export/formats``; importing this package imports no ONNX.
 """
 
@@ -10,6 +11,7 @@ from export.findings import Finding
 from export.format import ExportResult, Format, QuantizerInFile, Trace, check, write
 from export.preparation import prepare
 from export.report import VerifyReport
+from export.simulate import SimulatedLayer, simulate_layers
 from export.verify import verify
 
 __all__ = [
@@ -17,10 +19,12 @@ __all__ = [
     "Finding",
     "Format",
     "QuantizerInFile",
+    "SimulatedLayer",
     "Trace",
     "VerifyReport",
     "check",
     "prepare",
+    "simulate_layers",
     "verify",
     "write",
 ]

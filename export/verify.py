@@ -62,7 +62,7 @@ def verify(
     name, plugin = load_format(format)
     path = Path(folder) / plugin.FILE
     metadata = plugin.metadata(path)
-    prepare = _preparation(path, metadata, inputs)
+    prepare = preparation(path, metadata, inputs)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     reasons = _check_sha256(Path(folder), name, sha256)
     reference = Reference(qmodel)
@@ -99,7 +99,12 @@ Preparation = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From a chunk of the inputs: images for PyTorch, inputs for the file."""
 
 
-def _preparation(path: Path, metadata: dict[str, str], inputs: Tensor) -> Preparation:
+def preparation(path: Path, metadata: dict[str, str], inputs: Tensor) -> Preparation:
+    """Return what makes images for PyTorch and inputs for a file from pixels or images.
+
+    Raises:
+        RequestError: the inputs are not what the file takes.
+    """
     if inputs.dim() != 4 or not len(inputs):
         raise RequestError(
             f"verify: inputs must be (N, C, H, W) with N at least 1, got {tuple(inputs.shape)}"

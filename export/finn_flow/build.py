@@ -12,6 +12,7 @@ from . import environment
 MODEL = "model_finn.onnx"
 FOLDING = "folding.json"
 RESULTS = "build"
+WORK = "work"
 
 ESTIMATES = (
     "step_minimize_bit_width_initial",
@@ -65,7 +66,7 @@ def main(folder: Path, settings: Mapping[str, Any]) -> int:
         print(f"FINN+ needs {', '.join(missing)}: {environment.INSTALL}", file=sys.stderr)
         return 2
     results = folder / RESULTS
-    work = results / "work"
+    work = results / WORK
     work.mkdir(parents=True, exist_ok=True)
     environment.set_up(work)
     return _build(folder, results, arguments)

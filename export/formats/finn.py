@@ -18,20 +18,17 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
 from qonnx.core.modelwrapper import ModelWrapper
 from torch import Tensor
 
-from export import finn_folder, finn_rules, graph
+from export import finn_codes, finn_folder, finn_rules, finn_simulation, graph
 from export.finn_flow import environment
-from export.finn_flow.prepare import FLATTEN, Origin, origin
+from export.finn_flow.prepare import Origin, origin
 from export.finn_runtime import Executor
 from export.format import Runner, Trace
 from export.formats import qonnx
-from export.operands import attributes
-from export.operators import OPERATORS
 from sdq.batches import Normalization
 from sdq.errors import RunError
 from sdq.quant_model import QuantModel
@@ -53,6 +50,7 @@ bits = qonnx.bits
 quantizers = qonnx.quantizers
 open_exact = qonnx.open_exact
 build = finn_folder.build
+simulate = finn_simulation.simulate
 
 
 def write(
@@ -123,33 +121,10 @@ class _Compiled:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RunError(f"{self.path}: FINN's Python cannot run it: {reason}") from error
         codes = {
-            note.name: self._codes(node, note, found[node.output[0]]) for node, note in self.taps
+            note.name: finn_codes.read(self.nodes, node, note, found[node.output[0]])
+            for node, note in self.taps
         }
         return Trace(torch.from_numpy(found[self.output]), codes)
-
-    def _codes(self, node: onnx.NodeProto, note: Origin, values: np.ndarray) -> Tensor:
-        codes = torch.from_numpy(_steps_above_lowest(node, values) + note.low)
-        if codes.dim() == 4 and _channels_last(node):
-            codes = codes.permute(0, 3, 1, 2)
-        for name in note.behind:
-            if name == FLATTEN:
-                codes = codes.flatten(1)
-            else:
-                codes = OPERATORS["MaxPool"](attributes(self.nodes[name]), codes)
-        return codes.int()
-
-
-def _steps_above_lowest(node: onnx.NodeProto, values: np.ndarray) -> np.ndarray:
-    """Return how many thresholds each value has reached."""
-    if node.op_type == "Thresholding":
-        return values - graph.attribute(node, "ActVal", 0)
-    own = {a.name: a.f for a in node.attribute if a.name in ("out_scale", "out_bias")}
-    return np.rint((values - own.get("out_bias", 0.0)) / own.get("out_scale", 1.0))
-
-
-def _channels_last(node: onnx.NodeProto) -> bool:
-    layout = next((a.s for a in node.attribute if a.name == "data_layout"), b"")
-    return node.op_type == "Thresholding" or layout == b"NHWC"
 
 
 def _front_end(path: Path, file: onnx.ModelProto, runtime: str) -> ModelWrapper:

@@ -72,6 +72,14 @@ def export_run(
             help="Run the compiler too, as far as its tools are installed; reports land in --out.",
         ),
     ] = False,
+    simulate_layer: Annotated[
+        str | None,
+        typer.Option(
+            help="With --build: simulate a layer of it in Verilator: its name, an activation "
+            "quantizer, first or all."
+        ),
+    ] = None,
+    simulate_samples: Annotated[int, typer.Option(min=1, help="Images to simulate.")] = 10,
     data: options.OptionalData = None,
     data_root: options.DataRoot = None,
     json_: options.Json = False,
@@ -94,6 +102,11 @@ def export_run(
         raise RequestError(
             "--check: must stand without --out, --build and --verify; it writes nothing"
         )
+    hardware = [name for name, plugin in formats.items() if hasattr(plugin, "simulate")]
+    if simulate_layer is not None and not (build and hardware):
+        raise RequestError(
+            "--simulate-layer: must stand with --build and a format that generates hardware (finn)"
+        )
     folder = RunFolder.open(run)
     qmodel = inp.load_quantized(folder)
     if check:
@@ -103,29 +116,36 @@ def export_run(
     for name in formats:  # all of them before the first is written
         refuse(name, export.check(qmodel, format=name, sample=sample))
     inputs = None
-    if verify:  # open the data first: a wrong --data-root must not leave a file behind
+    # open the data first: a wrong --data-root must not leave a file behind
+    if verify or simulate_layer is not None:
         inputs = run_inputs(folder, data, str(data_root) if data_root else None)
     documents, wrong = [], []
     for name, plugin in formats.items():
         place = _folder_of(name, run, out, alone=len(formats) == 1)
         wishes = {"target": target, "fps": fps} if hasattr(plugin, "build") else {}
         document = write_and_verify(
-            folder, qmodel, inputs, name, place, with_preprocessing, samples, overwrite, opset,
-            {key: str(value) for key, value in wishes.items() if value is not None},
+            folder, qmodel, inputs if verify else None, name, place, with_preprocessing, samples,
+            overwrite, opset, {key: str(value) for key, value in wishes.items() if value is not None},
         )  # fmt: skip
         if build and hasattr(plugin, "build"):
             document["build"] = plugin.build(place)
+        if simulate_layer is not None and inputs is not None and name in hardware:
+            pixels = _pixels(inputs, simulate_samples)
+            document |= simulate(
+                qmodel, place, name, simulate_layer,
+                pixels if with_preprocessing else _normalization(folder)(pixels),
+            )  # fmt: skip
         if not quiet:
             print(describe(document), flush=True)
         if document.get("verification", {}).get("verified") is False:
-            wrong.append(str(place))
+            wrong.append(f"{place}: the file does not compute what PyTorch computes")
+        if any(layer["different"] for layer in document.get("simulation", ())):
+            wrong.append(f"{place}: the hardware does not compute what FINN's Python computes")
         documents.append(document)
     if json_:
         show_json(documents[0] if len(formats) == 1 else {"exports": documents})
     if wrong:
-        raise RunError(
-            f"{', '.join(wrong)}: the file does not compute what PyTorch computes; see above"
-        )
+        raise RunError(f"{'; '.join(wrong)}; see above")
 
 
 def _split(formats: str) -> list[str]:
@@ -174,7 +194,7 @@ def write_and_verify(
     ``wishes`` are the format's own options; they go into the file's metadata.
     """
     recorded = folder.read_json("run.json")["data"]
-    normalization = Normalization(tuple(recorded["mean"]), tuple(recorded["std"]))
+    normalization = _normalization(folder)
     preprocessing = normalization if with_preprocessing else None
     result = export.write(
         qmodel,
@@ -195,9 +215,7 @@ def write_and_verify(
     )
     document: dict[str, Any] = {"export": {**result.to_json(), "path": str(result.path)}}
     if inputs is not None:
-        part = inputs.splits.test or inputs.splits.val or inputs.splits.train
-        count = min(samples, len(part))
-        pixels = part.images.take(torch.linspace(0, len(part) - 1, count).long())
+        pixels = _pixels(inputs, samples)
         report = export.verify(
             qmodel,
             out,
@@ -207,6 +225,29 @@ def write_and_verify(
         document["verification"] = report.to_json()
         document["summary"] = list(report.lines)
     return document
+
+
+def simulate(
+    qmodel: QuantModel, place: Path, format_: str, layer: str, images: torch.Tensor
+) -> dict[str, Any]:
+    """Simulate layers of a build; return what is reported, and the same for people."""
+    found = export.simulate_layers(qmodel, place, inputs=images, layer=layer, format=format_)
+    return {
+        "simulation": [layer.to_json() for layer in found],
+        "simulated": [layer.line for layer in found],
+    }
+
+
+def _normalization(folder: RunFolder) -> Normalization:
+    recorded = folder.read_json("run.json")["data"]
+    return Normalization(tuple(recorded["mean"]), tuple(recorded["std"]))
+
+
+def _pixels(inputs: inp.Inputs, samples: int) -> torch.Tensor:
+    """Return images of the test set ``(N, C, H, W)``, uint8, evenly over it."""
+    part = inputs.splits.test or inputs.splits.val or inputs.splits.train
+    count = min(samples, len(part))
+    return part.images.take(torch.linspace(0, len(part) - 1, count).long())
 
 
 def _sha256(path: Path) -> str:
@@ -225,7 +266,8 @@ def describe(document: dict[str, Any]) -> str:
         f"{written['path']}  {written['file_bytes']:,} bytes  sha256 {written['sha256'][:12]}",
         weights,
     ]
-    return "\n".join(lines + document.get("summary", []) + _describe_build(document))
+    lines += [*document.get("summary", []), *_describe_build(document)]
+    return "\n".join(lines + document.get("simulated", []))
 
 
 def _describe_build(document: dict[str, Any]) -> list[str]:
