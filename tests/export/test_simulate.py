@@ -45,8 +45,10 @@ def test_generated_layers_give_the_integers_of_pytorch(written, images):
     assert {x.quantizer for x in found if x.quantizer} == set(qmodel.act_quantizers())
     for layer in found:
         assert (layer.different, layer.from_pytorch or 0) == (0, 0), layer.line
-        # FINN's estimate leaves out a pipeline's depth, and counts a window's overlap twice
-        assert 0.75 <= (layer.cycles + 1) / (layer.estimated_cycles + 4) <= 1.25, layer.line
+        # a pipeline of 2 x 8 + 3 stages, once in 6 images; a window's estimate is a bound
+        assert layer.cycles <= layer.estimated_cycles + 4, layer.line
+        if "Input" not in layer.kind:
+            assert layer.cycles >= layer.estimated_cycles, layer.line
     (first,) = export.simulate_layers(qmodel, folder, inputs=images[:2])
     assert (first.layer, first.values) == ("Thresholding_rtl_1", 2 * 4 * 8 * 8)
 
