@@ -122,10 +122,11 @@ def export_run(
     documents, wrong = [], []
     for name, plugin in formats.items():
         place = _folder_of(name, run, out, alone=len(formats) == 1)
-        wishes = {"target": target, "fps": fps} if hasattr(plugin, "build") else {}
+        asked = {"target": target, "fps": fps} if hasattr(plugin, "build") else {}
+        wishes = {key: str(value) for key, value in asked.items() if value is not None}
         document = write_and_verify(
             folder, qmodel, inputs if verify else None, name, place, with_preprocessing, samples,
-            overwrite, opset, {key: str(value) for key, value in wishes.items() if value is not None},
+            overwrite, opset, wishes,
         )  # fmt: skip
         if build and hasattr(plugin, "build"):
             document["build"] = plugin.build(place)
