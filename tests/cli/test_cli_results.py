@@ -332,6 +332,11 @@ def test_export_of_several_formats(sdq, files, tmp_path, monkeypatch):
     done = sdq(f"export {files / 'quantized'} --format onnx --target pynq_z2 --out {other}")
     assert done.code == 2
     assert "--target must be asked of a format with a compiler" in done.err
+    for rest in ("onnx", "finn"):
+        command = f"export {files / 'quantized'} --simulate-layer first --out {other} --format"
+        done = sdq(f"{command} {rest}")
+        assert done.code == 2
+        assert "--simulate-layer: must stand with --build and a format that gen" in done.err
 
 
 @needs_onnx

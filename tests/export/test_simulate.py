@@ -28,7 +28,8 @@ def net() -> nn.Module:
 @pytest.fixture
 def written(tmp_path, network, sample):
     qmodel = network(net(), act_bits=4, integer_datapath=True)
-    export.write(qmodel, tmp_path, format="finn", sample=sample)
+    fast = {"fps": "500000"}  # several values a word, a whole window at a time
+    export.write(qmodel, tmp_path, format="finn", sample=sample, metadata=fast)
     return qmodel, tmp_path
 
 
