@@ -85,10 +85,17 @@ class _Layer:
         return str(self.node.output[0])
 
     @property
-    def has_two_streams(self) -> bool:
+    def can_be_streamed(self) -> bool:
+        """Return whether one stream goes in and one of integers comes out."""
         ports = self.custom.get_verilog_top_module_intf_names()
         names = [[name for name, _ in ports[side]] for side in ("s_axis", "m_axis")]
-        return names == [["in0_V"], ["out0_V"]]
+        into, out = self.custom.get_input_datatype(0), self.custom.get_output_datatype(0)
+        return (
+            names == [["in0_V"], ["out0_V"]]
+            and "BIPOLAR" not in (into.name, out.name)
+            and (into.is_integer() or into.name == "FLOAT32")
+            and out.is_integer()
+        )
 
     @property
     def source(self) -> Stream:
@@ -102,8 +109,6 @@ class _Layer:
 
 
 def _stream(kind: Any, folded: Any, width: int) -> Stream:
-    if not (kind.is_integer() or kind.name == "FLOAT32") or kind.name == "BIPOLAR":
-        raise RunError(f"a stream of {kind.name} cannot be simulated; integers and float32 can")
     real = kind.name == "FLOAT32"
     return Stream(kind.bitwidth(), int(folded[-1]), int(width), bool(kind.signed()), real)
 
@@ -204,7 +209,7 @@ def _layers(folder: Path) -> list[_Layer]:
 
 
 def _choose(layers: list[_Layer], python: _Python, wanted: str) -> list[_Layer]:
-    known = {x.node.name: x for x in layers if x.has_two_streams and python.has(x)}
+    known = {x.node.name: x for x in layers if x.can_be_streamed and python.has(x)}
     quantizers = {note.name: x for x in known.values() if (note := python.quantizer(x))}
     if wanted == "all":
         return list(known.values())
