@@ -150,6 +150,29 @@ def quantize_before_relu_(model: onnx.ModelProto) -> None:
     graph.remove_unused_(model)
 
 
+def flatten_codes_(model: onnx.ModelProto) -> None:
+    """Let a Flatten that alone reads a DequantizeLinear have the codes.
+
+    A linear layer is fused with the DequantizeLinear right before it, and with no other.
+    """
+    makers, readers = graph.producers(model), readers_of(model)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        nodes.append(node)
+        maker = makers.get(node.input[0]) if node.op_type == "Flatten" else None
+        if maker is None or maker.op_type != "DequantizeLinear":
+            continue
+        if len(readers[maker.output[0]]) > 1 or "axis" in {a.name for a in maker.attribute}:
+            continue
+        codes, values = maker.input[0], node.output[0]
+        node.input[0], node.output[0] = codes, maker.output[0]
+        maker.input[0], maker.output[0] = node.output[0], values
+        nodes.remove(maker)
+        nodes.append(maker)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
 def shorten_names_(model: onnx.ModelProto) -> None:
     """Number the tensors that nodes make: in a small network long names are a tenth of the file.
 

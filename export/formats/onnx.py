@@ -104,6 +104,7 @@ def graph_of(
     model = trace(qmodel, "qcdq", sample, opset)
     qdq.to_unsigned_(model)
     qdq.quantize_before_relu_(model)
+    qdq.flatten_codes_(model)
     qdq.shorten_names_(model)
     if preprocessing is not None:
         graph.prepend_preprocessing_(model, preprocessing)

@@ -78,7 +78,7 @@ def test_a_relu_and_a_pooling_before_signed_codes_are_fused(
 def test_integer_kernels_give_the_codes_of_pytorch(tmp_path, network, sample, images, net, bits):
     """With float biases onnxruntime rounds them where it fuses, and codes move."""
     settings = {**INTEGER, "first_last_bits": 4}
-    flipped = {}
+    flipped, ties = {}, {}
     for integer in (True, False):
         qmodel = network(net, bits, **{**settings, "integer_bias": integer})
         export.write(qmodel, tmp_path, format="onnx", sample=sample, overwrite=True)
@@ -86,8 +86,9 @@ def test_integer_kernels_give_the_codes_of_pytorch(tmp_path, network, sample, im
         stages = {stage.name: stage for stage in report.runtimes}
         stage = stages["onnxruntime, optimisations on"]
         flipped[integer] = (stage.flipped, stage.largest_difference)
+        ties[integer] = stage.ties
         assert report.verified or not integer, report.lines
-    assert flipped[True][0] == 0
+    assert flipped[True][0] == ties[True] / len(images)  # a boundary in float32, if at all
     assert flipped[True][1] < 1e-3  # steps of the output
     if net == "residual" and bits < 4:  # else too little is fused, or the grid is fine
         assert flipped[False][1] > 1e-2
