@@ -174,7 +174,7 @@ def line(row: dict[str, Any], images: int) -> str:
     if row["flipped"] is None:
         return f"{start}| not readable | | | | {agree} | {outputs} |"
     flipped = round(row["flipped"] * images)
-    ties = f"{flipped} ({row['ties']} ties)" if flipped else "0"
+    ties = f"{flipped} ({row['ties']} by a tie)" if flipped else "0"
     return (
         f"{start}| {row['codes']:,} | {row['different']} | {row['first_difference'] or ''} | "
         f"{ties} | {agree} | {outputs} |"
