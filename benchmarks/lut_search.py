@@ -29,7 +29,6 @@ from sdq.policy import BitwidthPolicy
 from sdq.quant_model import QuantModel
 
 UNIFORM = (4, 3, 2)
-CHOICES = (1, 2, 3, 4, 6, 8)
 
 
 def main() -> None:
@@ -61,6 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--target", default="pynq_z2")
     parser.add_argument("--fps", type=float, default=1000.0)
     parser.add_argument("--shares", default="1,0.9,0.8", help="of uniform 4 bits' LUTs")
+    parser.add_argument("--choices", default="1,2,3,4,6,8", help="all must reach --fps")
     parser.add_argument("--act-bits", type=int, default=4)
     parser.add_argument("--first-last-bits", type=int, default=8, help="0: these are searched too")
     parser.add_argument("--search-epochs", type=int, default=4)
@@ -99,9 +99,13 @@ class Bench(search_methods.Bench):
         file.write_text(json.dumps(row))
         return row
 
+    @property
+    def choices(self) -> tuple[int, ...]:
+        return tuple(map(int, self.options.choices.split(",")))
+
     def quantized(self) -> QuantModel:
         config = sdq.QuantConfig(
-            bit_choices=CHOICES, act_bits=self.options.act_bits,
+            bit_choices=self.choices, act_bits=self.options.act_bits,
             first_last_bits=self.options.first_last_bits or None, integer_datapath=True,
         )  # fmt: skip
         qmodel = sdq.quantize(self.network, config, sample=self.sample.to(self.fabric.device))
@@ -115,7 +119,7 @@ class Bench(search_methods.Bench):
     def searched(self, qmodel: QuantModel, share: float) -> BitwidthPolicy:
         """Return the policy found within a share of what uniform 4 bits take."""
         choices = [
-            (CHOICES if bits.searched else weights, acts)
+            (self.choices if bits.searched else weights, acts)
             for bits, (weights, acts) in zip(qmodel.policy, choices_of(qmodel.policy), strict=True)
         ]
         device = hw.target(self.options.target)
