@@ -6,6 +6,13 @@ import statistics
 import sys
 from pathlib import Path
 
+import torch
+from torch import nn
+
+from sdq.batches import generator
+from sdq.data import Splits
+from sdq.plugins import call_with_known, load
+
 OUTSIDE = {"--data-root": "DIR", "--weights": "FILE"}
 
 
@@ -24,6 +31,17 @@ def data_parser(description: str | None, model: str | None = "resnet20") -> argp
     if model is not None:
         found.add_argument("--model", default=model)
     return found
+
+
+def untrained(name: str, splits: Splits, seed: int) -> nn.Module:
+    """Return a model by name for a data set, with first weights that follow from the seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(generator(seed, "weights").initial_seed())
+        network: nn.Module = call_with_known(
+            load("sdq.models", name).build, num_classes=len(splits.class_names),
+            in_channels=splits.image_shape[0], image_size=splits.image_shape[-1],
+        )  # fmt: skip
+    return network
 
 
 def command() -> str:

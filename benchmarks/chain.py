@@ -17,14 +17,13 @@ from typing import Any
 
 import _reports
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import export
 import sdq
 from sdq.batches import Augmentation, Batches, Normalization, generator
 from sdq.data import DataOptions, Splits, open_data
 from sdq.errors import RequestError
-from sdq.plugins import call_with_known, load
 
 FORMATS = "onnx,onnx-packed,qonnx,finn,hls4ml"
 CHOICES = (1, 2, 3, 4, 6, 8)
@@ -74,12 +73,7 @@ def test_images(splits: Splits, count: int) -> Tensor:
 
 def prepared(name: str, splits: Splits, options: argparse.Namespace) -> sdq.QuantModel:
     """Return a quantized network with a random policy, trained where it gives a class an image."""
-    with torch.random.fork_rng():
-        torch.manual_seed(generator(options.seed, "weights").initial_seed())
-        network: nn.Module = call_with_known(
-            load("sdq.models", name).build, num_classes=len(splits.class_names),
-            in_channels=splits.image_shape[0], image_size=splits.image_shape[-1],
-        )  # fmt: skip
+    network = _reports.untrained(name, splits, options.seed)
     order = torch.randperm(len(splits.train), generator=generator(options.seed, "part"))
     part = splits.train.subset(order[: options.train_images].sort().values)
     train = Batches(

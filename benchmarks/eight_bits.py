@@ -19,11 +19,10 @@ import torch
 from torch import nn
 
 import sdq
-from sdq.batches import Augmentation, Batches, Normalization, generator
+from sdq.batches import Augmentation, Batches, Normalization
 from sdq.checkpoint import load_tensors, save_tensors
 from sdq.data import DataOptions, open_data
 from sdq.metrics import agreement, classification_metrics, predict
-from sdq.plugins import call_with_known, load
 
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -89,12 +88,7 @@ def arguments() -> argparse.Namespace:
 
 def trained(name: str, splits: Any, train: Batches, options: argparse.Namespace) -> nn.Module:
     """Return a float network, trained now or in an earlier run of this command."""
-    with torch.random.fork_rng():
-        torch.manual_seed(generator(options.seed, "weights").initial_seed())
-        network: nn.Module = call_with_known(
-            load("sdq.models", name).build, num_classes=len(splits.class_names),
-            in_channels=splits.image_shape[0], image_size=splits.image_shape[-1],
-        )  # fmt: skip
+    network = _reports.untrained(name, splits, options.seed)
     file = options.out / f"{name}.safetensors"
     if not file.exists():
         config = sdq.TrainConfig(epochs=options.epochs, lr=options.lr, seed=options.seed)

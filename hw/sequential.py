@@ -1,9 +1,32 @@
 """Devices that compute one layer after another: a network takes the sum of its layers."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import fsum
+from typing import Self
 
-from hw.target import LayerUse, TargetCost
+from hw.target import Choices, Demand, LayerUse, TargetCost
+from sdq.layers import LayerSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequential:
+    """What such devices have in common.
+
+    Args:
+        within_s: the time one sample may take, if that was demanded.
+    """
+
+    within_s: float | None = None
+
+    @property
+    def limits(self) -> Mapping[str, float]:
+        """What was demanded."""
+        return {} if self.within_s is None else {"latency_s": self.within_s}
+
+    def under(self, layers: Sequence[LayerSpec], demand: Demand, choices: Choices) -> Self:
+        """Return the target with what is demanded of one sample."""
+        return replace(self, within_s=demand.seconds)
 
 
 def summed(

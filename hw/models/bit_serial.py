@@ -13,12 +13,12 @@ Source: Judd et al., "Stripes", MICRO 2016; Sharify et al., "Loom", DAC 2018,
 https://arxiv.org/abs/1706.07853. Compute only, without the memory system.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil, prod
 
-from hw.sequential import summed
-from hw.target import Choices, Demand, LayerUse, TargetCost
+from hw.sequential import Sequential, summed
+from hw.target import LayerUse, TargetCost
 from sdq.layers import LayerSpec
 from sdq.policy import BitwidthPolicy
 
@@ -27,7 +27,7 @@ FULL_BITS = 16
 
 
 @dataclass(frozen=True)
-class BitSerialArray:
+class BitSerialArray(Sequential):
     """A bit-serial array.
 
     Args:
@@ -36,7 +36,6 @@ class BitSerialArray:
         lanes: input channels at a time.
         clock_hz: clock frequency.
         serial_weights: whether weights are serial as well as activations.
-        within_s: the time one sample may take, if that was demanded.
     """
 
     filters: int
@@ -44,26 +43,14 @@ class BitSerialArray:
     lanes: int
     clock_hz: float
     serial_weights: bool
-    within_s: float | None = None
 
     weight_bits = tuple(range(1, 9))
     act_bits = (*range(2, 9), 16)
     costs = ("cycles", "latency_s")
 
-    @property
-    def limits(self) -> Mapping[str, float]:
-        """What was demanded."""
-        return {} if self.within_s is None else {"latency_s": self.within_s}
-
     def legal_weight_bits(self, spec: LayerSpec) -> tuple[int, ...]:
         """Return 1 to 8: all of them, in every layer."""
         return self.weight_bits
-
-    def under(
-        self, layers: Sequence[LayerSpec], demand: Demand, choices: Choices
-    ) -> "BitSerialArray":
-        """Return the target with what is demanded of one sample; layers follow one another."""
-        return replace(self, within_s=demand.seconds)
 
     def cycles(self, spec: LayerSpec, weight_bits: int, act_bits: int) -> int:
         """Return the cycles of one layer for one sample.

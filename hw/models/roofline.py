@@ -10,11 +10,11 @@ Source: Williams et al., "Roofline", CACM 2009, https://doi.org/10.1145/1498765.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
-from hw.sequential import summed
-from hw.target import Choices, Demand, LayerUse, TargetCost
+from hw.sequential import Sequential, summed
+from hw.target import LayerUse, TargetCost
 from sdq.layers import LayerSpec
 from sdq.policy import FLOAT_BITS, BitwidthPolicy
 
@@ -22,7 +22,7 @@ HALF_BITS = 16
 
 
 @dataclass(frozen=True)
-class Roofline:
+class Roofline(Sequential):
     """A processor.
 
     Args:
@@ -33,7 +33,6 @@ class Roofline:
         only_linear: of these, those that only weights of linear layers have; their products are
             computed with 16 bits.
         act_bits: bitwidths of activations that it computes with.
-        within_s: the time one sample may take, if that was demanded.
     """
 
     peaks: Mapping[int, float]
@@ -42,7 +41,6 @@ class Roofline:
     stored_bits: tuple[int, ...]
     only_linear: tuple[int, ...] = ()
     act_bits: tuple[int, ...] = (8,)
-    within_s: float | None = None
 
     @property
     def weight_bits(self) -> tuple[int, ...]:
@@ -57,8 +55,7 @@ class Roofline:
     @property
     def limits(self) -> Mapping[str, float]:
         """The memory, and what was demanded."""
-        asked = {} if self.within_s is None else {"latency_s": self.within_s}
-        return {self.memory[0]: self.memory[1], **asked}
+        return {self.memory[0]: self.memory[1], **super().limits}
 
     def legal_weight_bits(self, spec: LayerSpec) -> tuple[int, ...]:
         """Return the widths that this kind of layer has."""
@@ -66,10 +63,6 @@ class Roofline:
 
     def _has(self, spec: LayerSpec, bits: int) -> bool:
         return spec.kind == "linear" or bits not in self.only_linear
-
-    def under(self, layers: Sequence[LayerSpec], demand: Demand, choices: Choices) -> "Roofline":
-        """Return the target with what is demanded of one sample; layers follow one another."""
-        return replace(self, within_s=demand.seconds)
 
     def stored(self, spec: LayerSpec, weight_bits: int) -> int:
         """Return the bits that one weight is stored in: the next width there is."""

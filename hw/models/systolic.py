@@ -12,19 +12,19 @@ of their published simulator, compute only, without the memory system.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from hw.energy import mac_joules, weight_fetch_joules
-from hw.sequential import summed
-from hw.target import Choices, Demand, LayerUse, TargetCost
+from hw.sequential import Sequential, summed
+from hw.target import LayerUse, TargetCost
 from sdq.layers import LayerSpec
 from sdq.policy import FLOAT_BITS, BitwidthPolicy, LayerBits
 
 
 @dataclass(frozen=True)
-class FusibleArray:
+class FusibleArray(Sequential):
     """A systolic array.
 
     Args:
@@ -33,7 +33,6 @@ class FusibleArray:
         clock_hz: clock frequency.
         weight_bits: bitwidths of weights that it takes; others are computed as the next wider.
         act_bits: likewise of activations.
-        within_s: the time one sample may take, if that was demanded.
     """
 
     rows: int
@@ -41,24 +40,12 @@ class FusibleArray:
     clock_hz: float
     weight_bits: tuple[int, ...] = tuple(range(1, 9))
     act_bits: tuple[int, ...] = (*range(2, 9), 16)
-    within_s: float | None = None
 
     costs = ("cycles", "latency_s", "energy_j")
-
-    @property
-    def limits(self) -> Mapping[str, float]:
-        """What was demanded."""
-        return {} if self.within_s is None else {"latency_s": self.within_s}
 
     def legal_weight_bits(self, spec: LayerSpec) -> tuple[int, ...]:
         """Return all that it takes; every layer is computed alike."""
         return self.weight_bits
-
-    def under(
-        self, layers: Sequence[LayerSpec], demand: Demand, choices: Choices
-    ) -> "FusibleArray":
-        """Return the target with what is demanded of one sample; layers follow one another."""
-        return replace(self, within_s=demand.seconds)
 
     def cycles(self, spec: LayerSpec, weight_bits: int, act_bits: int) -> int:
         """Return the cycles of one layer for one sample.
