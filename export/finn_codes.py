@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from export import graph
-from export.finn_flow.prepare import FLATTEN, Origin
+from export.finn_flow.origin import FLATTEN, Origin
 from export.operands import attributes
 from export.operators import OPERATORS
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from export import finn_codes, finn_folder, graph, verilator
 from export.finn_flow import environment
 from export.finn_flow.build import MODEL, RESULTS, WORK
-from export.finn_flow.prepare import Origin, origin
+from export.finn_flow.origin import Origin, origin
 from export.finn_runtime import Arrays, Executor
 from export.simulate import SimulatedLayer
 from sdq.errors import RequestError, RunError

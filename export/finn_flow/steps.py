@@ -36,7 +36,8 @@ from qonnx.transformation.lower_convs_to_matmul import LowerConvsToMatMul
 from qonnx.transformation.remove import RemoveIdentityOps
 from qonnx.util.cleanup import cleanup_model
 
-from .prepare import Origin, origin, prepare_, set_origin_
+from .origin import Origin, origin, set_origin_
+from .prepare import prepare_
 
 ROUNDS = 8
 """More than the depth of scales that any network here has had between two thresholds."""

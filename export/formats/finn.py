@@ -25,7 +25,7 @@ from torch import Tensor
 
 from export import finn_codes, finn_folder, finn_rules, finn_simulation, graph
 from export.finn_flow import environment
-from export.finn_flow.prepare import Origin, origin
+from export.finn_flow.origin import Origin, origin
 from export.finn_runtime import Executor
 from export.format import Runner, Trace
 from export.formats import qonnx
