@@ -198,7 +198,7 @@ def load_format(name_or_format: "str | Format") -> tuple[str, Format]:
 
 def _name(plugin: Format) -> str:
     """Return a format's name as the command line has it, with dashes."""
-    return str(getattr(plugin, "__name__", "")).rpartition(".")[2].replace("_", "-")
+    return plugins.name_of(str(getattr(plugin, "__name__", ""))).replace("_", "-")
 
 
 def check(qmodel: QuantModel, *, format: "str | Format", sample: Tensor) -> tuple[Finding, ...]:

@@ -251,7 +251,7 @@ class Method:
     @property
     def name(self) -> str:
         """Return the name: that of the file."""
-        return type(self).__module__.rpartition(".")[2]
+        return plugins.name_of(type(self).__module__)
 
     # --- both halves
 

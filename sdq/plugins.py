@@ -1,7 +1,8 @@
 """Plugins: a module in a package with a plural name is a plugin, and its file name is its name.
 
 Nothing is registered. Putting ``sdq/models/my_net.py`` there is enough for ``--model my_net``, for
-``sdq list models`` and for the conformance tests.
+``sdq list models`` and for the conformance tests. A file that is elsewhere is named by its path:
+``--target path/to/my_board.py`` takes a module of the same content.
 """
 
 import hashlib
@@ -17,6 +18,8 @@ from typing import Any
 
 from sdq.errors import RequestError, nearest
 
+_USER = "sdq_user_"
+
 
 def names(package: str) -> list[str]:
     """Return the sorted plugin names of a package.
@@ -29,17 +32,30 @@ def names(package: str) -> list[str]:
 
 
 def load(package: str, name: str) -> ModuleType:
-    """Import one plugin; case does not matter, and ``-`` is ``_``.
+    """Import one plugin by its name, or a user's ``path/to/file.py``.
+
+    In a name case does not matter, and ``-`` is ``_``.
 
     Raises:
-        RequestError: no such plugin; the message offers the nearest name.
+        RequestError: no such plugin or file; the message offers the nearest name.
     """
+    if name.endswith(".py"):
+        return _execute(Path(name))
     module_name = name.lower().replace("-", "_")
     known = names(package)
     if module_name not in known:
         kind = package.rsplit(".", 1)[-1].removesuffix("s")
         raise RequestError(f"{kind}: unknown name {name!r}; {nearest(module_name, known)}")
     return importlib.import_module(f"{package}.{module_name}")
+
+
+def name_of(module: str) -> str:
+    """Return a plugin's name from that of its module, also of a user's file.
+
+    >>> name_of("fl.methods.fedavg")
+    'fedavg'
+    """
+    return module.rpartition(".")[2].removeprefix(_USER)
 
 
 def is_file_reference(text: str) -> bool:
@@ -58,9 +74,21 @@ def load_function(reference: str) -> tuple[Callable[..., Any], str]:
     """
     path_text, _, function_name = reference.rpartition(":")
     path = Path(path_text)
+    module = _execute(path)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        known = [n for n, f in vars(module).items() if inspect.isfunction(f)]
+        raise RequestError(
+            f"{path}: no function {function_name!r}; {nearest(function_name, known)}"
+        )
+    return function, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _execute(path: Path) -> ModuleType:
+    """Import a user's file under its own name and a prefix, which no other module has."""
     if not path.is_file():
-        raise RequestError(f"{reference}: no file {str(path)!r}; give path/to/file.py:function")
-    spec = importlib.util.spec_from_file_location(f"sdq_user_{path.stem}", path)
+        raise RequestError(f"plugin: no file {str(path)!r}; give the path of an existing .py file")
+    spec = importlib.util.spec_from_file_location(_USER + path.stem, path)
     assert spec is not None  # a .py path always has a spec and a loader
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -71,13 +99,7 @@ def load_function(reference: str) -> tuple[Callable[..., Any], str]:
         raise RequestError(
             f"{path}: cannot be executed, {type(error).__name__}: {error}; mend the file"
         ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        known = [n for n, f in vars(module).items() if inspect.isfunction(f)]
-        raise RequestError(
-            f"{path}: no function {function_name!r}; {nearest(function_name, known)}"
-        )
-    return function, hashlib.sha256(path.read_bytes()).hexdigest()
+    return module
 
 
 def call_with_known(function: Callable[..., Any], **offered: Any) -> Any:

@@ -91,8 +91,18 @@ def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
     assert [f() for f in found] == ["a", "b"]
 
 
+def test_a_file_elsewhere_is_a_plugin_by_its_path(tmp_path: Path) -> None:
+    file = tmp_path / "My-Own.py"
+    file.write_text("VALUE = 7\n")
+    module = plugins.load("hw.targets", str(file))
+    assert module.VALUE == 7
+    assert plugins.name_of(module.__name__) == "My-Own"
+    with refuses("plugin: no file", "absent.py", "give the path of an existing .py file"):
+        plugins.load("hw.targets", str(tmp_path / "absent.py"))
+
+
 def test_what_is_wrong_with_a_user_s_file_is_named(tmp_path: Path) -> None:
-    with refuses("no file", "give path/to/file.py:function"):
+    with refuses("no file", "give the path of an existing .py file"):
         plugins.load_function(f"{tmp_path / 'absent.py'}:build")
     broken = tmp_path / "broken.py"
     broken.write_text("def build(:\n")

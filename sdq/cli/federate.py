@@ -52,7 +52,7 @@ def federate(
     out: options.Out,
     rounds: Annotated[int, typer.Option(min=1, help="Exchanges between server and clients.")],
     method: Annotated[
-        str, typer.Option(help="One or several, X,Y (see `sdq list methods`).")
+        str, typer.Option(help="One or several, X,Y (see `sdq list methods`, or path/to/file.py).")
     ] = "fedavg",
     clients: Annotated[
         str | None,

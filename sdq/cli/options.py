@@ -194,7 +194,10 @@ ConfigPath = Annotated[
 ]
 Target = Annotated[
     str | None,
-    typer.Option(help="A device (see `sdq list targets`): its bitwidths, and for the next three."),
+    typer.Option(
+        help="A device (see `sdq list targets`, or path/to/file.py): its bitwidths, and for the "
+        "next three."
+    ),
 ]
 LatencyMs = Annotated[
     float | None, typer.Option(help="Budget: milliseconds of one sample on --target, at most.")
