@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fl.channel import ClientEnd, without_link
 from fl.evaluation import evaluate
 from fl.local_training import train_
 from fl.losses import criterion
 from fl.method import ClientContext, ClientData
-from fl.record import Failure, Record, Reply, Request, misfit, not_finite, picked
+from fl.record import Failure, Record, Reply, Request, Tensors, misfit, not_finite, picked
 from fl.setting import Setting
 from fl.state import load_
 from sdq.batches import Batches, Loader, generator
@@ -104,14 +105,16 @@ def _train(
     setting: Setting, data: ClientData, request: Request, kept: Record | None
 ) -> tuple[Reply, Record]:
     setting.check(data)
-    _load_(setting, request, kept)
+    end = ClientEnd(setting, request, kept)
+    _load_(setting, request.client, end.model, kept)
     context = _context(setting, data, request, kept)
     client = setting.method.client(context)
     progress = train_(client)
     extra = client.finish(progress)
     state = setting.network.state_dict()
+    groups, keeps = end.sent(picked(state, setting.names(up=True)))
     up = Record(
-        {"model": picked(state, setting.names(up=True)), **extra.tensors},
+        {**groups, **extra.tensors},
         {
             "num_examples": len(data.train),
             "steps": progress.steps,
@@ -126,16 +129,17 @@ def _train(
         }
     memory = context.memory
     memory.tensors["model"] = picked(state, setting.names(down=False))
+    memory.tensors.update(keeps.tensors)
+    memory.values.update(keeps.values)
     return Reply(request.client, up), memory
 
 
-def _load_(setting: Setting, request: Request, kept: Record | None) -> None:
+def _load_(setting: Setting, client: int, came: Tensors, kept: Record | None) -> None:
     """Put what came, what was kept and, for the rest, the initial state into the network."""
-    came = request.record.model
     expected = {n: setting.initial[n] for n in setting.names(down=True)}
     if (why := misfit(came, expected)) is not None:
         raise RequestError(
-            f"client {request.client}: the model must be the federation's, but {why}; "
+            f"client {client}: the model must be the federation's, but {why}; "
             "server and client must have the same network and version"
         )
     own = {n: setting.initial[n] for n in setting.names(down=False)}
@@ -148,7 +152,7 @@ def _context(
     seed, client, round = setting.config.seed, request.client, request.round
     own = setting.counts(data.train.labels)
     everyone = torch.tensor(request.record.values["class_counts"], dtype=torch.float32)
-    memory = kept.copy() if kept is not None else Record()
+    memory = without_link(kept)
     memory.tensors.pop("model", None)
     received = {g: t for g, t in request.record.tensors.items() if g != "model"}
     return ClientContext(

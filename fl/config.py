@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fl.compression import CompressionConfig
 from fl.losses import LossConfig
 from fl.state import BatchNormPolicy
 from sdq.config import Config
@@ -35,6 +36,8 @@ class FederationConfig(Config):
         loss: what clients minimise; None: the method's.
         count_epsilon: class counts leave a client with Laplace noise of scale 1 / epsilon (one
             image more or less is then epsilon-differentially private); None: as they are.
+        compress: bits of the changes that travel, see :mod:`fl.channel`; None: floating-point
+            numbers.
         evaluate_every: rounds between evaluations; the last round always is evaluated.
         evaluate_absent: at the end, clients that the last round did not ask train on the final
             model, are evaluated, and forget it.
@@ -64,6 +67,7 @@ class FederationConfig(Config):
     geometric: tuple[str, ...] = ()
     loss: LossConfig | None = None
     count_epsilon: Annotated[float, Field(gt=0)] | None = None
+    compress: CompressionConfig | None = None
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     evaluate_absent: bool = True
     assemble: bool = True

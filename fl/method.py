@@ -20,7 +20,6 @@ server, and nothing else of a method's objects survives a round.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,7 +29,7 @@ from fl.config import FederationConfig
 from fl.losses import Criterion, LossConfig
 from fl.network import Network, Outputs
 from fl.record import Record, Reply, Tensors
-from fl.state import BatchNormPolicy, Route, weighted_mean
+from fl.state import BatchNormPolicy, Route, moving_names, weighted_mean
 from fl.store import Store
 from sdq import plugins
 from sdq.batches import Loader
@@ -206,17 +205,8 @@ class Server:
         return torch.stack([self.counts[k] for k in sorted(self.counts)]).sum(0)
 
     def parameter_names(self) -> set[str]:
-        """Return the names in ``model`` that a server's own step may move.
-
-        They are parameters: a variance with momentum would become negative. What is averaged in
-        logarithms, such as a quantizer's scale, would too.
-        """
-        return {
-            name
-            for name, _ in self.network.named_parameters()
-            if name in self.model
-            and not any(fnmatchcase(name, pattern) for pattern in self.config.geometric)
-        }
+        """Return the names in ``model`` that a server's own step may move."""
+        return moving_names(self.network, self.config.geometric) & set(self.model)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fl.channel import ServerEnd
 from fl.client import share_of_clients
 from fl.method import Server
 from fl.record import (
@@ -89,6 +90,7 @@ class Rounds:
         transport: to the clients.
         num_clients: of the federation; they are numbered from 0.
         own: the states a method makes for single clients.
+        references: what each client has of a compressed model.
         hear: called with each answer as it comes, and what was asked.
     """
 
@@ -99,9 +101,11 @@ class Rounds:
         num_clients: int,
         own: Store | None = None,
         hear: Listener | None = None,
+        references: Store | None = None,
     ) -> None:
         self.setting = setting
         self.transport = transport
+        self.end = ServerEnd(setting, references or Store())
         self.hear = hear or (lambda kind, answer: None)
         self.server = Server(
             config=setting.config,
@@ -157,6 +161,8 @@ class Rounds:
         replies: list[Reply] = []
         requests = self._requests("train", report.asked, report, evaluate=evaluate)
         for answer in self._ask("train", requests):
+            if isinstance(answer, Reply):
+                report.bytes_up += answer.record.num_bytes()
             checked = answer if isinstance(answer, Failure) else self._checked(answer)
             if isinstance(checked, Failure):
                 report.failures.append(checked)
@@ -238,9 +244,10 @@ class Rounds:
                 {"model": {n: state[n] for n in down}, **extra.tensors},
                 {"class_counts": counts, "evaluate": evaluate, **extra.values},
             )
+            request = self.end.packed(Request(kind, client, server.round, record))
             if report is not None:
-                report.bytes_down += record.num_bytes()
-            yield Request(kind, client, server.round, record)
+                report.bytes_down += request.record.num_bytes()
+            yield request
 
     def _ask(self, kind: Kind, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
         for answer in self.transport.ask(requests):
@@ -253,6 +260,11 @@ class Rounds:
         return counts if good and bool(counts.isfinite().all()) else None
 
     def _checked(self, reply: Reply) -> Reply | Failure:
+        try:
+            sent = self.setting.method.state_for(self.server, reply.client)
+            reply = self.end.unpacked(reply, sent)
+        except RunError as error:
+            return Failure(reply.client, str(error))
         expected = {n: self.setting.initial[n] for n in self.setting.names(up=True)}
         if (why := misfit(reply.model, expected)) is not None:
             return Failure(reply.client, f"its model is not the federation's: {why}")
@@ -279,8 +291,8 @@ class Rounds:
         report.train_loss = (
             sum(r.record.values["train_loss"] * r.num_examples for r in replies) / images
         )
-        report.bytes_up = sum(r.record.num_bytes() for r in replies)
         report.evaluations = {k: e for r in replies for k, e in _evaluations(r).items()}
+        self.end.conclude(report.asked, report.replied, server.round)
         server.round += 1
 
     # --- state
@@ -294,19 +306,22 @@ class Rounds:
             "counts": {str(k): c.tolist() for k, c in server.counts.items()},
             "memory": server.memory.values,
             "own": {str(k): r for k, r in server.own.index.items()},
+            "references": {str(k): r for k, r in self.end.references.index.items()},
             "transport": self.transport.commit(server.round),
             **rest.values,
         }
         save(path, Record({"model": server.model, **groups, **rest.tensors}, values))
         server.own.forget_old_()
+        self.end.references.forget_old_()
         self.transport.forget_old_()
 
-    def load_(self, saved: Record, own_folder: Path | None) -> None:
-        """Take up such a state."""
+    def load_(self, saved: Record) -> None:
+        """Take up such a state; clients' states are in the folders of the stores."""
         server = self.server
         server.round = saved.values["round"]
         server.counts = {int(k): torch.tensor(c) for k, c in saved.values["counts"].items()}
-        server.own = Store(own_folder, {int(k): r for k, r in saved.values["own"].items()})
+        server.own = _taken_up(server.own, saved.values["own"])
+        self.end.references = _taken_up(self.end.references, saved.values.get("references", {}))
         server.model = saved.model
         groups = {
             g.removeprefix("memory:"): t
@@ -315,6 +330,10 @@ class Rounds:
         }
         server.memory = Record(groups, saved.values["memory"])
         self.transport.restore(saved.values["transport"])
+
+
+def _taken_up(store: Store, index: dict[str, int]) -> Store:
+    return Store(store.folder, {int(client): round for client, round in index.items()})
 
 
 def _evaluations(reply: Reply) -> dict[int, Any]:

@@ -203,8 +203,10 @@ class _Run:
     ) -> None:
         self.setting, self.folder, self.watch = setting, folder, watch
         self.test, self.val = _nonempty(test), _nonempty(val)
-        own = Store(None if folder is None else folder / "own")
-        self.rounds = Rounds(setting, transport, num_clients, own, hear)
+        own, references = (
+            Store(None if folder is None else folder / name) for name in ("own", "references")
+        )
+        self.rounds = Rounds(setting, transport, num_clients, own, hear, references)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"round": 0, "score": None}
         self.best_model: Tensors = {}
@@ -307,7 +309,7 @@ class _Run:
                     f"{saved.values['identity'].get(key)!r:.200}, got {value!r:.200}; "
                     "repeat the same request, or start in a new folder"
                 )
-        self.rounds.load_(saved, self.folder / "own")
+        self.rounds.load_(saved)
         self.history, self.best = saved.values["history"], saved.values["best"]
         self.best_model = saved.tensors.get("best", {})
         return True
