@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fl.client import CRASHES, try_answer
-from fl.method import ClientData, Method
+from fl.method import ClientData
 from fl.record import Failure, Record, Reply, Request
 from fl.run import Federated, run_over
 from fl.setting import Setting
@@ -94,7 +94,7 @@ def server_app(
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
         federation = open_federation(context.run_config)
-        _check_apart(federation.setting.method)
+        _check_apart(federation.setting)
         transport = GridTransport(
             grid, federation.setting, federation.num_clients, federation.round_seconds
         )
@@ -145,8 +145,18 @@ def client_app(open_hospital: Callable[[int, Values, Values], Hospital]) -> Clie
     return app
 
 
-def _check_apart(method: Method) -> None:
-    """Raise RequestError if the method needs the clients' images in one place."""
+def _check_apart(setting: Setting) -> None:
+    """Raise RequestError for what is right in a simulation alone.
+
+    The method needs the clients' images in one place, or the noise of privacy follows from a seed
+    that everybody knows.
+    """
+    method, privacy = setting.method, setting.config.privacy
+    if privacy is not None and privacy.noise != "secret":
+        raise RequestError(
+            f"privacy.noise: must be 'secret' between nodes, got {privacy.noise!r}: what follows "
+            "from the federation's seed can be subtracted"
+        )
     nobody = ImageSet(
         ArrayImages(torch.zeros(0, 1, 1, 1, dtype=torch.uint8)), torch.zeros(0).long()
     )

@@ -82,7 +82,7 @@ def difference(of: Tensor, base: Tensor) -> Tensor:
 
 
 def moved(base: Mapping[str, Tensor], change: Mapping[str, Tensor]) -> Tensors:
-    """Return tensors after a change, in their own dtypes: of both sides the same to the last bit."""
+    """Return tensors after a change, in their own dtypes; the same bits on both sides."""
     return {n: (base[n].float() + d).to(base[n].dtype) for n, d in change.items()}
 
 

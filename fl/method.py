@@ -25,10 +25,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fl.composition import Refusals, refusals
 from fl.config import FederationConfig
 from fl.losses import Criterion, LossConfig
 from fl.network import Network, Outputs
+from fl.privacy import noise
 from fl.record import Record, Reply, Tensors
+from fl.robust import Aggregation, robust_mean
 from fl.state import BatchNormPolicy, Route, moving_names, weighted_mean
 from fl.store import Store
 from sdq import plugins
@@ -199,6 +202,25 @@ class Server:
     own: Store
     generator: Callable[[str], torch.Generator]
 
+    def mean(self, states: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
+        """Return the clients' tensors as one: what the federation's ``aggregation`` makes of them.
+
+        With noise from the server it is in the result.
+        """
+        config = self.config
+        rule = Aggregation.parsed(config.aggregation)
+        if rule.kind != "mean":
+            return robust_mean(states, rule, config.geometric)
+        found = weighted_mean(states, weights, config.geometric)
+        privacy = config.privacy
+        if privacy is not None and privacy.noise_from == "server":
+            rng = privacy.generator(self.generator("privacy"))
+            std = privacy.noise_multiplier * privacy.clip / len(states)
+            found = {
+                n: (t.double() + noise(t, std, rng)).to(t.dtype) for n, t in sorted(found.items())
+            }
+        return found
+
     @property
     def all_counts(self) -> Tensor:
         """Return the images of each class, over all clients."""
@@ -232,6 +254,8 @@ class Method:
     """The loss where the federation names none."""
     needs_head: bool = False
     """Whether the network must have a head that is known."""
+    refuses: Refusals = refusals()
+    """What the method does not go with, and why."""
     has_server_model: bool = True
     """Whether the server's model is something to evaluate."""
 
@@ -294,7 +318,7 @@ class Method:
         """Return the new model, or one state a client. Replies are in the order of clients."""
         states = [reply.model for reply in replies]
         weights = self.weights(server, replies)
-        return Aggregated(weighted_mean(states, weights, server.config.geometric))
+        return Aggregated(server.mean(states, weights))
 
 
 def method(name: str, **hyper: Any) -> Method:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fl.channel import ServerEnd
 from fl.client import share_of_clients
 from fl.method import Server
+from fl.privacy import privatised
 from fl.record import (
     Failure,
     Kind,
@@ -26,6 +27,7 @@ from fl.record import (
     not_finite,
     save,
 )
+from fl.robust import too_large
 from fl.setting import Setting
 from fl.state import load_
 from fl.store import Store
@@ -106,6 +108,7 @@ class Rounds:
         self.setting = setting
         self.transport = transport
         self.end = ServerEnd(setting, references or Store())
+        self._sent: dict[int, Tensors] = {}  # what each client of this round is to start from
         self.hear = hear or (lambda kind, answer: None)
         self.server = Server(
             config=setting.config,
@@ -169,7 +172,7 @@ class Rounds:
             else:
                 replies.append(checked)
         # the order in which replies come must not change a sum's last bit
-        replies.sort(key=lambda r: r.client)
+        replies = self._screened(sorted(replies, key=lambda r: r.client), report)
         report.failures.sort(key=lambda f: f.client)
         report.replied = [r.client for r in replies]
         if len(replies) < self.setting.config.min_replies:
@@ -205,7 +208,7 @@ class Rounds:
         missing = [n for n in self.setting.names(up=False) if n.startswith("model.")]
         if not missing:
             return True
-        if not self.setting.config.assemble:
+        if not self.setting.config.assemble or self.setting.config.privacy is not None:
             return False
         return self._assemble_()
 
@@ -246,6 +249,7 @@ class Rounds:
             )
             request = self.end.packed(Request(kind, client, server.round, record))
             if report is not None:
+                self._sent[client] = state
                 report.bytes_down += request.record.num_bytes()
             yield request
 
@@ -261,8 +265,7 @@ class Rounds:
 
     def _checked(self, reply: Reply) -> Reply | Failure:
         try:
-            sent = self.setting.method.state_for(self.server, reply.client)
-            reply = self.end.unpacked(reply, sent)
+            reply = self.end.unpacked(reply, self._sent[reply.client])
         except RunError as error:
             return Failure(reply.client, str(error))
         expected = {n: self.setting.initial[n] for n in self.setting.names(up=True)}
@@ -274,6 +277,24 @@ class Rounds:
         if not isinstance(count, int) or count < 1:
             return Failure(reply.client, f"its num_examples is {count!r}")
         return reply
+
+    def _screened(self, replies: list[Reply], report: RoundReport) -> list[Reply]:
+        """Return the replies that count, clipped where the server sees to privacy."""
+        config, server = self.setting.config, self.server
+        if config.privacy is not None and config.privacy.noise_from == "server":
+            clip = config.privacy.clip
+            clipped = [privatised(r.model, self._sent[r.client], clip, 0.0, None) for r in replies]
+            return [
+                Reply(r.client, Record({**r.record.tensors, "model": model}, r.record.values))
+                for r, model in zip(replies, clipped, strict=True)
+            ]
+        if config.max_update_ratio is None:
+            return replies
+        names = server.parameter_names() & set(self.setting.names(down=True))
+        images = {k: float(counts.sum()) for k, counts in server.counts.items()}
+        refused = too_large(replies, self._sent, images, sorted(names), config.max_update_ratio)
+        report.failures += refused
+        return [r for r in replies if r.client not in {f.client for f in refused}]
 
     def _conclude(self, replies: list[Reply], report: RoundReport) -> None:
         server = self.server
@@ -287,12 +308,16 @@ class Rounds:
         server.model = aggregated.model
         for client, state in aggregated.clients.items():
             server.own.put(client, Record({"model": state}), server.round)
-        images = sum(r.num_examples for r in replies)
-        report.train_loss = (
-            sum(r.record.values["train_loss"] * r.num_examples for r in replies) / images
-        )
+        told = [
+            (r.record.values["train_loss"], r.num_examples)
+            for r in replies
+            if "train_loss" in r.record.values
+        ]
+        if told:
+            report.train_loss = sum(loss * n for loss, n in told) / sum(n for _, n in told)
         report.evaluations = {k: e for r in replies for k, e in _evaluations(r).items()}
         self.end.conclude(report.asked, report.replied, server.round)
+        self._sent.clear()
         server.round += 1
 
     # --- state
