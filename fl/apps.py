@@ -16,18 +16,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fl.client import CRASHES, try_answer
-from fl.method import ClientData
+from fl.method import ClientData, pools_images
 from fl.record import Failure, Record, Reply, Request
 from fl.run import Federated, run_over
 from fl.setting import Setting
 from fl.store import ByRound
-from sdq.data import ArrayImages, ImageSet
+from sdq.data import ImageSet
 from sdq.errors import RequestError
 
 Values = Mapping[str, Any]
@@ -157,11 +156,7 @@ def _check_apart(setting: Setting) -> None:
             f"privacy.noise: must be 'secret' between nodes, got {privacy.noise!r}: what follows "
             "from the federation's seed can be subtracted"
         )
-    nobody = ImageSet(
-        ArrayImages(torch.zeros(0, 1, 1, 1, dtype=torch.uint8)), torch.zeros(0).long()
-    )
-    two = (ClientData("a", nobody), ClientData("b", nobody))
-    if tuple(method.arrange(two)) != two:
+    if pools_images(method):
         raise RequestError(
             f"{method.name}: must have every client's images in one place, and here each is on its "
             "own node; choose another method"

@@ -37,7 +37,7 @@ from fl.store import Store
 from sdq import plugins
 from sdq.batches import Loader
 from sdq.config import Config
-from sdq.data import ImageSet
+from sdq.data import ArrayImages, ImageSet
 from sdq.errors import RequestError
 
 Side = Literal["server", "client"]
@@ -345,6 +345,15 @@ def method(name: str, **hyper: Any) -> Method:
             "one file is one method"
         )
     return found[0](found[0].config_type(**hyper))
+
+
+def pools_images(method: Method) -> bool:
+    """Tell whether a method needs the clients' images in one place."""
+    nobody = ImageSet(
+        ArrayImages(torch.zeros(0, 1, 1, 1, dtype=torch.uint8)), torch.zeros(0).long()
+    )
+    two = (ClientData("a", nobody), ClientData("b", nobody))
+    return tuple(method.arrange(two)) != two
 
 
 def require_head(method: Method, network: Network) -> None:
