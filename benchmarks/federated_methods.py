@@ -230,7 +230,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         f"of {options.batch_size}; last round; mean ± standard deviation over seeds. "
         f"torch {torch.__version__}, device {options.device}.",
         "",
-        f"`{command()}`",
+        f"`{named(_reports.command(), options.data)}`",
         "",
         "G: the server's model on all test images. S: each client's model on its own, mean over "
         "clients. Balanced accuracy unless AUC is said. `masked`: without the classes that a "
@@ -263,10 +263,9 @@ def cells(rows: list[dict[str, Any]]) -> str:
     return " | ".join(found)
 
 
-def command() -> str:
-    """Return this run's command; the data file by its name alone."""
-    data = arguments().data
-    return _reports.command().replace(data, f"DIR/{Path(data).name}" if "/" in data else data)
+def named(command: str, data: str) -> str:
+    """Return a command with the data file by its name alone."""
+    return command.replace(data, f"DIR/{Path(data).name}" if "/" in data else data)
 
 
 if __name__ == "__main__":

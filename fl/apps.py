@@ -16,18 +16,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fl.client import CRASHES, try_answer
-from fl.method import ClientData, Method
+from fl.method import ClientData, pools_images
 from fl.record import Failure, Record, Reply, Request
 from fl.run import Federated, run_over
 from fl.setting import Setting
 from fl.store import ByRound
-from sdq.data import ArrayImages, ImageSet
+from sdq.data import ImageSet
 from sdq.errors import RequestError
 
 Values = Mapping[str, Any]
@@ -94,7 +93,7 @@ def server_app(
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
         federation = open_federation(context.run_config)
-        _check_apart(federation.setting.method)
+        _check_apart(federation.setting)
         transport = GridTransport(
             grid, federation.setting, federation.num_clients, federation.round_seconds
         )
@@ -145,13 +144,19 @@ def client_app(open_hospital: Callable[[int, Values, Values], Hospital]) -> Clie
     return app
 
 
-def _check_apart(method: Method) -> None:
-    """Raise RequestError if the method needs the clients' images in one place."""
-    nobody = ImageSet(
-        ArrayImages(torch.zeros(0, 1, 1, 1, dtype=torch.uint8)), torch.zeros(0).long()
-    )
-    two = (ClientData("a", nobody), ClientData("b", nobody))
-    if tuple(method.arrange(two)) != two:
+def _check_apart(setting: Setting) -> None:
+    """Raise RequestError for what is right in a simulation alone.
+
+    The method needs the clients' images in one place, or the noise of privacy follows from a seed
+    that everybody knows.
+    """
+    method, privacy = setting.method, setting.config.privacy
+    if privacy is not None and privacy.noise != "secret":
+        raise RequestError(
+            f"privacy.noise: must be 'secret' between nodes, got {privacy.noise!r}: what follows "
+            "from the federation's seed can be subtracted"
+        )
+    if pools_images(method):
         raise RequestError(
             f"{method.name}: must have every client's images in one place, and here each is on its "
             "own node; choose another method"

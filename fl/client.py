@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fl.channel import ClientEnd, without_link
 from fl.evaluation import evaluate
 from fl.local_training import train_
 from fl.losses import criterion
 from fl.method import ClientContext, ClientData
-from fl.record import Failure, Record, Reply, Request, misfit, not_finite, picked
+from fl.privacy import privatised
+from fl.record import Failure, Record, Reply, Request, Tensors, misfit, not_finite, picked
 from fl.setting import Setting
 from fl.state import load_
 from sdq.batches import Batches, Loader, generator
@@ -95,6 +97,10 @@ def noised(counts: Tensor, epsilon: float, rng: torch.Generator) -> Tensor:
 
 def _collect(setting: Setting, request: Request, kept: Record | None) -> Reply:
     """Return the model's tensors that do not travel otherwise; none if it never trained."""
+    if setting.config.privacy is not None:
+        raise RequestError(
+            f"client {request.client}: what stays with it must not be asked for with privacy"
+        )
     names = [n for n in setting.names(up=False) if n.startswith("model.")]
     model = {n: kept.model[n] for n in names} if kept is not None else {}
     return Reply(request.client, Record({"model": model}))
@@ -104,38 +110,60 @@ def _train(
     setting: Setting, data: ClientData, request: Request, kept: Record | None
 ) -> tuple[Reply, Record]:
     setting.check(data)
-    _load_(setting, request, kept)
+    end = ClientEnd(setting, request, kept)
+    _load_(setting, request.client, end.model, kept)
     context = _context(setting, data, request, kept)
     client = setting.method.client(context)
     progress = train_(client)
     extra = client.finish(progress)
     state = setting.network.state_dict()
-    up = Record(
-        {"model": picked(state, setting.names(up=True)), **extra.tensors},
-        {
-            "num_examples": len(data.train),
-            "steps": progress.steps,
-            "train_loss": progress.mean_loss,
-            **extra.values,
-        },
-    )
-    if request.record.values.get("evaluate"):
+    shared = picked(state, setting.names(up=True))
+    values = {
+        "num_examples": len(data.train),
+        "steps": progress.steps,
+        "train_loss": progress.mean_loss,
+        **extra.values,
+    }
+    if setting.config.privacy is not None:
+        shared, values = _private(setting, shared, end.model, extra, context), {"num_examples": 1}
+    groups, keeps = end.sent(shared)
+    up = Record({**groups, **extra.tensors}, values)
+    if request.record.values.get("evaluate") and setting.config.privacy is None:
         measured = dict(enumerate(data.pooled)) or {request.client: data}
         up.values["evaluations"] = {
             str(k): _evaluate(setting, d, context.own_counts) for k, d in measured.items()
         }
     memory = context.memory
     memory.tensors["model"] = picked(state, setting.names(down=False))
+    memory.tensors.update(keeps.tensors)
+    memory.values.update(keeps.values)
     return Reply(request.client, up), memory
 
 
-def _load_(setting: Setting, request: Request, kept: Record | None) -> None:
+def _private(
+    setting: Setting, state: Tensors, came: Tensors, extra: Record, context: ClientContext
+) -> Tensors:
+    """Return what may go up: with noise from the server it adds that, and clips first."""
+    privacy = setting.config.privacy
+    assert privacy is not None
+    if extra.tensors or extra.values:
+        raise RequestError(
+            f"{setting.method.name}: must send nothing beside the model with privacy, got "
+            f"{[*extra.tensors, *extra.values]}; use another method"
+        )
+    if privacy.noise_from == "server":
+        return state
+    rng = privacy.generator(context.generator("privacy"))
+    std = privacy.noise_multiplier * privacy.clip
+    return privatised(state, came, privacy.clip, std, rng)
+
+
+def _load_(setting: Setting, client: int, came: Tensors, kept: Record | None) -> None:
     """Put what came, what was kept and, for the rest, the initial state into the network."""
-    came = request.record.model
     expected = {n: setting.initial[n] for n in setting.names(down=True)}
     if (why := misfit(came, expected)) is not None:
         raise RequestError(
-            f"client {request.client}: the model must be the federation's, but {why}; "
+            f"client {client}: the model must be the federation's, but {why}; "
             "server and client must have the same network and version"
         )
     own = {n: setting.initial[n] for n in setting.names(down=False)}
@@ -148,7 +176,7 @@ def _context(
     seed, client, round = setting.config.seed, request.client, request.round
     own = setting.counts(data.train.labels)
     everyone = torch.tensor(request.record.values["class_counts"], dtype=torch.float32)
-    memory = kept.copy() if kept is not None else Record()
+    memory = without_link(kept)
     memory.tensors.pop("model", None)
     received = {g: t for g, t in request.record.tensors.items() if g != "model"}
     return ClientContext(

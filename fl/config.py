@@ -2,9 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from fl.compression import CompressionConfig
 from fl.losses import LossConfig
+from fl.privacy import PrivacyConfig
+from fl.robust import Aggregation
 from fl.state import BatchNormPolicy
 from sdq.config import Config
 
@@ -35,6 +38,13 @@ class FederationConfig(Config):
         loss: what clients minimise; None: the method's.
         count_epsilon: class counts leave a client with Laplace noise of scale 1 / epsilon (one
             image more or less is then epsilon-differentially private); None: as they are.
+        compress: bits of the changes that travel, see :mod:`fl.channel`; None: floating-point
+            numbers.
+        aggregation: of the clients' tensors: ``mean``, weighted as the method says; ``median``, or
+            ``trimmed_mean:SHARE``, see :mod:`fl.robust`.
+        max_update_ratio: how many times the median client's a client's change may be before it is
+            left out, see :func:`fl.robust.too_large`; None: as large as it likes.
+        privacy: clipping and noise, see :mod:`fl.privacy`; None: neither.
         evaluate_every: rounds between evaluations; the last round always is evaluated.
         evaluate_absent: at the end, clients that the last round did not ask train on the final
             model, are evaluated, and forget it.
@@ -64,12 +74,22 @@ class FederationConfig(Config):
     geometric: tuple[str, ...] = ()
     loss: LossConfig | None = None
     count_epsilon: Annotated[float, Field(gt=0)] | None = None
+    compress: CompressionConfig | None = None
+    aggregation: str = "mean"
+    max_update_ratio: Annotated[float, Field(gt=1)] | None = 20.0
+    privacy: PrivacyConfig | None = None
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     evaluate_absent: bool = True
     assemble: bool = True
     adjust: Annotated[float, Field(ge=0)] = 0.0
     select: Select = "last"
     seed: int = 0
+
+    @field_validator("aggregation")
+    @classmethod
+    def _known_aggregation(cls, value: str) -> str:
+        Aggregation.parsed(value)
+        return value
 
     def lr_in(self, round: int) -> float:
         """Return the clients' learning rate in a round, counted from 0."""

@@ -20,22 +20,24 @@ server, and nothing else of a method's objects survives a round.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from fl.composition import Refusals, refusals
 from fl.config import FederationConfig
 from fl.losses import Criterion, LossConfig
 from fl.network import Network, Outputs
+from fl.privacy import noise
 from fl.record import Record, Reply, Tensors
-from fl.state import BatchNormPolicy, Route, weighted_mean
+from fl.robust import Aggregation, robust_mean
+from fl.state import BatchNormPolicy, Route, moving_names, weighted_mean
 from fl.store import Store
 from sdq import plugins
 from sdq.batches import Loader
 from sdq.config import Config
-from sdq.data import ImageSet
+from sdq.data import ArrayImages, ImageSet
 from sdq.errors import RequestError
 
 Side = Literal["server", "client"]
@@ -200,23 +202,33 @@ class Server:
     own: Store
     generator: Callable[[str], torch.Generator]
 
+    def mean(self, states: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
+        """Return the clients' tensors as one: what the federation's ``aggregation`` makes of them.
+
+        With noise from the server it is in the result.
+        """
+        config = self.config
+        rule = Aggregation.parsed(config.aggregation)
+        if rule.kind != "mean":
+            return robust_mean(states, rule, config.geometric)
+        found = weighted_mean(states, weights, config.geometric)
+        privacy = config.privacy
+        if privacy is not None and privacy.noise_from == "server":
+            rng = privacy.generator(self.generator("privacy"))
+            std = privacy.noise_multiplier * privacy.clip / len(states)
+            found = {
+                n: (t.double() + noise(t, std, rng)).to(t.dtype) for n, t in sorted(found.items())
+            }
+        return found
+
     @property
     def all_counts(self) -> Tensor:
         """Return the images of each class, over all clients."""
         return torch.stack([self.counts[k] for k in sorted(self.counts)]).sum(0)
 
     def parameter_names(self) -> set[str]:
-        """Return the names in ``model`` that a server's own step may move.
-
-        They are parameters: a variance with momentum would become negative. What is averaged in
-        logarithms, such as a quantizer's scale, would too.
-        """
-        return {
-            name
-            for name, _ in self.network.named_parameters()
-            if name in self.model
-            and not any(fnmatchcase(name, pattern) for pattern in self.config.geometric)
-        }
+        """Return the names in ``model`` that a server's own step may move."""
+        return moving_names(self.network, self.config.geometric) & set(self.model)
 
 
 @dataclass(frozen=True)
@@ -242,6 +254,8 @@ class Method:
     """The loss where the federation names none."""
     needs_head: bool = False
     """Whether the network must have a head that is known."""
+    refuses: Refusals = refusals()
+    """What the method does not go with, and why."""
     has_server_model: bool = True
     """Whether the server's model is something to evaluate."""
 
@@ -304,7 +318,7 @@ class Method:
         """Return the new model, or one state a client. Replies are in the order of clients."""
         states = [reply.model for reply in replies]
         weights = self.weights(server, replies)
-        return Aggregated(weighted_mean(states, weights, server.config.geometric))
+        return Aggregated(server.mean(states, weights))
 
 
 def method(name: str, **hyper: Any) -> Method:
@@ -331,6 +345,15 @@ def method(name: str, **hyper: Any) -> Method:
             "one file is one method"
         )
     return found[0](found[0].config_type(**hyper))
+
+
+def pools_images(method: Method) -> bool:
+    """Tell whether a method needs the clients' images in one place."""
+    nobody = ImageSet(
+        ArrayImages(torch.zeros(0, 1, 1, 1, dtype=torch.uint8)), torch.zeros(0).long()
+    )
+    two = (ClientData("a", nobody), ClientData("b", nobody))
+    return tuple(method.arrange(two)) != two
 
 
 def require_head(method: Method, network: Network) -> None:

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fl.channel import ServerEnd
 from fl.client import share_of_clients
 from fl.method import Server
+from fl.privacy import privatised
 from fl.record import (
     Failure,
     Kind,
@@ -25,6 +27,7 @@ from fl.record import (
     not_finite,
     save,
 )
+from fl.robust import too_large
 from fl.setting import Setting
 from fl.state import load_
 from fl.store import Store
@@ -89,6 +92,7 @@ class Rounds:
         transport: to the clients.
         num_clients: of the federation; they are numbered from 0.
         own: the states a method makes for single clients.
+        references: what each client has of a compressed model.
         hear: called with each answer as it comes, and what was asked.
     """
 
@@ -99,9 +103,12 @@ class Rounds:
         num_clients: int,
         own: Store | None = None,
         hear: Listener | None = None,
+        references: Store | None = None,
     ) -> None:
         self.setting = setting
         self.transport = transport
+        self.end = ServerEnd(setting, references or Store())
+        self._sent: dict[int, Tensors] = {}  # what each client of this round is to start from
         self.hear = hear or (lambda kind, answer: None)
         self.server = Server(
             config=setting.config,
@@ -157,13 +164,15 @@ class Rounds:
         replies: list[Reply] = []
         requests = self._requests("train", report.asked, report, evaluate=evaluate)
         for answer in self._ask("train", requests):
+            if isinstance(answer, Reply):
+                report.bytes_up += answer.record.num_bytes()
             checked = answer if isinstance(answer, Failure) else self._checked(answer)
             if isinstance(checked, Failure):
                 report.failures.append(checked)
             else:
                 replies.append(checked)
         # the order in which replies come must not change a sum's last bit
-        replies.sort(key=lambda r: r.client)
+        replies = self._screened(sorted(replies, key=lambda r: r.client), report)
         report.failures.sort(key=lambda f: f.client)
         report.replied = [r.client for r in replies]
         if len(replies) < self.setting.config.min_replies:
@@ -199,7 +208,7 @@ class Rounds:
         missing = [n for n in self.setting.names(up=False) if n.startswith("model.")]
         if not missing:
             return True
-        if not self.setting.config.assemble:
+        if not self.setting.config.assemble or self.setting.config.privacy is not None:
             return False
         return self._assemble_()
 
@@ -238,9 +247,11 @@ class Rounds:
                 {"model": {n: state[n] for n in down}, **extra.tensors},
                 {"class_counts": counts, "evaluate": evaluate, **extra.values},
             )
+            request = self.end.packed(Request(kind, client, server.round, record))
             if report is not None:
-                report.bytes_down += record.num_bytes()
-            yield Request(kind, client, server.round, record)
+                self._sent[client] = state
+                report.bytes_down += request.record.num_bytes()
+            yield request
 
     def _ask(self, kind: Kind, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
         for answer in self.transport.ask(requests):
@@ -253,6 +264,10 @@ class Rounds:
         return counts if good and bool(counts.isfinite().all()) else None
 
     def _checked(self, reply: Reply) -> Reply | Failure:
+        try:
+            reply = self.end.unpacked(reply, self._sent[reply.client])
+        except RunError as error:
+            return Failure(reply.client, str(error))
         expected = {n: self.setting.initial[n] for n in self.setting.names(up=True)}
         if (why := misfit(reply.model, expected)) is not None:
             return Failure(reply.client, f"its model is not the federation's: {why}")
@@ -262,6 +277,24 @@ class Rounds:
         if not isinstance(count, int) or count < 1:
             return Failure(reply.client, f"its num_examples is {count!r}")
         return reply
+
+    def _screened(self, replies: list[Reply], report: RoundReport) -> list[Reply]:
+        """Return the replies that count, clipped where the server sees to privacy."""
+        config, server = self.setting.config, self.server
+        if config.privacy is not None and config.privacy.noise_from == "server":
+            clip = config.privacy.clip
+            clipped = [privatised(r.model, self._sent[r.client], clip, 0.0, None) for r in replies]
+            return [
+                Reply(r.client, Record({**r.record.tensors, "model": model}, r.record.values))
+                for r, model in zip(replies, clipped, strict=True)
+            ]
+        if config.max_update_ratio is None:
+            return replies
+        names = server.parameter_names() & set(self.setting.names(down=True))
+        images = {k: float(counts.sum()) for k, counts in server.counts.items()}
+        refused = too_large(replies, self._sent, images, sorted(names), config.max_update_ratio)
+        report.failures += refused
+        return [r for r in replies if r.client not in {f.client for f in refused}]
 
     def _conclude(self, replies: list[Reply], report: RoundReport) -> None:
         server = self.server
@@ -275,12 +308,16 @@ class Rounds:
         server.model = aggregated.model
         for client, state in aggregated.clients.items():
             server.own.put(client, Record({"model": state}), server.round)
-        images = sum(r.num_examples for r in replies)
-        report.train_loss = (
-            sum(r.record.values["train_loss"] * r.num_examples for r in replies) / images
-        )
-        report.bytes_up = sum(r.record.num_bytes() for r in replies)
+        told = [
+            (r.record.values["train_loss"], r.num_examples)
+            for r in replies
+            if "train_loss" in r.record.values
+        ]
+        if told:
+            report.train_loss = sum(loss * n for loss, n in told) / sum(n for _, n in told)
         report.evaluations = {k: e for r in replies for k, e in _evaluations(r).items()}
+        self.end.conclude(report.asked, report.replied, server.round)
+        self._sent.clear()
         server.round += 1
 
     # --- state
@@ -294,19 +331,22 @@ class Rounds:
             "counts": {str(k): c.tolist() for k, c in server.counts.items()},
             "memory": server.memory.values,
             "own": {str(k): r for k, r in server.own.index.items()},
+            "references": {str(k): r for k, r in self.end.references.index.items()},
             "transport": self.transport.commit(server.round),
             **rest.values,
         }
         save(path, Record({"model": server.model, **groups, **rest.tensors}, values))
         server.own.forget_old_()
+        self.end.references.forget_old_()
         self.transport.forget_old_()
 
-    def load_(self, saved: Record, own_folder: Path | None) -> None:
-        """Take up such a state."""
+    def load_(self, saved: Record) -> None:
+        """Take up such a state; clients' states are in the folders of the stores."""
         server = self.server
         server.round = saved.values["round"]
         server.counts = {int(k): torch.tensor(c) for k, c in saved.values["counts"].items()}
-        server.own = Store(own_folder, {int(k): r for k, r in saved.values["own"].items()})
+        server.own = _taken_up(server.own, saved.values["own"])
+        self.end.references = _taken_up(self.end.references, saved.values.get("references", {}))
         server.model = saved.model
         groups = {
             g.removeprefix("memory:"): t
@@ -315,6 +355,10 @@ class Rounds:
         }
         server.memory = Record(groups, saved.values["memory"])
         self.transport.restore(saved.values["transport"])
+
+
+def _taken_up(store: Store, index: dict[str, int]) -> Store:
+    return Store(store.folder, {int(client): round for client, round in index.items()})
 
 
 def _evaluations(reply: Reply) -> dict[int, Any]:

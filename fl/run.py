@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ class Federated:
         history: one summary a round.
         bytes_up: of all rounds.
         bytes_down: of all rounds.
+        privacy: the guarantee, see :meth:`fl.privacy.PrivacyConfig.spent`; None: there is none.
     """
 
     state: Tensors
@@ -50,6 +52,7 @@ class Federated:
     history: list[dict[str, Any]]
     bytes_up: int
     bytes_down: int
+    privacy: dict[str, Any] | None = None
 
 
 class InProcess:
@@ -203,8 +206,10 @@ class _Run:
     ) -> None:
         self.setting, self.folder, self.watch = setting, folder, watch
         self.test, self.val = _nonempty(test), _nonempty(val)
-        own = Store(None if folder is None else folder / "own")
-        self.rounds = Rounds(setting, transport, num_clients, own, hear)
+        own, references = (
+            Store(None if folder is None else folder / name) for name in ("own", "references")
+        )
+        self.rounds = Rounds(setting, transport, num_clients, own, hear, references)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"round": 0, "score": None}
         self.best_model: Tensors = {}
@@ -243,11 +248,19 @@ class _Run:
             history=self.history,
             bytes_up=sum(r["bytes_up"] for r in self.history),
             bytes_down=sum(r["bytes_down"] for r in self.history),
+            privacy=self._spent(),
         )
+
+    def _spent(self) -> dict[str, Any] | None:
+        """Return the guarantee of the client that was asked most often."""
+        privacy = self.setting.config.privacy
+        asked = Counter(client for r in self.history for client in r["asked"])
+        return None if privacy is None else privacy.spent(max(asked.values()))
 
     def _evaluate(self, report: RoundReport, summary: dict[str, Any], *, last: bool) -> None:
         clients = dict(report.evaluations)
-        if last and self.setting.config.evaluate_absent:
+        config = self.setting.config
+        if last and config.evaluate_absent and config.privacy is None:
             absent = [k for k in range(self.rounds.server.num_clients) if k not in report.asked]
             adapted, failures = self.rounds.adapt(absent)
             clients |= adapted
@@ -307,7 +320,7 @@ class _Run:
                     f"{saved.values['identity'].get(key)!r:.200}, got {value!r:.200}; "
                     "repeat the same request, or start in a new folder"
                 )
-        self.rounds.load_(saved, self.folder / "own")
+        self.rounds.load_(saved)
         self.history, self.best = saved.values["history"], saved.values["best"]
         self.best_model = saved.tensors.get("best", {})
         return True

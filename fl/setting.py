@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fl import composition
 from fl.config import FederationConfig
 from fl.losses import LossConfig
 from fl.method import ClientData, Method, require_head
@@ -98,6 +99,7 @@ class Setting:
             normalization=normalization or default,
             augment=augment,
         )
+        composition.check(setting)
         logits = network.eval()(sample)
         if logits.dim() < 2 or logits.shape[1] != num_classes:
             raise RequestError(

@@ -113,6 +113,20 @@ def weighted_mean(
     return mean
 
 
+def moving_names(network: nn.Module, geometric: Sequence[str]) -> set[str]:
+    """Return the parameters to which a change may be added.
+
+    They are no statistics: a variance with momentum, or with what rounding or noise does to it,
+    could become negative. What is averaged in logarithms (``geometric``) could too.
+    """
+    return {
+        name
+        for name, parameter in network.named_parameters()
+        if parameter.is_floating_point()
+        and not any(fnmatchcase(name, pattern) for pattern in geometric)
+    }
+
+
 def load_(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors into a network by name; those not named stay."""
     state = network.state_dict()

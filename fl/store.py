@@ -52,6 +52,11 @@ class Store:
         else:
             save(self._path(client), record)
 
+    def drop(self, client: int) -> None:
+        """Forget a client's record, if there is one."""
+        self.index.pop(client, None)
+        self._memory.pop(client, None)
+
     def forget_old_(self) -> None:
         """Delete the files that the index does not name."""
         if self.folder is not None and self.folder.is_dir():

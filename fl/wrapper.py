@@ -106,6 +106,7 @@ class Wrapper(Method):
         self.loss = self.inner.loss
         self.needs_head = self.needs_head or self.inner.needs_head
         self.has_server_model = self.inner.has_server_model
+        self.refuses = {**self.inner.refuses, **type(self).refuses}
 
     def _check_once(self) -> None:
         """Refuse what is wrapped in itself: both would keep their tensors in one place."""

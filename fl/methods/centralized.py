@@ -6,12 +6,15 @@ between them. Specialization is the one model's on each hospital's own test imag
 
 from collections.abc import Sequence
 
+from fl.composition import refusals
 from fl.method import ClientData, Method
 from sdq.data import ImageSet
 
 
 class Centralized(Method):
     """FedAvg with one client, which has everything."""
+
+    refuses = refusals(aggregation="there is one client", noise="all images are in one place")
 
     def arrange(self, clients: Sequence[ClientData]) -> Sequence[ClientData]:
         """Return one client with everyone's images, read when asked for."""

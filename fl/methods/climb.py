@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from fl.composition import refusals
 from fl.method import Aggregated, Client, Method, Progress, Server
 from fl.record import Record, Reply
 from sdq.config import Config
@@ -66,6 +67,10 @@ class CLIMB(Method):
 
     config_type = CLIMBConfig
     client_type = CLIMBClient
+    refuses = refusals(
+        aggregation="its weights are the method, and a median has none",
+        noise="the loss on its images leaves the client",
+    )
 
     def start_server(self, server: Server) -> None:
         """Begin with multipliers of zero."""

@@ -23,6 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fl.composition import refusals
 from fl.config import FederationConfig
 from fl.losses import LossConfig, alignment_weight, prototype_aligned, seesaw
 from fl.method import Aggregated, Progress, Server
@@ -160,6 +161,10 @@ class CPA(Wrapper):
 
     config_type = CPAConfig
     client_type = CPAClient
+    refuses = refusals(
+        aggregation="common prototypes are plain means",
+        noise="mean features of its images leave the client by class",
+    )
     needs_head = True
 
     def __init__(self, config: Any = None) -> None:

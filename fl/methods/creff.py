@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from fl.composition import refusals
 from fl.method import Aggregated, Client, Method, Progress, Server, Side, View
 from fl.network import HeadLayer, Network, Outputs
 from fl.record import Record, Reply
@@ -139,6 +140,10 @@ class CReFF(Method):
 
     config_type = CReFFConfig
     client_type = CReFFClient
+    refuses = refusals(
+        aggregation="the head is trained on plain means of gradients",
+        noise="gradients of its images leave the client by class",
+    )
     needs_head = True
 
     def extend_(self, network: Network, generator: torch.Generator) -> None:

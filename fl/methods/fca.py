@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from fl.composition import refusals
 from fl.config import FederationConfig
 from fl.losses import LossConfig, criterion
 from fl.method import Client, Method, Side, View
@@ -101,6 +102,7 @@ class FCA(Method):
 
     config_type = FCAConfig
     client_type = FCAClient
+    refuses = refusals(noise="personal heads go up, and are no change of what came down")
     loss = LossConfig(name="balanced_softmax")
     needs_head = True
 

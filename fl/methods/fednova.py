@@ -12,6 +12,7 @@ Optimization", NeurIPS 2020, equation 6 and section 4, https://arxiv.org/abs/200
 
 from collections.abc import Sequence
 
+from fl.composition import refusals
 from fl.method import Aggregated, Client, Method, Progress, Server
 from fl.record import Record, Reply
 
@@ -42,6 +43,10 @@ class FedNova(Method):
     """FedAvg of normalised changes."""
 
     client_type = FedNovaClient
+    refuses = refusals(
+        aggregation="it sums changes divided by steps",
+        noise="how many steps it took leaves the client",
+    )
 
     def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
         """Step along the normalised mean; statistics are the clients' mean."""

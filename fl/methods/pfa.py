@@ -23,6 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fl.composition import refusals
 from fl.method import Aggregated, Method, Server
 from fl.network import Network
 from fl.record import Reply, Tensors
@@ -140,6 +141,10 @@ class PFA(Method):
 
     config_type = PFAConfig
     batch_norm = "local_all"
+    refuses = refusals(
+        aggregation="it averages spectra",
+        server_noise="clients get states of their own, which the server's noise does not cover",
+    )
 
     def route(self, name: str, network: Network) -> Route:
         """Keep the high frequencies of weights; share the rest, such as biases."""

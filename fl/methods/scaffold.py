@@ -16,10 +16,10 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from fl.composition import refusals
 from fl.config import FederationConfig
 from fl.method import Aggregated, Client, Method, Progress, Server
 from fl.record import Record, Reply, Tensors
-from fl.state import weighted_mean
 from sdq.config import Config
 from sdq.errors import RequestError
 
@@ -105,6 +105,7 @@ class Scaffold(Method):
 
     config_type = ScaffoldConfig
     client_type = ScaffoldClient
+    refuses = refusals(noise="control variates leave the client beside the model")
 
     def check(self, config: FederationConfig) -> None:
         """Refuse ``steps`` with an optimizer for which it is not the mean gradient."""
@@ -144,7 +145,7 @@ class Scaffold(Method):
             else t
             for n, t in mean.items()
         }
-        change = weighted_mean([r.record.tensors[GROUP] for r in replies], [1.0] * len(replies))
+        change = server.mean([r.record.tensors[GROUP] for r in replies], [1.0] * len(replies))
         share = len(replies) / server.num_clients
         common = server.memory.tensors[GROUP]
         server.memory.tensors[GROUP] = {n: c + share * change[n] for n, c in common.items()}

@@ -11,6 +11,7 @@ from torch import nn
 
 import fl
 from fl.client import share_of_clients
+from fl.compression import CompressionConfig
 from fl.config import FederationConfig, Select
 from fl.config import Optimizer as OptimizerKind
 from fl.losses import LossConfig, LossName
@@ -21,6 +22,7 @@ from sdq.batches import Normalization, generator
 from sdq.cli import inputs as inp
 from sdq.cli import options
 from sdq.cli.federation import ClientRequest, describe_clients, make_methods
+from sdq.cli.federation_leaves import show_leaves
 from sdq.cli.federation_progress import FederationWatch
 from sdq.cli.plan import ConfigFile
 from sdq.cli.progress import show_json, show_table
@@ -49,8 +51,10 @@ class Federation:
 def federate(
     model: options.Model,
     data: options.Data,
-    out: options.Out,
     rounds: Annotated[int, typer.Option(min=1, help="Exchanges between server and clients.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder to write; must be new or empty.")
+    ] = None,
     method: Annotated[
         str, typer.Option(help="One or several, X,Y (see `sdq list methods`, or path/to/file.py).")
     ] = "fedavg",
@@ -111,6 +115,18 @@ def federate(
     select: Annotated[
         Select, typer.Option(help="Which round is the result, by validation images.")
     ] = DEFAULTS.select,
+    compress: Annotated[
+        str | None,
+        typer.Option(
+            help="Bits of the changes that travel: BITS for both ways, or up=BITS,down=BITS."
+        ),
+    ] = None,
+    aggregation: Annotated[
+        str, typer.Option(help="mean, median or trimmed_mean:SHARE.")
+    ] = DEFAULTS.aggregation,
+    what_leaves: Annotated[
+        bool, typer.Option("--what-leaves", help="List what would be sent, and train nothing.")
+    ] = False,
     head: Annotated[
         str | None, typer.Option(help="Path of the network's head, where it is not found.")
     ] = None,
@@ -145,23 +161,32 @@ def federate(
         rounds=rounds, local_epochs=local_epochs, batch_size=batch_size, optimizer=optimizer,
         lr=lr, momentum=momentum, weight_decay=weight_decay, participation=participation,
         batch_norm=batch_norm, loss=_loss(loss, file), evaluate_every=evaluate_every,
-        adjust=adjust, select=select, seed=seed,
+        adjust=adjust, select=select, seed=seed, aggregation=aggregation,
+        compress=None if compress is None else CompressionConfig.parsed(compress),
     ))  # fmt: skip
     request = inp.DataRequest(
         data, str(data_root) if data_root else None, image_size, mean, std, split, batch_size,
         seed, augment, split_file=asked_clients.split_file,
     )  # fmt: skip
-    check_new(out, resume=resume)
+    if out is not None:
+        check_new(out, resume=resume)
+    elif not what_leaves:
+        raise RequestError("--out: must be given, got none; name a new folder for the run")
     target = open_fabric(device).device
     described = inp.describe_model(model)
     inputs = _open_inputs(request)
     hospitals = asked_clients.divide(inputs.splits, seed)
     network = _network(model, weights, inputs, seed).to(target)
-    for each in chosen:  # whatever is wrong with the request shows before a folder is made
+    checked = [  # whatever is wrong with the request shows before a folder is made
         Setting.of(
             copy.deepcopy(network), each, settings, num_classes=len(inputs.splits.class_names),
             image_shape=inputs.splits.image_shape, head=head,
-        )  # fmt: skip
+        )
+        for each in chosen
+    ]  # fmt: skip
+    if out is None or what_leaves:
+        show_leaves(checked, quiet=quiet, json=json_)
+        return
     federation = Federation(network, inputs, hospitals, settings, described, head, quiet)
     asked = {
         "verb": "federate",
@@ -291,6 +316,7 @@ def _metrics(done: fl.Federated, names: list[str]) -> dict[str, Any]:
         "selected_by": done.selected_by,
         "bytes_up": done.bytes_up,
         "bytes_down": done.bytes_down,
+        **({} if done.privacy is None else {"privacy": done.privacy}),
         "failures": [
             {"round": r["round"] + 1, **failure} for r in done.history for failure in r["failures"]
         ],

@@ -1,0 +1,95 @@
+"""Which method goes with what: every cell of the table, by a round or by its refusal."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import fl
+from fl import composition
+from fl.compression import CompressionConfig
+from fl.method import Client, Progress
+from fl.methods.fedavg import FedAvg
+from fl.privacy import PrivacyConfig
+from fl.record import Record
+from fl.rounds import Rounds
+from fl.run import InProcess
+from fl.setting import Setting
+from fl.store import Store
+from sdq import plugins
+
+Clients = Callable[..., list[fl.ClientData]]
+Make = Callable[..., nn.Module]
+PRIVATE = {"batch_norm": "local_all", "count_epsilon": 1.0}
+OPTIONS: dict[composition.Feature, dict[str, Any]] = {
+    "compression": {"compress": CompressionConfig()},
+    "robust aggregation": {"aggregation": "median"},
+    "client noise": {"privacy": PrivacyConfig(noise_from="client"), **PRIVATE},
+    "server noise": {"privacy": PrivacyConfig(noise_from="server"), **PRIVATE},
+}
+
+
+def setting(net: nn.Module, method: Any, **over: Any) -> Setting:
+    config = fl.FederationConfig(rounds=1, batch_size=8, **over)
+    return Setting.of(net, method, config, num_classes=3, image_shape=(1, 6, 6))
+
+
+def one_round(of: Setting, data: list[fl.ClientData]) -> Any:
+    data = list(of.method.arrange(data))
+    rounds = Rounds(of, InProcess(of, data, Store()), len(data))
+    rounds.begin()
+    return rounds.round(evaluate=False)
+
+
+@pytest.mark.parametrize("name", plugins.names("fl.methods"))
+def test_every_cell(name: str, tiny: Make, hospitals: Clients, refuses: Any) -> None:
+    row = composition.table()[name]
+    assert list(row) == list(OPTIONS)
+    for feature, reason in row.items():
+        if reason:
+            with refuses(f"{name}: must go without {feature}: {reason}"):
+                setting(tiny(), fl.method(name), **OPTIONS[feature])
+        else:
+            report = one_round(setting(tiny(), fl.method(name), **OPTIONS[feature]), hospitals())
+            assert report.replied
+            assert not report.failures
+
+
+def test_all_together(tiny: Make, hospitals: Clients) -> None:
+    over = OPTIONS["compression"] | OPTIONS["robust aggregation"] | OPTIONS["client noise"]
+    assert one_round(setting(tiny(), fl.method("fedprox"), **over), hospitals()).replied == [
+        0,
+        1,
+        2,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "around"), [("fednpr", "scaffold"), ("det", "pfa"), ("fednpr", "creff")]
+)
+def test_a_wrapper_refuses_what_is_inside_it(method: str, around: str) -> None:
+    found = fl.method(method, around=around).refuses
+    assert set(found.items()) >= set(fl.method(around).refuses.items()) > set()
+
+
+class Telling(Client):
+    def finish(self, progress: Progress) -> Record:
+        return Record({}, {"told": 1})
+
+
+class TellingMethod(FedAvg):
+    client_type = Telling
+
+
+def test_a_method_that_says_more_than_it_declares(tiny: Make, hospitals: Clients) -> None:
+    """A plugin of somebody's own, which the table does not know."""
+    of = setting(tiny(), TellingMethod(), **OPTIONS["client noise"])
+    with pytest.raises(Exception, match=r"must send nothing beside the model.*\['told'\]"):
+        one_round(of, hospitals())
+
+
+def test_the_documentation_has_the_table() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
+    assert "\n".join(composition.markdown()) in text

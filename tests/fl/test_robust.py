@@ -1,0 +1,207 @@
+"""Medians and trimmed means, and updates that are refused: too large, misshapen, not finite."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor, nn
+
+import fl
+from fl.record import Failure, Record, Reply, Request
+from fl.robust import Aggregation, robust_mean
+from fl.rounds import RoundReport, Rounds
+from fl.run import InProcess
+from fl.setting import Setting
+from fl.store import Store
+from sdq.errors import RequestError
+
+Clients = Callable[..., list[fl.ClientData]]
+Make = Callable[..., nn.Module]
+CONFIG = fl.FederationConfig(rounds=2, lr=5e-3, batch_size=8)
+MEDIAN, TRIMMED = Aggregation("median"), Aggregation("trimmed_mean", 0.2)
+
+
+def some(count: int) -> list[dict[str, Tensor]]:
+    rng = torch.Generator().manual_seed(count)
+    return [{"w": torch.randn(3, 4, generator=rng)} for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 10, 11])
+def test_against_numpy_and_scipy(count: int) -> None:
+    states = some(count)
+    values = np.stack([s["w"].numpy() for s in states]).astype(np.float64)
+    median = robust_mean(states, MEDIAN)["w"]
+    np.testing.assert_allclose(median, np.median(values, 0), rtol=1e-6)
+    trimmed = robust_mean(states, TRIMMED)["w"]
+    np.testing.assert_allclose(trimmed, scipy.stats.trim_mean(values, 0.2, 0), rtol=1e-6)
+
+
+def test_logarithms_integers_and_dtypes() -> None:
+    states = [
+        {"s": torch.tensor(s), "n": torch.tensor(n), "h": torch.tensor(s).bfloat16()}
+        for s, n in ((1.0, 7), (4.0, 3), (16.0, 900), (64.0, 5))
+    ]
+    found = robust_mean(states, MEDIAN, ("s",))
+    assert float(found["s"]) == pytest.approx(8.0)  # the root of 4 * 16
+    assert int(found["n"]) == 5
+    assert (found["n"].dtype, found["h"].dtype) == (torch.int64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("wrong", ["mode", "median:1", "trimmed_mean", "trimmed_mean:0.5", "mean:"])
+def test_the_option(wrong: str) -> None:
+    with pytest.raises(RequestError, match=r"aggregation: must be mean, median or trimmed_mean:SH"):
+        fl.FederationConfig(aggregation=wrong)
+
+
+class Spoiling(InProcess):
+    """Client 1's trained replies are changed on their way."""
+
+    spoil: Callable[[Record], Any]
+
+    def ask(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
+        for answer in super().ask(requests):
+            if isinstance(answer, Reply) and answer.client == 1 and answer.model:
+                record = answer.record.copy()
+                self.spoil(record)
+                answer = replace(answer, record=record)
+            yield answer
+
+
+def one_round(
+    net: nn.Module,
+    data: list[fl.ClientData],
+    spoil: Callable[[Record], Any],
+    method: str,
+    **over: Any,
+) -> tuple[RoundReport, dict[str, Tensor]]:
+    config = CONFIG.replaced(**over)
+    setting = Setting.of(net, fl.method(method), config, num_classes=3, image_shape=(1, 6, 6))
+    transport = Spoiling(setting, data, Store())
+    transport.spoil = spoil
+    rounds = Rounds(setting, transport, len(data))
+    rounds.begin()
+    return rounds.round(evaluate=False), rounds.server.model
+
+
+def scaled(start: nn.Module, factor: float) -> Callable[[Record], None]:
+    """Return what multiplies the change of a model."""
+    before = {f"model.{n}": p.detach() for n, p in start.named_parameters()}
+
+    def spoil(record: Record) -> None:
+        for name in before.keys() & record.model.keys():
+            old = before[name]
+            record.model[name] = old + factor * (record.model[name] - old)
+
+    return spoil
+
+
+def nothing(record: Record) -> None:
+    pass
+
+
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedadam", "fca", "pfa"])
+@pytest.mark.parametrize("factor", [1000.0, -1000.0])
+def test_a_scaled_update_is_named(
+    method: str, factor: float, tiny: Make, hospitals: Clients
+) -> None:
+    report, model = one_round(tiny(), hospitals(), scaled(tiny(), factor), method)
+    assert report.replied == [0, 2]
+    assert [f.client for f in report.failures] == [1]
+    assert "times the median client's; at most 20 times is accepted" in report.failures[0].reason
+    assert all(t.abs().max() < 10 for n, t in model.items() if "num_batches" not in n)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_of_two_clients_either_may_be_refused(count: int, tiny: Make, hospitals: Clients) -> None:
+    data = hospitals()[:count]
+    report, _ = one_round(tiny(), data, scaled(tiny(), 1000.0), "fedavg")
+    assert [f.client for f in report.failures] == [1]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize(
+    "counts",
+    [((1, 0, 0), (0, 1, 0), (90, 80, 70)), ((1, 0, 0), (90, 80, 70), (60, 90, 80)),
+     ((240, 0, 0), (0, 3, 0), (0, 0, 2), (1, 1, 1))],
+)  # fmt: skip
+def test_honest_clients_of_other_sizes_are_not(
+    optimizer: str, counts: Any, tiny: Make, hospitals: Clients
+) -> None:
+    """One takes 30 steps where others take one, with another class."""
+    for over in ({}, {"local_epochs": 3}):
+        report, _ = one_round(
+            tiny(), hospitals(*counts), nothing, "fedavg", optimizer=optimizer, lr=0.02, **over
+        )
+        assert not report.failures
+
+
+@pytest.mark.parametrize("aggregation", ["median", "trimmed_mean:0.34"])
+@pytest.mark.parametrize("method", ["fedavg", "fedavgm", "scaffold", "fedper"])
+def test_one_of_three_cannot_move_far(
+    aggregation: str, method: str, tiny: Make, hospitals: Clients
+) -> None:
+    def go(spoil: Callable[[Record], Any], rule: str) -> dict[str, Tensor]:
+        return one_round(
+            tiny(), hospitals(), spoil, method, aggregation=rule, max_update_ratio=None
+        )[1]
+
+    honest = go(nothing, "mean")
+    wrong = scaled(tiny(), 1000.0)
+    assert max(float((go(wrong, "mean")[n] - t).abs().max()) for n, t in honest.items()) > 1
+    names = [n for n, _ in tiny().named_parameters()]
+    found = go(wrong, aggregation)
+    for name in names:
+        if (full := f"model.{name}") in found:
+            assert float((found[full] - honest[full]).abs().max()) < 0.05
+
+
+def shorter(record: Record) -> None:
+    record.model["model.head.weight"] = record.model["model.head.weight"][:-1]
+
+
+def other_dtype(record: Record) -> None:
+    record.model["model.head.weight"] = record.model["model.head.weight"].double()
+
+
+def missing(record: Record) -> None:
+    del record.model["model.head.weight"]
+
+
+def another(record: Record) -> None:
+    record.model["model.tail"] = torch.zeros(1)
+
+
+def not_a_number(record: Record) -> None:
+    record.model["model.head.weight"][0] = torch.nan
+
+
+def infinite_loss(record: Record) -> None:
+    record.values["train_loss"] = float("inf")
+
+
+def no_images(record: Record) -> None:
+    record.values["num_examples"] = 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (shorter, "'model.head.weight' is torch.float32"),
+        (other_dtype, "'model.head.weight' is torch.float64"),
+        (missing, "'model.head.weight' is missing"),
+        (another, "'model.tail' is unknown"),
+        (not_a_number, "NaN or infinite in 'model/model.head.weight'"),
+        (infinite_loss, "NaN or infinite in 'values'"),
+        (no_images, "its num_examples is 0"),
+    ],
+)
+def test_unusable_updates_are_named(
+    spoil: Callable[[Record], Any], reason: str, tiny: Make, hospitals: Clients
+) -> None:
+    report, _ = one_round(tiny(), hospitals(), spoil, "fedavg")
+    assert report.replied == [0, 2]
+    assert reason in report.failures[0].reason
