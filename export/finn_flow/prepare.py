@@ -10,6 +10,7 @@ refuses, or that would leave floating-point layers in the hardware:
 - an average pooling becomes a depthwise convolution with weights of 2 and a division,
 - strided slices and padded channels become a 1x1 convolution with weights of 0 and 2, halved,
 - quantized weights become integers (:mod:`weights`),
+- a convolution's rows and columns of taps that meet nothing but padding are left out,
 - a cast of pixels is taken away: FINN's graphs hold integers in float32.
 """
 
@@ -265,6 +266,40 @@ def _front(model: ModelWrapper, node: NodeProto) -> list[int] | None:
     return None if others.any() or (pads < 0).any() else [int(pads[1])]
 
 
+def _trim_kernel_(model: ModelWrapper, conv: NodeProto) -> bool:
+    """On a map of one row or column, all taps but one row or column meet the padding.
+
+    FINN takes a map of height 1 for a signal, and refuses a padded 3x3 convolution on it.
+    """
+    if conv.op_type != "Conv":
+        return False
+    shape, weight = model.get_tensor_shape(conv.input[0]), model.get_initializer(conv.input[1])
+    if shape is None or len(shape) != 4 or weight is None:
+        return False
+    output = model.get_tensor_shape(conv.output[0])
+    assert output is not None
+    pads, strides = attribute(conv, "pads", [0] * 4), attribute(conv, "strides", [1, 1])
+    dilations = attribute(conv, "dilations", [1, 1])
+    changed = False
+    for i in (0, 1):
+        tap, between = divmod(pads[i], dilations[i])
+        taps = weight.shape[i + 2]
+        if shape[i + 2] != 1 or output[i + 2] != 1 or between or not (pads[i] or taps > 1):
+            continue
+        weight = weight.take([tap], i + 2)
+        pads[i] = pads[i + 2] = 0
+        strides[i] = dilations[i] = 1
+        changed = True
+    if changed:
+        kind = model.get_tensor_datatype(conv.input[1])
+        conv.input[1] = constant(model, f"{conv.input[1]}.trimmed", weight)
+        model.set_tensor_datatype(conv.input[1], kind)
+        values = {"pads": pads, "strides": strides, "dilations": dilations}
+        for name, value in (values | {"kernel_shape": weight.shape[2:]}).items():
+            set_attribute_(conv, name, value)
+    return changed
+
+
 def _unread_(model: ModelWrapper, node: NodeProto) -> bool:
     """Remove what nobody reads any more: FINN refuses quantizers it has no use for."""
     results = {entry.name for entry in model.graph.output}
@@ -302,4 +337,5 @@ _RULES: tuple[Callable[[ModelWrapper, NodeProto], bool], ...] = (
     _drop_the_sign_,
     _subsample_to_conv_,
     _average_to_conv_,
+    _trim_kernel_,
 )
