@@ -9,20 +9,22 @@ refuses, or that would leave floating-point layers in the hardware:
 - a mean over rows and columns becomes a global average pooling,
 - an average pooling becomes a depthwise convolution with weights of 2 and a division,
 - strided slices and padded channels become a 1x1 convolution with weights of 0 and 2, halved,
-- weights with odd codes, or whose channels differ in bits, get one range that holds all codes,
+- quantized weights become integers (:mod:`weights`),
+- a convolution's rows and columns of taps that meet nothing but padding are left out,
 - a cast of pixels is taken away: FINN's graphs hold integers in float32.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 from qonnx.core.datatype import DataType
 from qonnx.core.modelwrapper import ModelWrapper
 
+from .graph_edits import attribute, constant, insert_, replace_, set_attribute_
 from .origin import FLATTEN, Origin, origin, set_origin_
+from .weights import integer_weight_
 
 
 def prepare_(model: ModelWrapper) -> None:
@@ -40,43 +42,14 @@ def prepare_(model: ModelWrapper) -> None:
 
 
 def _lowest(model: ModelWrapper, quant: NodeProto) -> int:
-    if not _attribute(quant, "signed", 1):
+    if not attribute(quant, "signed", 1):
         return 0
     width = int(model.get_initializer(quant.input[3]))
-    return int(-(2 ** (width - 1)) + _attribute(quant, "narrow", 0))
+    return int(-(2 ** (width - 1)) + attribute(quant, "narrow", 0))
 
 
 def _is_act_quant(model: ModelWrapper, node: NodeProto) -> bool:
     return node.op_type == "Quant" and model.get_initializer(node.input[0]) is None
-
-
-def _attribute(node: NodeProto, name: str, default: Any) -> Any:
-    for attribute in node.attribute:
-        if attribute.name == name:
-            return helper.get_attribute_value(attribute)
-    return default
-
-
-def _set_attribute_(node: NodeProto, name: str, value: Any) -> None:
-    kept = [attribute for attribute in node.attribute if attribute.name != name]
-    del node.attribute[:]
-    node.attribute.extend([*kept, helper.make_attribute(name, value)])
-
-
-def _constant(model: ModelWrapper, name: str, value: np.ndarray) -> str:
-    model.set_initializer(name, np.asarray(value))
-    return name
-
-
-def _insert_(model: ModelWrapper, after: NodeProto, nodes: list[NodeProto]) -> None:
-    place = list(model.graph.node).index(after) + 1
-    for i, node in enumerate(nodes):
-        model.graph.node.insert(place + i, node)
-
-
-def _replace_(model: ModelWrapper, old: NodeProto, nodes: list[NodeProto]) -> None:
-    _insert_(model, old, nodes)
-    model.graph.node.remove(old)
 
 
 def _move_quantizer_forward_(model: ModelWrapper, quant: NodeProto) -> bool:
@@ -124,7 +97,7 @@ def _share_no_relu_(model: ModelWrapper, relu: NodeProto) -> bool:
     for i, name in enumerate(readers[-1].input):
         if name == relu.output[0]:
             readers[-1].input[i] = own.output[0]
-    _insert_(model, relu, [own])
+    insert_(model, relu, [own])
     return True
 
 
@@ -141,22 +114,22 @@ def _clip_to_relu_(model: ModelWrapper, clip: NodeProto) -> bool:
         return False
     set_origin_(readers[0], replace(found, ceiling=float(high)))
     relu = helper.make_node("Relu", clip.input[:1], list(clip.output), clip.name)
-    _replace_(model, clip, [relu])
+    replace_(model, clip, [relu])
     return True
 
 
 def _drop_the_sign_(model: ModelWrapper, quant: NodeProto) -> bool:
     """Behind a ReLU the codes of ``b`` signed bits are those of ``b - 1`` bits without sign."""
-    if not _is_act_quant(model, quant) or not _attribute(quant, "signed", 1):
+    if not _is_act_quant(model, quant) or not attribute(quant, "signed", 1):
         return False
     before = model.find_producer(quant.input[0])
     width = float(model.get_initializer(quant.input[3]))
     if before is None or before.op_type != "Relu" or width < 2:
         return False
-    _set_attribute_(quant, "signed", 0)
-    _set_attribute_(quant, "narrow", 0)
+    set_attribute_(quant, "signed", 0)
+    set_attribute_(quant, "narrow", 0)
     bits = np.asarray(width - 1, np.float32)
-    quant.input[3] = _constant(model, f"{quant.name}.unsigned.bits", bits)
+    quant.input[3] = constant(model, f"{quant.name}.unsigned.bits", bits)
     found = origin(quant)
     if found is not None:
         set_origin_(quant, replace(found, low=0))
@@ -168,11 +141,11 @@ def _mean_to_pool_(model: ModelWrapper, mean: NodeProto) -> bool:
     shape = model.get_tensor_shape(mean.input[0]) if mean.op_type == "ReduceMean" else None
     if shape is None or len(shape) != 4:
         return False
-    axes = sorted(axis % 4 for axis in _attribute(mean, "axes", []))
+    axes = sorted(axis % 4 for axis in attribute(mean, "axes", []))
     if axes != [2, 3]:
         return False
     output = mean.output[0]
-    if _attribute(mean, "keepdims", 1):
+    if attribute(mean, "keepdims", 1):
         nodes = [helper.make_node("GlobalAveragePool", mean.input[:1], [output], mean.name)]
     else:
         middle = f"{output}.pooled"
@@ -181,7 +154,7 @@ def _mean_to_pool_(model: ModelWrapper, mean: NodeProto) -> bool:
             helper.make_node("GlobalAveragePool", mean.input[:1], [middle], mean.name),
             helper.make_node("Flatten", [middle], [output], f"{mean.name}.flatten", axis=1),
         ]
-    _replace_(model, mean, nodes)
+    replace_(model, mean, nodes)
     return True
 
 
@@ -189,25 +162,25 @@ def _average_to_conv_(model: ModelWrapper, pool: NodeProto) -> bool:
     """An average is a sum, which is a depthwise convolution, divided by the window's size."""
     if pool.op_type != "AveragePool":
         return False
-    kernel = _attribute(pool, "kernel_shape", [])
-    pads = _attribute(pool, "pads", [0] * 4)
-    padded = any(pads) and not _attribute(pool, "count_include_pad", 0)
-    if len(kernel) != 2 or padded or _attribute(pool, "ceil_mode", 0):
+    kernel = attribute(pool, "kernel_shape", [])
+    pads = attribute(pool, "pads", [0] * 4)
+    padded = any(pads) and not attribute(pool, "count_include_pad", 0)
+    if len(kernel) != 2 or padded or attribute(pool, "ceil_mode", 0):
         return False
     shape = model.get_tensor_shape(pool.input[0])
     assert shape is not None
     channels = shape[1]
     ones = np.ones((channels, 1, *kernel), np.float32)
     weight = _integers(model, f"{pool.name}.weight", ones)
-    size = _constant(model, f"{pool.name}.size", np.asarray(2 * np.prod(kernel), np.float32))
+    size = constant(model, f"{pool.name}.size", np.asarray(2 * np.prod(kernel), np.float32))
     middle = f"{pool.output[0]}.sum"
     model.set_tensor_shape(middle, model.get_tensor_shape(pool.output[0]))
     conv = helper.make_node(
         "Conv", [pool.input[0], weight], [middle], pool.name, group=channels, kernel_shape=kernel,
-        pads=pads, strides=_attribute(pool, "strides", [1, 1]), dilations=[1, 1],
+        pads=pads, strides=attribute(pool, "strides", [1, 1]), dilations=[1, 1],
     )  # fmt: skip
     divide = helper.make_node("Div", [middle, size], list(pool.output), f"{pool.name}.divide")
-    _replace_(model, pool, [conv, divide])
+    replace_(model, pool, [conv, divide])
     return True
 
 
@@ -244,14 +217,14 @@ def _subsample_to_conv_(model: ModelWrapper, first: NodeProto) -> bool:
     weight = _integers(model, f"{first.name}.select", select[:, :1] * 0 + 1 if same else select)
     middle = f"{chain[-1].output[0]}.doubled"
     model.set_tensor_shape(middle, output)
-    half = _constant(model, f"{first.name}.half", np.asarray(0.5, np.float32))
+    half = constant(model, f"{first.name}.half", np.asarray(0.5, np.float32))
     halve = helper.make_node("Mul", [middle, half], list(chain[-1].output), f"{first.name}.halve")
     conv = helper.make_node(
         "Conv", [first.input[0], weight], [middle], first.name,
         group=shape[1] if same else 1, kernel_shape=[1, 1], pads=[0] * 4, strides=strides,
         dilations=[1, 1],
     )  # fmt: skip
-    _replace_(model, chain[-1], [conv, halve])
+    replace_(model, chain[-1], [conv, halve])
     for node in chain[:-1]:
         model.graph.node.remove(node)
     return True
@@ -283,7 +256,7 @@ def _stride(model: ModelWrapper, node: NodeProto) -> list[int] | None:
 
 def _front(model: ModelWrapper, node: NodeProto) -> list[int] | None:
     """Return how many channels of zeros a Pad puts in front, if it pads nothing but channels."""
-    if node.op_type != "Pad" or _attribute(node, "mode", b"constant") != b"constant":
+    if node.op_type != "Pad" or attribute(node, "mode", b"constant") != b"constant":
         return None
     pads = model.get_initializer(node.input[1])
     fill = model.get_initializer(node.input[2]) if len(node.input) > 2 and node.input[2] else 0
@@ -293,80 +266,38 @@ def _front(model: ModelWrapper, node: NodeProto) -> list[int] | None:
     return None if others.any() or (pads < 0).any() else [int(pads[1])]
 
 
-def _whole_weight_(model: ModelWrapper, node: NodeProto) -> bool:
-    """Give a weight of several quantizers, or one of half steps, a single one of whole steps."""
-    if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
+def _trim_kernel_(model: ModelWrapper, conv: NodeProto) -> bool:
+    """On a map of one row or column, all taps but one row or column meet the padding.
+
+    FINN takes a map of height 1 for a signal, and refuses a padded 3x3 convolution on it.
+    """
+    if conv.op_type != "Conv":
         return False
-    parts = _parts(model, node.input[1])
-    whole = len(parts) == 1 and parts[0].order is None and not parts[0].halved
-    if not parts or whole:
+    shape, weight = model.get_tensor_shape(conv.input[0]), model.get_initializer(conv.input[1])
+    if shape is None or len(shape) != 4 or weight is None:
         return False
-    order, axis = parts[0].order, parts[0].axis
-    weight = np.concatenate([part.weight for part in parts], axis)
-    scale = np.concatenate([part.scale for part in parts], axis)
-    if order is not None:
-        weight, scale = weight.take(order, axis), scale.take(order, axis)
-    name = node.input[1]
-    bits = np.asarray(max(part.bits for part in parts), np.float32)
-    inputs = [
-        _constant(model, f"{name}.whole", weight),
-        _constant(model, f"{name}.whole.scale", scale),
-        _constant(model, f"{name}.whole.zero_point", np.asarray(0, np.float32)),
-        _constant(model, f"{name}.whole.bits", bits),
-    ]
-    output = f"{name}.whole.quant"
-    model.set_tensor_shape(output, list(weight.shape))
-    quant = helper.make_node(
-        "Quant", inputs, [output], output, domain="qonnx.custom_op.general", signed=1, narrow=0,
-        rounding_mode="ROUND",
-    )  # fmt: skip
-    place = list(model.graph.node).index(node)
-    node.input[1] = output
-    model.graph.node.insert(place, quant)
-    return True
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """Channels of a weight that have one quantizer; ``order`` and ``axis`` are the whole's."""
-
-    weight: np.ndarray
-    scale: np.ndarray
-    bits: int
-    halved: bool
-    order: np.ndarray | None
-    axis: int
-
-
-def _parts(model: ModelWrapper, tensor: str) -> list[_Part]:
-    maker, order, axis = model.find_producer(tensor), None, 0
-    if maker is not None and maker.op_type == "Gather":
-        order = model.get_initializer(maker.input[1])
-        maker = model.find_producer(maker.input[0])
-    if maker is None:
-        return []
-    makers = [maker]
-    if maker.op_type == "Concat":
-        axis = _attribute(maker, "axis", 0)
-        makers = [model.find_producer(name) for name in maker.input]
-    found = []
-    for quant in makers:
-        if quant is None or quant.op_type not in ("Quant", "BipolarQuant"):
-            return []
-        weight, scale = (model.get_initializer(name) for name in quant.input[:2])
-        if weight is None:
-            return []
-        halved, bits = False, 2  # of -1 and +1
-        if quant.op_type == "Quant":
-            zero, width = (float(model.get_initializer(name)) for name in quant.input[2:4])
-            halved, bits = zero == -0.5, int(width) + (zero == -0.5)
-        scale = (scale / 2 if halved else scale).astype(np.float32)
-        if len(makers) > 1:
-            shape = [1] * weight.ndim
-            shape[axis] = weight.shape[axis]
-            scale = np.broadcast_to(scale, shape)
-        found.append(_Part(weight, scale, bits, halved, order, axis))
-    return found
+    output = model.get_tensor_shape(conv.output[0])
+    assert output is not None
+    pads, strides = attribute(conv, "pads", [0] * 4), attribute(conv, "strides", [1, 1])
+    dilations = attribute(conv, "dilations", [1, 1])
+    changed = False
+    for i in (0, 1):
+        tap, between = divmod(pads[i], dilations[i])
+        taps = weight.shape[i + 2]
+        if shape[i + 2] != 1 or output[i + 2] != 1 or between or not (pads[i] or taps > 1):
+            continue
+        weight = weight.take([tap], i + 2)
+        pads[i] = pads[i + 2] = 0
+        strides[i] = dilations[i] = 1
+        changed = True
+    if changed:
+        kind = model.get_tensor_datatype(conv.input[1])
+        conv.input[1] = constant(model, f"{conv.input[1]}.trimmed", weight)
+        model.set_tensor_datatype(conv.input[1], kind)
+        values = {"pads": pads, "strides": strides, "dilations": dilations}
+        for name, value in (values | {"kernel_shape": weight.shape[2:]}).items():
+            set_attribute_(conv, name, value)
+    return changed
 
 
 def _unread_(model: ModelWrapper, node: NodeProto) -> bool:
@@ -397,7 +328,7 @@ def _pixels_to_float_(model: ModelWrapper, cast: NodeProto) -> bool:
 
 _RULES: tuple[Callable[[ModelWrapper, NodeProto], bool], ...] = (
     _pixels_to_float_,
-    _whole_weight_,
+    integer_weight_,
     _unread_,
     _mean_to_pool_,
     _move_quantizer_forward_,
@@ -406,4 +337,5 @@ _RULES: tuple[Callable[[ModelWrapper, NodeProto], bool], ...] = (
     _drop_the_sign_,
     _subsample_to_conv_,
     _average_to_conv_,
+    _trim_kernel_,
 )

@@ -163,16 +163,17 @@ def _transformed(model: ModelWrapper, which: slice) -> tuple[ModelWrapper, list[
         with environment.finn_environment() as folder:
             from finn.builder.build_dataflow_config import DataflowBuildConfig
 
-            from export.finn_flow import steps
+            from export.finn_flow import lookup, steps
 
             settings = DataflowBuildConfig(
                 output_dir=str(folder), standalone_thresholds=True, generate_outputs=[]
             )
             model = copy.deepcopy(model)
-            for function in steps.FRONT_END[which]:
-                step = function.__name__
-                model = function(model, settings)
-            return model, steps.left_over(model)
+            with lookup.indexed():
+                for function in steps.FRONT_END[which]:
+                    step = function.__name__
+                    model = function(model, settings)
+                return model, steps.left_over(model)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise _StepFails(f"{step}: {reason}") from error
