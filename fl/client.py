@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fl.evaluation import evaluate
+from fl.evaluation import evaluate, primary
 from fl.local_training import train_
 from fl.losses import criterion
 from fl.method import ClientContext, ClientData
+from fl.personal import Personal
 from fl.record import Failure, Record, Reply, Request, misfit, not_finite, picked
 from fl.setting import Setting
 from fl.state import load_
@@ -50,8 +51,8 @@ def answer(
         case "train":
             return _train(setting, data, request, kept)
         case "adapt":
-            reply, _ = _train(setting, data, request, kept)
-            return Reply(reply.client, Record({}, reply.record.values)), None
+            reply, keeps = _train(setting, data, request, kept)
+            return Reply(reply.client, Record({}, reply.record.values)), _own_model(kept, keeps)
 
 
 def try_answer(
@@ -96,7 +97,9 @@ def noised(counts: Tensor, epsilon: float, rng: torch.Generator) -> Tensor:
 def _collect(setting: Setting, request: Request, kept: Record | None) -> Reply:
     """Return the model's tensors that do not travel otherwise; none if it never trained."""
     names = [n for n in setting.names(up=False) if n.startswith("model.")]
-    model = {n: kept.model[n] for n in names} if kept is not None else {}
+    # one that was only evaluated has kept nothing but that model
+    trained = kept is not None and "model" in kept.tensors
+    model = {n: kept.model[n] for n in names} if kept is not None and trained else {}
     return Reply(request.client, Record({"model": model}))
 
 
@@ -126,7 +129,23 @@ def _train(
         }
     memory = context.memory
     memory.tensors["model"] = picked(state, setting.names(down=False))
+    if setting.config.keep_clients and request.record.values.get("evaluate"):
+        own = up.values["evaluations"].get(str(request.client), {})
+        figures = {part: primary(views) for part, views in own.items()}
+        model = setting.method.personal(setting.network)
+        number = min(request.round + 1, setting.config.rounds)  # adapting is after the last
+        Personal(picked(model, model), number, figures).put(memory)
     return Reply(request.client, up), memory
+
+
+def _own_model(kept: Record | None, keeps: Record) -> Record | None:
+    """Return what a client kept before, with the model that it has now, if it is to keep it."""
+    personal = Personal.taken(keeps)
+    if personal is None:
+        return None
+    before = kept.copy() if kept is not None else Record()
+    personal.put(before)
+    return before
 
 
 def _load_(setting: Setting, request: Request, kept: Record | None) -> None:
@@ -150,6 +169,7 @@ def _context(
     everyone = torch.tensor(request.record.values["class_counts"], dtype=torch.float32)
     memory = kept.copy() if kept is not None else Record()
     memory.tensors.pop("model", None)
+    Personal.taken(memory)
     received = {g: t for g, t in request.record.tensors.items() if g != "model"}
     return ClientContext(
         client=client,
