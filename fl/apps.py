@@ -12,6 +12,7 @@ node that disagrees is left out, and named with what differs.
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl.client import CRASHES, try_answer
 from fl.method import ClientData, pools_images
+from fl.personal import Personal
 from fl.record import Failure, Record, Reply, Request
+from fl.results import close_run, log_round
 from fl.run import Federated, run_over
 from fl.setting import Setting
 from fl.store import ByRound
 from sdq.data import ImageSet
 from sdq.errors import RequestError
+from sdq.run_folder import RunFolder
 
 Values = Mapping[str, Any]
 
@@ -55,6 +59,8 @@ class Federation:
         val: likewise, for the selection of a round.
         folder: where the state is written after each round, and taken up from; or None.
         round_seconds: how long the clients of a round may take; None: as long as they like.
+        run: a run folder (:func:`fl.results.open_run`) for log, state and result, instead of
+            ``folder``.
     """
 
     setting: Setting
@@ -63,6 +69,7 @@ class Federation:
     val: tuple[ImageSet, ...] = ()
     folder: Path | None = None
     round_seconds: float | None = None
+    run: RunFolder | None = None
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,16 @@ class Hospital:
 
     ``folder=None`` keeps it in Flower's context: in memory, for as long as the run lasts. With a
     folder a federation can be taken up again in another run.
+
+    ``described`` is what ``run.json`` says of data and network
+    (:meth:`fl.results.Description.to_json`). Where the federation says ``keep_clients``, a client
+    that has it and a folder writes its own model as a run folder, ``FEDERATION/NUMBER/model``.
     """
 
     setting: Setting
     data: ClientData
     folder: Path | None = None
+    described: Values | None = None
 
 
 def server_app(
@@ -97,10 +109,15 @@ def server_app(
         transport = GridTransport(
             grid, federation.setting, federation.num_clients, federation.round_seconds
         )
+        run, folder, watch = federation.run, federation.folder, None
+        if run is not None:
+            folder, watch = run.path / "checkpoints", partial(log_round, run)
         done = run_over(
             federation.setting, transport, federation.num_clients, test=federation.test,
-            val=federation.val, folder=federation.folder,
+            val=federation.val, folder=folder, watch=watch,
         )  # fmt: skip
+        if run is not None:
+            close_run(run, done, [f"client {k}" for k in range(federation.num_clients)])
         finish(done, context.run_config)
 
     return app
@@ -133,6 +150,8 @@ def client_app(open_hospital: Callable[[int, Values, Values], Hospital]) -> Clie
         )
         if keeps is not None:
             memory.write(keeps, request.round)
+            if hospital.described is not None:
+                memory.write_model(keeps, hospital.described)
         if isinstance(answer, Failure):
             return Message(packed(Record({}, {"failure": answer.reason})), reply_to=message)
         return Message(packed(answer.record), reply_to=message)
@@ -187,6 +206,12 @@ class _Memory:
         else:
             self.context.state = packed(record)
 
+    def write_model(self, record: Record, described: Values) -> None:
+        """Write the client's own model as a run folder, if it has one and there is a place."""
+        personal = Personal.taken(record)
+        if personal is not None and self.files is not None:
+            personal.write(self.files.folder / "model", described)
+
 
 @dataclass
 class GridTransport:
@@ -226,7 +251,9 @@ class GridTransport:
             messages.append(Message(packed(record), node, TYPES[request.kind]))
             waiting[node] = request.client
         for message in self.grid.send_and_receive(messages, timeout=self.round_seconds):
-            yield _answer(waiting.pop(message.metadata.src_node_id), message)
+            node = _sender(message, messages)
+            if node in waiting:
+                yield _answer(waiting.pop(node), message)
         for node, client in waiting.items():
             del self.claims[node]  # it is asked anew who it is, if it is there
             yield Failure(client, f"no reply within {self.round_seconds} s")
@@ -277,6 +304,20 @@ def _difference(key: str, theirs: Any, mine: Values) -> str:
     words = {"initial": "the first weights", "sdq": "the version of sdq", "tensors": "the network"}
     got = "" if key in ("initial", "tensors") else f" {mine[key]!r:.80}, got {theirs!r:.80}"
     return f"{words.get(key, key)} must be the server's{got}; give both the same"
+
+
+def _sender(reply: Message, asked: Iterable[Message]) -> int:
+    """Return the node that a reply is from, or about.
+
+    The SuperLink answers in its own name for a node that missed its heartbeats; which node that is
+    shows from the message that it answers.
+    """
+    for message in asked:
+        if message.metadata.message_id and (
+            message.metadata.message_id == reply.metadata.reply_to_message_id
+        ):
+            return int(message.metadata.dst_node_id)
+    return int(reply.metadata.src_node_id)
 
 
 def _answer(client: int, message: Message) -> Reply | Failure:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fl.channel import ClientEnd, without_link
-from fl.evaluation import evaluate
+from fl.evaluation import evaluate, primary
 from fl.local_training import train_
 from fl.losses import criterion
 from fl.method import ClientContext, ClientData
+from fl.personal import Personal
 from fl.privacy import privatised
 from fl.record import Failure, Record, Reply, Request, Tensors, misfit, not_finite, picked
 from fl.setting import Setting
@@ -52,8 +53,8 @@ def answer(
         case "train":
             return _train(setting, data, request, kept)
         case "adapt":
-            reply, _ = _train(setting, data, request, kept)
-            return Reply(reply.client, Record({}, reply.record.values)), None
+            reply, keeps = _train(setting, data, request, kept)
+            return Reply(reply.client, Record({}, reply.record.values)), _own_model(kept, keeps)
 
 
 def try_answer(
@@ -102,7 +103,9 @@ def _collect(setting: Setting, request: Request, kept: Record | None) -> Reply:
             f"client {request.client}: what stays with it must not be asked for with privacy"
         )
     names = [n for n in setting.names(up=False) if n.startswith("model.")]
-    model = {n: kept.model[n] for n in names} if kept is not None else {}
+    # one that was only evaluated has kept nothing but that model
+    trained = kept is not None and "model" in kept.tensors
+    model = {n: kept.model[n] for n in names} if kept is not None and trained else {}
     return Reply(request.client, Record({"model": model}))
 
 
@@ -137,7 +140,23 @@ def _train(
     memory.tensors["model"] = picked(state, setting.names(down=False))
     memory.tensors.update(keeps.tensors)
     memory.values.update(keeps.values)
+    if setting.config.keep_clients and "evaluations" in up.values:
+        own = up.values["evaluations"].get(str(request.client), {})
+        figures = {part: primary(views) for part, views in own.items()}
+        model = setting.method.personal(setting.network)
+        number = min(request.round + 1, setting.config.rounds)  # adapting is after the last
+        Personal(picked(model, model), number, figures).put(memory)
     return Reply(request.client, up), memory
+
+
+def _own_model(kept: Record | None, keeps: Record) -> Record | None:
+    """Return what a client kept before, with the model that it has now, if it is to keep it."""
+    personal = Personal.taken(keeps)
+    if personal is None:
+        return None
+    before = kept.copy() if kept is not None else Record()
+    personal.put(before)
+    return before
 
 
 def _private(
@@ -178,6 +197,7 @@ def _context(
     everyone = torch.tensor(request.record.values["class_counts"], dtype=torch.float32)
     memory = without_link(kept)
     memory.tensors.pop("model", None)
+    Personal.taken(memory)
     received = {g: t for g, t in request.record.tensors.items() if g != "model"}
     return ClientContext(
         client=client,

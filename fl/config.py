@@ -54,6 +54,7 @@ class FederationConfig(Config):
         adjust: tau of test-time logit adjustment, ``z - tau log prior``; 0: none.
         select: which round's model is the result: the ``last``, or the one of greatest balanced
             accuracy on the validation sets.
+        keep_clients: each client keeps its own model, as it was when it was last evaluated.
         seed: of everything random.
     """
 
@@ -83,6 +84,7 @@ class FederationConfig(Config):
     assemble: bool = True
     adjust: Annotated[float, Field(ge=0)] = 0.0
     select: Select = "last"
+    keep_clients: bool = False
     seed: int = 0
 
     @field_validator("aggregation")

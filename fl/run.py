@@ -15,6 +15,7 @@ from fl.client import try_answer
 from fl.config import FederationConfig
 from fl.method import ClientData, Method
 from fl.method import method as method_of
+from fl.personal import Personal
 from fl.record import Failure, Record, Reply, Request, Tensors, load
 from fl.rounds import Listener, RoundReport, Rounds, Transport
 from fl.setting import Setting
@@ -109,6 +110,7 @@ def run(
     folder: Path | None = None,
     watch: Watcher | None = None,
     hear: Listener | None = None,
+    keep: Callable[[int, Personal], None] | None = None,
 ) -> Federated:
     """Train a model across clients.
 
@@ -128,6 +130,8 @@ def run(
             clients' states are then on disk. None: everything in memory.
         watch: called with each round's summary.
         hear: called with each client's answer, and what it was asked.
+        keep: called at the end with each client's own model, if the configuration says
+            ``keep_clients``; one that was never evaluated has none.
 
     Returns:
         The selected model and its figures.
@@ -148,16 +152,22 @@ def run(
         image_shape=clients[0].train.images.shape[1:], normalization=normalization,
         augment=augment, head=head,
     )  # fmt: skip
-    store = Store(None if folder is None else folder / "clients")
-    return run_over(
+    transport = InProcess(setting, clients, Store(None if folder is None else folder / "clients"))
+    done = run_over(
         setting,
-        InProcess(setting, clients, store),
+        transport,
         len(clients),
         [[c.name, len(c.train)] for c in clients],
         test=[c.test for c in clients] if test is None else test,
         val=[c.val for c in clients] if val is None else val,
         folder=folder, watch=watch, hear=hear,
     )  # fmt: skip
+    if keep is not None:
+        for client in sorted(transport.store.index):
+            personal = Personal.taken(transport.store[client])
+            if personal is not None:
+                keep(client, personal)
+    return done
 
 
 def run_over(

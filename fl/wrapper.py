@@ -143,6 +143,10 @@ class Wrapper(Method):
         """Return the inner views."""
         return self.inner.views(side)
 
+    def personal(self, network: Network) -> Tensors:
+        """Return the inner method's."""
+        return self.inner.personal(network)
+
     def start_server(self, server: Server) -> None:
         """Prepare what the inner method keeps."""
         self.inner.start_server(server)

@@ -6,7 +6,7 @@ Every hospital starts a node with its number, and with its own images:
 
 Without ``data`` in the node's configuration it takes its share of the built-in set, by centre. A
 node that has a ``folder`` there keeps what it learned across runs, so that a federation can be
-taken up again.
+taken up again, and with ``keep-clients`` its own model as a run folder.
 """
 
 import json
@@ -17,10 +17,10 @@ import torch
 import fl
 from fl.apps import Federation, Hospital, Values, client_app, server_app
 from fl.clients import Partition, clients_of
+from fl.results import Description, open_run
 from fl.setting import Setting
 from sdq import plugins
 from sdq.batches import generator
-from sdq.checkpoint import save_tensors
 from sdq.data import DataOptions, open_data
 
 
@@ -38,7 +38,8 @@ def open_setting(config: Values) -> Setting:
         fl.method(config["method"], **json.loads(config["hyper"])),
         fl.FederationConfig(
             rounds=config["rounds"], local_epochs=config["local-epochs"], lr=config["lr"],
-            batch_size=config["batch-size"], participation=config["participation"], seed=seed,
+            batch_size=config["batch-size"], participation=config["participation"],
+            keep_clients=bool(config["keep-clients"]), seed=seed,
         ),
         num_classes=classes,
         image_shape=(channels, height, width),
@@ -47,40 +48,37 @@ def open_setting(config: Values) -> Setting:
 
 def open_federation(config: Values) -> Federation:
     """Return the server's side; it has no images."""
-    out = config["out"]
+    setting = open_setting(config)
+    run = None
+    if config["out"]:
+        names = [f"class {number}" for number in range(setting.num_classes)]
+        run = open_run(Path(config["out"]), Description(setting, config["model"], names))
     return Federation(
-        open_setting(config),
-        int(config["clients"]),
-        folder=Path(out) / "checkpoints" if out else None,
-        round_seconds=float(config["round-seconds"]),
+        setting, int(config["clients"]), round_seconds=float(config["round-seconds"]), run=run
     )
 
 
 def open_hospital(number: int, config: Values, node: Values) -> Hospital:
     """Return a hospital's side: its own images, or its share of the built-in ones."""
+    setting, seed = open_setting(config), int(config["seed"])
     if "data" in node:
         # a hospital may lack a class that others have
-        options = DataOptions(seed=int(config["seed"]))
-        splits = open_data(str(node["data"]), options, every_class=False)
+        own = str(node["data"])
+        splits = open_data(own, DataOptions(seed=seed), every_class=False)
         images = fl.ClientData(f"hospital {number}", splits.train, splits.val, splits.test)
+        described = Description(setting, config["model"], splits.class_names, own, splits)
     else:
-        splits = open_data(str(config["data"]), DataOptions(seed=int(config["seed"])))
-        natural = Partition.parsed("natural")
-        images = clients_of(splits, natural, None, int(config["seed"]))[number]
+        splits = open_data(str(config["data"]), DataOptions(seed=seed))
+        images = clients_of(splits, Partition.parsed("natural"), None, seed)[number]
+        described = Description(setting, config["model"], splits.class_names)
     folder = Path(str(node["folder"])) if "folder" in node else None
-    return Hospital(open_setting(config), images, folder)
+    return Hospital(setting, images, folder, described.to_json())
 
 
 def finish(done: fl.Federated, config: Values) -> None:
-    """Write the model and its figures, if there is an ``out``."""
+    """Say how it went; the model and its figures are in ``out``."""
     best = (done.specialization or {}).get("balanced_accuracy")
     print(f"round {done.round}: balanced accuracy of the hospitals' models {best}")
-    if config["out"]:
-        out = Path(config["out"])
-        out.mkdir(parents=True, exist_ok=True)
-        save_tensors(out / "model.safetensors", done.state)
-        metrics = {"specialization": done.specialization, "history": done.history}
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=2))
 
 
 server = server_app(open_federation, finish)

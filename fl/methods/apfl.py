@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from fl.method import Client, Method, Side, View
 from fl.network import Network, Outputs
+from fl.record import Tensors
 from sdq.config import Config
 
 PERSONAL = "personal"
@@ -49,12 +50,15 @@ class Mixed(nn.Module):
 
     def mix(self, shared: nn.Module, images: Tensor) -> Tensor:
         """Return the mixture's logits; statistics of batch normalisation are its own."""
+        return cast(Tensor, functional_call(self.model, self.mixed(shared), (images,)))
+
+    def mixed(self, shared: nn.Module) -> Tensors:
+        """Return the mixture's parameters."""
         others = dict(shared.named_parameters())
-        mixed = {
+        return {
             n: self.alpha * v + (1 - self.alpha) * others[n].detach()
             for n, v in self.model.named_parameters()
         }
-        return cast(Tensor, functional_call(self.model, mixed, (images,)))
 
 
 class APFLClient(Client):
@@ -89,6 +93,12 @@ class APFL(Method):
         """Return a client's mixture and the shared model; the server has the shared one."""
         shared = super().views(side)
         return {"personal": _personal, **shared} if side == "client" else shared
+
+    def personal(self, network: Network) -> Tensors:
+        """Return the mixture."""
+        own = cast(Mixed, network.extras[PERSONAL])
+        with torch.no_grad():
+            return {**own.model.state_dict(), **own.mixed(network.model)}
 
 
 def _personal(network: Network, images: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fl.method import Side, View
 from fl.network import Network, Outputs
+from fl.record import Tensors
 from fl.state import Route
 from fl.wrapper import Wrapper, WrapperClient, WrapperConfig
 from sdq.metrics import evaluate
@@ -144,6 +145,10 @@ class DET(Wrapper):
             return inner
         deputies = {"deputy" if n == "model" else f"deputy {n}": v for n, v in inner.items()}
         return {"personal": _personal, **deputies}
+
+    def personal(self, network: Network) -> Tensors:
+        """Return the copy."""
+        return dict(network.extras[PERSONAL].state_dict())
 
 
 def _personal(network: Network, images: Tensor) -> Tensor:

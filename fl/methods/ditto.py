@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fl.method import Client, Method, Side, View
 from fl.network import Network, Outputs
+from fl.record import Tensors
 from sdq.config import Config
 
 PERSONAL = "personal"
@@ -69,6 +70,10 @@ class Ditto(Method):
         """Return a client's personal and shared model; the server has the shared one."""
         shared = super().views(side)
         return {"personal": _personal, **shared} if side == "client" else shared
+
+    def personal(self, network: Network) -> Tensors:
+        """Return the copy."""
+        return dict(network.extras[PERSONAL].state_dict())
 
 
 def _personal(network: Network, images: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from fl.config import FederationConfig
 from fl.losses import LossConfig, criterion
 from fl.method import Client, Method, Side, View
 from fl.network import Network, Outputs
+from fl.record import Tensors
 from fl.state import Route
 from sdq.config import Config
 
@@ -119,6 +120,14 @@ class FCA(Method):
         views: dict[str, View] = {"federated": _federated, "personal": _personal}
         first = self.config.server_head if side == "server" else self.config.client_head
         return {first: views[first], **views}
+
+    def personal(self, network: Network) -> Tensors:
+        """Return the model with the head that counts in place of its own."""
+        state = super().personal(network)
+        if self.config.client_head == "personal":
+            head = network.extras[HEAD].state_dict()
+            state |= {f"{network.head_name}.{name}": tensor for name, tensor in head.items()}
+        return state
 
 
 def _federated(network: Network, images: Tensor) -> Tensor:

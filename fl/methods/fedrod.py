@@ -15,6 +15,7 @@ from torch import Tensor
 from fl.losses import balanced_softmax
 from fl.method import Client, Method, Side, View
 from fl.network import Network, Outputs
+from fl.record import Tensors
 
 HEAD = "personal_head"
 
@@ -44,6 +45,14 @@ class FedROD(Method):
         """Return a client's personal and generic prediction; the server has the generic one."""
         generic: dict[str, View] = {"generic": _generic}
         return {"personal": _personal, **generic} if side == "client" else generic
+
+    def personal(self, network: Network) -> Tensors:
+        """Return the model with one head, the sum of both: what is linear may be added before."""
+        state = super().personal(network)
+        for name, tensor in network.extras[HEAD].state_dict().items():
+            full = f"{network.head_name}.{name}"
+            state[full] = state[full] + tensor
+        return state
 
 
 def _generic(network: Network, images: Tensor) -> Tensor:

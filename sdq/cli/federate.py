@@ -1,6 +1,7 @@
 """``sdq federate``: train across clients that share no images."""
 
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,18 +11,21 @@ import typer
 from torch import nn
 
 import fl
+from fl import results
 from fl.client import share_of_clients
 from fl.compression import CompressionConfig
 from fl.config import FederationConfig, Select
 from fl.config import Optimizer as OptimizerKind
 from fl.losses import LossConfig, LossName
 from fl.method import ClientData, Method
+from fl.personal import Personal
 from fl.setting import Setting
 from fl.state import BatchNormPolicy
 from sdq.batches import Normalization, generator
 from sdq.cli import inputs as inp
 from sdq.cli import options
-from sdq.cli.federation import ClientRequest, describe_clients, make_methods
+from sdq.cli.clients import ClientRequest, describe_clients, folder_names
+from sdq.cli.federation import make_methods
 from sdq.cli.federation_leaves import show_leaves
 from sdq.cli.federation_progress import FederationWatch
 from sdq.cli.plan import ConfigFile
@@ -44,6 +48,8 @@ class Federation:
     clients: list[ClientData]
     config: FederationConfig
     described: dict[str, Any]
+    division: dict[str, Any]
+    """Of the images among the clients, as :func:`sdq.cli.clients.of_client` has it."""
     head: str | None
     quiet: bool
 
@@ -127,6 +133,10 @@ def federate(
     what_leaves: Annotated[
         bool, typer.Option("--what-leaves", help="List what would be sent, and train nothing.")
     ] = False,
+    keep_clients: Annotated[
+        bool,
+        typer.Option(help="Write each client's own model too: RUN/clients/NAME."),
+    ] = False,
     head: Annotated[
         str | None, typer.Option(help="Path of the network's head, where it is not found.")
     ] = None,
@@ -161,7 +171,7 @@ def federate(
         rounds=rounds, local_epochs=local_epochs, batch_size=batch_size, optimizer=optimizer,
         lr=lr, momentum=momentum, weight_decay=weight_decay, participation=participation,
         batch_norm=batch_norm, loss=_loss(loss, file), evaluate_every=evaluate_every,
-        adjust=adjust, select=select, seed=seed, aggregation=aggregation,
+        adjust=adjust, select=select, keep_clients=keep_clients, seed=seed, aggregation=aggregation,
         compress=None if compress is None else CompressionConfig.parsed(compress),
     ))  # fmt: skip
     request = inp.DataRequest(
@@ -187,7 +197,8 @@ def federate(
     if out is None or what_leaves:
         show_leaves(checked, quiet=quiet, json=json_)
         return
-    federation = Federation(network, inputs, hospitals, settings, described, head, quiet)
+    division = {"clients": clients, "partition": partition, "seed": seed}
+    federation = Federation(network, inputs, hospitals, settings, described, division, head, quiet)
     asked = {
         "verb": "federate",
         "model": model,
@@ -293,9 +304,10 @@ def _run_one(run: RunFolder, method: Method, federation: Federation) -> dict[str
             federation.network, method=method, clients=clients, num_classes=classes, config=config,
             normalization=inputs.normalization, augment=inputs.train.augment, head=federation.head,
             folder=run.path / "checkpoints", watch=watch.round, hear=watch.answer,
+            keep=_keeper(run, arranged, federation) if config.keep_clients else None,
         )  # fmt: skip
     run.write_tensors("model.safetensors", done.state)
-    metrics = _metrics(done, measured)
+    metrics = results.metrics(done, measured)
     if method.has_server_model and (inputs.splits.test or inputs.splits.val) is not None:
         result = copy.deepcopy(federation.network)  # the next method starts from the same
         result.load_state_dict(done.state)
@@ -305,22 +317,29 @@ def _run_one(run: RunFolder, method: Method, federation: Federation) -> dict[str
     return metrics
 
 
-def _metrics(done: fl.Federated, names: list[str]) -> dict[str, Any]:
-    special = done.specialization
-    return {
-        "generalization": done.generalization,
-        "specialization": special,
-        "worst_client": names[special["worst_client"]] if special else None,
-        "rounds": len(done.history),
-        "selected_round": done.round,
-        "selected_by": done.selected_by,
-        "bytes_up": done.bytes_up,
-        "bytes_down": done.bytes_down,
-        **({} if done.privacy is None else {"privacy": done.privacy}),
-        "failures": [
-            {"round": r["round"] + 1, **failure} for r in done.history for failure in r["failures"]
-        ],
-    }
+def _keeper(
+    run: RunFolder, clients: Sequence[ClientData], federation: Federation
+) -> Callable[[int, Personal], None]:
+    """Return what writes a client's own model: a run folder whose data are its own images."""
+    names = folder_names([client.name for client in clients])
+    document = run.read_json("run.json")
+    inputs = federation.inputs
+
+    def keep(number: int, personal: Personal) -> None:
+        own, data = clients[number], document["request"]["data"]
+        splits = inputs.splits
+        if not own.pooled:  # else its images are everyone's
+            data = {**data, "client": {**federation.division, "number": number}}
+            splits = replace(splits, train=own.train, val=own.val, test=own.test)
+        described = {
+            "request": {**document["request"], "data": data},
+            "data": replace(inputs, splits=splits).describe(),
+            **{key: document[key] for key in ("model", "seed", "methods")},
+            "client": own.name,
+        }
+        personal.write(run.path / "clients" / names[number], described)
+
+    return keep
 
 
 def _rows(metrics: dict[str, dict[str, Any]]) -> list[dict[str, object]]:

@@ -1,15 +1,14 @@
 """What is seen of a federation while it runs, and what its log keeps of each round."""
 
-import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fl.record import Failure, Kind, Reply
+from fl.results import log_round
 from sdq.run_folder import RunFolder
 
-FIGURES = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "per_class_recall")
 DOING = {"counts": "counting", "train": "training", "adapt": "adapting", "collect": "collecting"}
 
 
@@ -70,25 +69,10 @@ class FederationWatch:
 
     def round(self, summary: dict[str, Any]) -> None:
         """Take a round's summary, or what went wrong before the first."""
+        log_round(self.run, summary)
         if "round" not in summary:
-            self.run.log({"phase": "counts", "epoch": 0, "failures": summary["counts"]})
             return
-        done = summary["round"] + 1
-        record = short(summary)
-        self.run.log({"phase": "federate", "epoch": done, "time": round(time.time(), 3), **record})
         self.doing = ""
-        g, s = (record.get(k, {}).get("test", {}) for k in ("generalization", "specialization"))
+        g, s = (summary.get(k, {}).get("test", {}) for k in ("generalization", "specialization"))
         figures = (f"{k} {v['balanced_accuracy']:.3f}" for k, v in (("G", g), ("S", s)) if v)
-        self.progress.update(self.rounds, completed=done, note=" ".join(figures))
-
-
-def short(summary: dict[str, Any]) -> dict[str, Any]:
-    """Return a round's summary without the figures of every view, its round counted from 1."""
-    found = {**summary, "round": summary["round"] + 1}
-    for name in ("generalization", "specialization"):
-        if name in found:
-            found[name] = {
-                part: {k: v for k, v in figures.items() if k != "views"}
-                for part, figures in found[name].items()
-            }
-    return found
+        self.progress.update(self.rounds, completed=summary["round"] + 1, note=" ".join(figures))

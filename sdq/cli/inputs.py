@@ -13,6 +13,7 @@ from sdq import plugins
 from sdq.apply_policy import apply_policy_
 from sdq.batches import Augmentation, Batches, Normalization
 from sdq.checkpoint import load_tensors
+from sdq.cli.clients import of_client
 from sdq.cli.options import numbers
 from sdq.cli.weights import load_weights_
 from sdq.config import QuantConfig
@@ -41,6 +42,8 @@ class DataRequest:
     """Of the division of data without splits, where it is not ``seed``."""
     split_file: str | None = None
     """A ``SPLIT.csv`` whose parts stand in the place of the data's own."""
+    client: dict[str, Any] | None = None
+    """Whose images of them alone, as :func:`sdq.cli.clients.of_client` has it."""
 
     def like(self, before: dict[str, Any]) -> "DataRequest":
         """Return a request for the data of an earlier run, divided as it was there.
@@ -56,6 +59,7 @@ class DataRequest:
             split=before["split"],
             image_size=self.image_size or before["image_size"],
             split_file=before.get("split_file"),
+            client=before.get("client"),
             division_seed=before["seed"] if divided_by is None else divided_by,
         )
 
@@ -122,13 +126,16 @@ class Inputs:
         }
 
 
-def open_inputs(request: DataRequest, recorded: dict[str, Any] | None = None) -> Inputs:
+def open_inputs(
+    request: DataRequest, recorded: dict[str, Any] | None = None, *, every_class: bool = True
+) -> Inputs:
     """Open data and prepare batches.
 
     Args:
         request: what was asked.
         recorded: ``run.json``'s ``data`` of the run the network comes from: its normalisation is
             used unless the request names one, and its classes and shape must fit.
+        every_class: see :func:`sdq.data.open_data`.
     """
     shares = numbers(request.split, "--split")
     if len(shares) != 3 or min(shares) < 0 or not shares[0] > 0:
@@ -140,10 +147,13 @@ def open_inputs(request: DataRequest, recorded: dict[str, Any] | None = None) ->
     splits = open_data(
         request.reference,
         DataOptions(root, division_seed, request.image_size, (shares[0], shares[1], shares[2])),
+        every_class=every_class,
     )
     if request.split_file is not None:
         path = Path(request.split_file)
         splits = apply_split_file(path, splits).checked(str(path))
+    if request.client is not None:
+        splits = of_client(splits, **request.client)
     channels = splits.image_shape[0]
     if (request.mean is None) != (request.std is None):
         raise RequestError("--mean, --std: must be given together")

@@ -265,3 +265,48 @@ def test_a_config_file_has_what_has_no_option(sdq, command, tmp_path):
     assert asked["federation"]["loss"]["gamma"] == 1.0
     assert asked["federation"]["lr_decay_every"] == 1
     assert asked["methods"] == {"fedprox": {"mu": 0.5}}
+
+
+def test_each_clients_own_model_is_a_run_on_its_own_images(sdq, command, home, tmp_path):
+    run = tmp_path / "r"
+    done = sdq(f"{command} --clients 3 --method ditto --keep-clients --out {run}")
+    assert done.code == 0, done.err
+    special = done.json["metrics"]["specialization"]
+    clients = json.loads((run / "run.json").read_text())["clients"]
+    assert sorted(p.name for p in (run / "clients").iterdir()) == [
+        "client_0", "client_1", "client_2"
+    ]  # fmt: skip
+    for number, client in enumerate(clients):
+        own = run / "clients" / f"client_{number}"
+        document = json.loads((own / "run.json").read_text())
+        assert document["client"] == client["name"]
+        assert document["data"]["num_examples"] == client["num_examples"]
+        found = sdq(f"evaluate {own} --quiet --json")
+        assert found.code == 0, found.err
+        measured = found.json["float"]
+        assert measured["num_examples"] == client["num_examples"]["test"]
+        assert measured["balanced_accuracy"] == special["clients"][str(number)]
+        assert measured == json.loads((own / "metrics.json").read_text())["float"]
+    models = [load_file(run / "clients" / f"client_{k}" / "model.safetensors") for k in range(3)]
+    assert not any(torch.equal(models[0][n], models[1][n]) for n in models[0] if "weight" in n)
+    quantized = sdq(
+        f"quantize --from {run}/clients/client_1 --data {home}/d.npz --bits 4 --quiet "
+        f"--search-method uniform --choices 2,4 --epochs 0 --json --out {tmp_path}/q"
+    )
+    assert quantized.code == 0, quantized.err
+    used = json.loads((tmp_path / "q" / "run.json").read_text())["data"]["num_examples"]
+    assert used == clients[1]["num_examples"]  # nobody else's images
+    assert quantized.json["metrics"]["float"]["num_examples"] == used["test"]
+
+
+def test_without_the_option_no_clients_model_is_written(home, federated):
+    assert not (home / "one" / "clients").exists()
+
+
+def test_local_alone_has_clients_models_and_no_servers(sdq, command, tmp_path):
+    done = sdq(f"{command} --clients 2 --method local --keep-clients --out {tmp_path}/r")
+    assert done.code == 0, done.err
+    found = sdq(f"evaluate {tmp_path}/r/clients/client_1 --quiet --json")
+    assert found.code == 0, found.err
+    special = done.json["metrics"]["specialization"]["clients"]
+    assert found.json["float"]["balanced_accuracy"] == special["1"]

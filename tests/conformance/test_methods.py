@@ -14,12 +14,15 @@ from torch import nn
 
 import fl
 from fl.client import answer
+from fl.personal import Personal
 from fl.record import Failure, Reply, Request
 from fl.rounds import Rounds
 from fl.run import Federated, InProcess
 from fl.setting import Setting
 from fl.store import Store
 from sdq import plugins
+from sdq.batches import Batches, Normalization
+from sdq.metrics import evaluate
 
 METHODS = plugins.names("fl.methods")
 QUICK = fl.FederationConfig(rounds=2, lr=5e-3, batch_size=8, evaluate_every=100)
@@ -166,3 +169,48 @@ def test_a_client_that_is_away(name: str, tiny: Make, hospitals: Clients) -> Non
     asked = [tuple(r["asked"]) for r in found.history]
     assert len(set(asked)) > 1 or len(hospitals()) == 1 or name == "centralized"
     assert all(not r["failures"] for r in found.history)
+
+
+def test_a_clients_own_model_predicts_as_the_view_that_counts(name: str, tiny: Make) -> None:
+    method = fl.method(name)
+    setting = Setting.of(tiny(), method, QUICK, num_classes=3, image_shape=(1, 6, 6))
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # so that the model, copies and heads all differ
+        for parameter in setting.network.parameters():
+            parameter += 0.3 * torch.rand(parameter.shape, generator=rng)
+    view = next(iter(method.views("client").values()))
+    images = torch.randn(5, 1, 6, 6, generator=rng)
+    own = tiny(1).eval()
+    own.load_state_dict(method.personal(setting.network))
+    with torch.no_grad():
+        expected = view(setting.network.eval(), images)
+        # two heads in one are added in another order
+        assert torch.allclose(own(images), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_clients_keep_their_own_models(
+    name: str, tiny: Make, hospitals: Clients, tmp_path: Path
+) -> None:
+    """Also those that the last round did not ask, and they change nothing else."""
+    config = QUICK.replaced(participation=0.5, keep_clients=True)
+    kept: dict[int, Personal] = {}
+    done = go(name, tiny(), hospitals(), config, folder=tmp_path, keep=kept.__setitem__)
+    plain = go(name, tiny(), hospitals(), QUICK.replaced(participation=0.5))
+    assert same(done, plain)
+    arranged = fl.method(name).arrange(hospitals())
+    assert sorted(kept) == list(range(len(arranged)))
+    assert done.specialization is not None
+    for number, client in enumerate(arranged):
+        assert kept[number].round == 2
+        if client.pooled:
+            continue
+        assert client.test is not None
+        own = tiny(1)
+        own.load_state_dict(kept[number].state)
+        found = evaluate(own, Batches(client.test, Normalization((0.5,), (0.5,)), batch_size=64))
+        measured = kept[number].evaluation["test"]
+        for metric in ("balanced_accuracy", "macro_f1", "auc", "ece"):
+            # not the last bit: memory formats and sums of heads differ
+            assert found[metric] == pytest.approx(measured[metric], abs=1e-6)
+        balanced = done.specialization["clients"][str(number)]
+        assert found["balanced_accuracy"] == pytest.approx(balanced)
