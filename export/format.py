@@ -27,6 +27,9 @@ from sdq.quant_model import QuantModel
 
 SCHEMA = "sdq.export/1"
 RECORD = "export.json"
+VERIFICATION = "verification.json"
+"""Beside it: what a verification found, by format; written by the command line."""
+
 RESERVED = ("schema", "format", "policy", "normalization")
 """Metadata keys that the file fills in itself."""
 

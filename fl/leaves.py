@@ -164,23 +164,23 @@ def _listed(passed: list[tuple[Way, Kind, int, Record]]) -> Leaves:
                 key = (way, kind, group, name, (tuple(tensor.shape), tensor.dtype))
                 seen.setdefault(key, _Seen(tensor)).rounds.add(round)
         for name, value in record.values.items():
-            key = (way, kind, "", name, None)
-            entry = seen.setdefault(key, _Seen(value))
+            entry = seen.setdefault((way, kind, "", name, None), _Seen(value))
             entry.rounds.add(round)
             entry.value = max(entry.value, value, key=lambda v: len(list(_numbers(v))))
-    tensors, values = [], []
+    sent_tensors: list[SentTensor] = []
+    sent_values: list[SentValue] = []
     for (way, kind, group, name, described), entry in seen.items():
         when = entry.when(kind)
         if described is not None:
             dtype = str(entry.value.dtype).removeprefix("torch.")
             shape, size = tuple(entry.value.shape), entry.value.nbytes
-            tensors.append(SentTensor(way, when, group, name, shape, dtype, size))
+            sent_tensors.append(SentTensor(way, when, group, name, shape, dtype, size))
         else:
             meaning = MEANINGS.get((way, name), "of the method")
             found = list(_numbers(entry.value))
             names = tuple(sorted({n for n in found if n}))
-            values.append(SentValue(way, when, name, meaning, len(found), names))
-    return Leaves(False, tuple(tensors), tuple(values))
+            sent_values.append(SentValue(way, when, name, meaning, len(found), names))
+    return Leaves(False, tuple(sent_tensors), tuple(sent_values))
 
 
 @dataclass

@@ -13,7 +13,6 @@ fine-tuning starts.
 """
 
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from sdq import weight_levels
 from sdq.checkpoint import write_bytes_atomically
 from sdq.config import QuantConfig
-from sdq.errors import RequestError
 from sdq.policy import BitwidthPolicy
 from sdq.run_folder import RunFolder, read_layers
 from sdq.trajectory import trajectory
@@ -80,23 +78,11 @@ def _figures(run: RunFolder) -> Iterator[tuple[str, "Figure"]]:
     from sdq import figures, trajectory_figure, weight_figures
 
     policy = BitwidthPolicy.load(run.path / "policy.json")
-    config = QuantConfig(**run.read_json("run.json")["quant"])
     yield "bits", figures.bits_figure(policy)
-    log = run.path / "log.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    try:
-        records = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise RequestError(f"{log}: must have JSON in every line, {error}") from None
-    course = trajectory(records, policy)
+    course = trajectory(run.read_log(), policy)
     if course is not None:
         yield "trajectory", trajectory_figure.trajectory_figure(course, len(policy))
-    layers = read_layers(run.path / "layers.json")
-    start = "folded.safetensors" if config.batch_norm == "fold" else "float.safetensors"
-    before = weight_levels.before(run.read_tensors(start), policy, config, layers)
-    after: dict[str, weight_levels.Quantized] = {}
-    if (run.path / "model.safetensors").exists():  # `sdq search` does not fine-tune
-        after = weight_levels.after(run.read_tensors("model.safetensors"), policy, config, layers)
+    before, after = quantized_weights(run, policy)
     if before:
         errors = [{k: q.relative_error() for k, q in part.items()} for part in (before, after)]
         yield "error", weight_figures.error_figure(*errors)
@@ -109,3 +95,22 @@ def _figures(run: RunFolder) -> Iterator[tuple[str, "Figure"]]:
             if b in largest
         ]
         yield "histograms", weight_figures.histogram_figure(found)
+
+
+def quantized_weights(
+    run: RunFolder, policy: BitwidthPolicy
+) -> tuple[dict[str, weight_levels.Quantized], dict[str, weight_levels.Quantized]]:
+    """Return the quantized layers' weights before and after fine-tuning, with their quantizers.
+
+    Args:
+        run: of ``sdq quantize``; of ``sdq search``, which does not fine-tune, the second is empty.
+        policy: of the run.
+    """
+    config = QuantConfig(**run.read_json("run.json")["quant"])
+    layers = read_layers(run.path / "layers.json")
+    start = "folded.safetensors" if config.batch_norm == "fold" else "float.safetensors"
+    before = weight_levels.before(run.read_tensors(start), policy, config, layers)
+    after: dict[str, weight_levels.Quantized] = {}
+    if (run.path / "model.safetensors").exists():
+        after = weight_levels.after(run.read_tensors("model.safetensors"), policy, config, layers)
+    return before, after

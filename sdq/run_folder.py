@@ -1,17 +1,19 @@
 """The folder a run writes: what was asked, what came out, and enough to go on after a crash.
 
-========================  =====================================================================
-``run.json``              what was asked, versions, seed, data fingerprint, model, status
-``policy.json``           the bitwidth policy
-``layers.json``           shapes and MACs of the quantizable layers
-``model.safetensors``     the result's weights (quantized runs: with scales)
-``float.safetensors``     quantized runs: the float weights they started from
-``folded.safetensors``    of ``batch_norm="fold"``: the layers' weights, folded, not yet trained
-``metrics.json``          what the result is worth
-``log.jsonl``             one record an epoch
-``checkpoints/``          one file a phase
-``plots/``                quantized and searched runs: pictures of them; see :mod:`sdq.plots`
-========================  =====================================================================
+==========================  =======================================================================
+``run.json``                what was asked, versions, seed, data fingerprint, model, status
+``policy.json``             the bitwidth policy
+``layers.json``             shapes and MACs of the quantizable layers
+``model.safetensors``       the result's weights (quantized runs: with scales)
+``float.safetensors``       quantized runs: the float weights they started from
+``folded.safetensors``      of ``batch_norm="fold"``: the layers' weights, folded, not yet trained
+``metrics.json``            what the result is worth
+``log.jsonl``               one record an epoch
+``predictions.safetensors`` labels and logits on the test images, unless they are large
+``report.html``             a page about all of it; see :mod:`sdq.report`
+``checkpoints/``            one file a phase
+``plots/``                  quantized and searched runs: pictures of them; see :mod:`sdq.plots`
+==========================  =======================================================================
 
 Every file is written whole or not at all.
 """
@@ -185,6 +187,18 @@ class RunFolder:
         kept = [x for x in map(json.loads, lines) if (x.get("phase"), x.get("epoch")) != of]
         texts = [json.dumps(x, allow_nan=False) for x in (*kept, dict(record))]
         self.write_text("log.jsonl", "\n".join(texts) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """Return the records of ``log.jsonl``, none without it; RequestError if it is damaged."""
+        path = self.path / "log.jsonl"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            records = [json.loads(line) for line in lines]
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{path}: must have JSON in every line, {error}") from None
+        if not all(isinstance(record, dict) for record in records):
+            raise RequestError(f"{path}: must have a JSON object in every line; remove the file")
+        return records
 
     def checkpoint(self, phase: str, identity: Mapping[str, Any]) -> Checkpoint:
         """Return the checkpoint of a phase."""

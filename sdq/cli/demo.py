@@ -9,11 +9,13 @@ import typer
 import hw
 from sdq.cli import inputs as inp
 from sdq.cli import options
-from sdq.cli.evaluate import run_inputs
 from sdq.cli.export_run import describe, write_and_verify
 from sdq.cli.plan import Limits, Plan
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.quantize import asked_for, open_source, prepare, run_quantize
+from sdq.cli.report import FILE as REPORT
+from sdq.cli.report import network_beside, write_report
+from sdq.cli.run_data import run_inputs
 from sdq.cli.train import train
 from sdq.config import QuantConfig, SearchConfig, TrainConfig
 from sdq.errors import RequestError, RunError
@@ -58,6 +60,8 @@ def demo(
         )
         exports[format_] = document
         print(f"\n{format_}: " + describe(document))
+    write_report(folder, inputs, wanted=True, beside=[network_beside(folder, out / "uniform")])
+    print(f"\nthe same as a page: {out / 'sdq' / REPORT}")
     if json_:
         show_json({"rows": rows, "exports": exports})
     if not all(d["verification"]["verified"] for d in exports.values()):

@@ -10,12 +10,13 @@ import typer
 
 import export
 from export.findings import refuse
+from export.format import VERIFICATION
 from sdq import plugins
 from sdq.batches import Normalization
 from sdq.cli import inputs as inp
 from sdq.cli import options
-from sdq.cli.evaluate import run_inputs
-from sdq.cli.progress import show_json, show_table
+from sdq.cli.progress import finite, show_json, show_table
+from sdq.cli.run_data import run_inputs
 from sdq.errors import RequestError, RunError
 from sdq.quant_model import QuantModel
 from sdq.run_folder import RunFolder
@@ -223,9 +224,17 @@ def write_and_verify(
             format=format_,
             inputs=pixels if with_preprocessing else normalization(pixels),
         )
-        document["verification"] = report.to_json()
+        document["verification"] = finite(report.to_json())
+        _keep(out, document["verification"])
         document["summary"] = list(report.lines)
     return document
+
+
+def _keep(folder: Path, verification: dict[str, Any]) -> None:
+    """Write what a verification found beside the file; other formats' in the folder stay."""
+    path = folder / VERIFICATION
+    before = RunFolder(folder).read_json(VERIFICATION) if path.is_file() else {}
+    RunFolder(folder).write_json(VERIFICATION, before | {verification["format"]: verification})
 
 
 def simulate(

@@ -30,6 +30,7 @@ from sdq.cli.federation_leaves import show_leaves
 from sdq.cli.federation_progress import FederationWatch
 from sdq.cli.plan import ConfigFile
 from sdq.cli.progress import show_json, show_table
+from sdq.cli.report import write_report
 from sdq.config import Config
 from sdq.errors import RequestError
 from sdq.metrics import evaluate
@@ -153,6 +154,7 @@ def federate(
     augment: options.Augment = True,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    report: options.Report = True,
     resume: options.Resume = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
@@ -209,7 +211,7 @@ def federate(
         "federation": settings.model_dump(mode="json"),
         "head": head,
     }
-    metrics = _run_all(out, chosen, federation, asked, resume=resume)
+    metrics = _run_all(out, chosen, federation, asked, resume=resume, report=report)
     show_table(f"{model} on {data}, {rounds} rounds", _rows(metrics), quiet=quiet)
     if json_:
         found = next(iter(metrics.values())) if len(chosen) == 1 else {"methods": metrics}
@@ -256,15 +258,23 @@ def _network(model: str, weights: Path | None, inputs: inp.Inputs, seed: int) ->
 
 
 def _run_all(
-    out: Path, methods: list[Method], federation: Federation, asked: dict[str, Any], *, resume: bool
+    out: Path,
+    methods: list[Method],
+    federation: Federation,
+    asked: dict[str, Any],
+    *,
+    resume: bool,
+    report: bool,
 ) -> dict[str, dict[str, Any]]:
     """Run each method, in the run's folder or, of several, in one below it for each."""
     configs = {m.name: _hyper_parameters(m.config) for m in methods}
     with RunFolder.create(out, {**asked, "methods": configs}, resume=resume) as run:
         if len(methods) == 1:
-            return {methods[0].name: _run_one(run, methods[0], federation)}
+            metrics = {methods[0].name: _run_one(run, methods[0], federation)}
+            write_report(run, federation.inputs, wanted=report)
+            return metrics
         metrics = {}
-        run.update(methods=list(configs))
+        run.update(methods=list(configs), command=options.command_line())
         for method in methods:
             own = {**asked, "methods": {method.name: configs[method.name]}}
             begun = (out / method.name / "run.json").is_file()
@@ -276,6 +286,7 @@ def _run_all(
                 )
         run.write_json("metrics.json", {"methods": metrics})
         run.update(status="done")
+        write_report(run, federation.inputs, wanted=report)
     return metrics
 
 
@@ -290,6 +301,7 @@ def _run_one(run: RunFolder, method: Method, federation: Federation) -> dict[str
     run.update(
         data=inputs.describe(), model=federation.described, seed=config.seed,
         methods=[method.name], server_model=method.has_server_model,
+        command=options.command_line(),
         clients=describe_clients(clients, classes),
     )  # fmt: skip
     arranged = method.arrange(clients)

@@ -121,9 +121,18 @@ class Inputs:
             "class_names": list(splits.class_names),
             "image_shape": list(splits.image_shape),
             "num_examples": {k: len(v) for k, v in parts.items() if v is not None},
+            "class_counts": class_counts(splits),
             "mean": list(self.normalization.mean),
             "std": list(self.normalization.std),
         }
+
+
+def class_counts(splits: Splits) -> list[int] | None:
+    """Return the training images of each class; None where an image has not one class alone."""
+    labels = splits.train.labels
+    if labels.dim() != 1:
+        return None
+    return labels.bincount(minlength=len(splits.class_names)).tolist()
 
 
 def open_inputs(

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
             raise RequestError(f"sdq: unknown verb {asked!r}; {nearest(asked, verbs.VERBS)}")
         verbs.register(app, arguments)
         # click returns the code of a typer.Exit instead of raising it
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, standalone_mode=False, obj=arguments)
         if code == _INTERRUPTED:  # typer turns a KeyboardInterrupt into such an exit
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0

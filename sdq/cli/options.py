@@ -1,6 +1,7 @@
 """The options that several verbs share, each written once."""
 
 import math
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,18 @@ def given(parameter: str) -> bool:
     """Tell whether an option of the running verb was given, and not left at its default."""
     source = click.get_current_context().get_parameter_source(parameter)
     return source is not None and source is not ParameterSource.DEFAULT
+
+
+def command_line() -> str | None:
+    """Return the command that is running, as a shell takes it; None if it is not ``sdq``'s.
+
+    Without ``--resume``: the command that would make the same run anew.
+    """
+    context = click.get_current_context(silent=True)
+    arguments = context.find_root().obj if context is not None else None
+    if not isinstance(arguments, list):
+        return None
+    return shlex.join(["sdq", *(a for a in arguments if a != "--resume")])
 
 
 Model = Annotated[
@@ -94,6 +107,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted
 Json = Annotated[bool, typer.Option("--json", help="End standard output with one JSON line.")]
 Plots = Annotated[
     bool, typer.Option("--plots/--no-plots", help="Draw what the run did, into OUT/plots.")
+]
+Report = Annotated[
+    bool, typer.Option("--report/--no-report", help="Write OUT/report.html at the end.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no tables.")]
 

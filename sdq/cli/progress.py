@@ -1,6 +1,7 @@
 """Live progress on standard error, and tables and JSON on standard output."""
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -81,6 +82,15 @@ def _cell(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return "-" if value is None else str(value)
+
+
+def finite(document: Any) -> Any:
+    """Return JSON values with None for what is NaN or infinite, which JSON cannot say."""
+    if isinstance(document, Mapping):
+        return {key: finite(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [finite(value) for value in document]
+    return None if isinstance(document, float) and not math.isfinite(document) else document
 
 
 def show_json(document: Mapping[str, Any]) -> None:

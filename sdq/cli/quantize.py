@@ -19,6 +19,7 @@ from sdq.cli.plan import ConfigFile, Limits, Plan, make_plan, make_quantization
 from sdq.cli.plotting import draw_plots
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.ptq import make_ptq, round_, search_of, unlabelled
+from sdq.cli.report import write_report
 from sdq.cli.teacher import TeacherRequest, open_teacher
 from sdq.cli.train import summary
 from sdq.config import PtqConfig, SearchConfig, TrainConfig
@@ -30,6 +31,7 @@ from sdq.policy import FLOAT_BITS, BitwidthPolicy
 from sdq.ptq import check_ptq
 from sdq.quant_model import QuantModel
 from sdq.quant_model import quantize as quantize_model
+from sdq.report.predictions import Predictions
 from sdq.run_folder import RunFolder, check_new
 from sdq.search import check_search, search
 from sdq.search_space import SearchSpace
@@ -141,7 +143,7 @@ def start(run: RunFolder, source: Source, plan: Plan, qmodel: QuantModel, seed: 
     """Write what a run knows at its start."""
     run.update(
         data=source.inputs.describe(), model=source.described, seed=seed,
-        quant=qmodel.config.model_dump(),
+        quant=qmodel.config.model_dump(), command=options.command_line(),
     )  # fmt: skip
     run.write_tensors("float.safetensors", source.network.state_dict())
     if plan.quant.batch_norm == "fold":  # what training starts from, which the plots compare with
@@ -198,17 +200,18 @@ def finish(
     """Write the network and what it is worth, and return the metrics."""
     qmodel.cpu()
     run.write_tensors("model.safetensors", qmodel.state_dict())
-    metrics = {**measure(qmodel, source), **found}
+    metrics = {**measure(qmodel, source, run), **found}
     run.write_json("metrics.json", metrics)
     run.update(status="done")
     return metrics
 
 
-def measure(qmodel: QuantModel, source: Source) -> dict[str, Any]:
-    """Return the contents of ``metrics.json``."""
+def measure(qmodel: QuantModel, source: Source, run: RunFolder) -> dict[str, Any]:
+    """Write the predictions, and return the contents of ``metrics.json``."""
     held_out = source.inputs.held_out()
     float_logits, labels = predict(source.network.cpu(), held_out)
     logits, _ = predict(qmodel, held_out)
+    Predictions(labels, float_logits, logits).save(run)
     policy = qmodel.policy
     return {
         "float": classification_metrics(float_logits, labels),
@@ -314,6 +317,7 @@ def quantize(
     devices: options.Devices = 1,
     precision: options.Precision = "32",
     plots: options.Plots = True,
+    report: options.Report = True,
     resume: options.Resume = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
@@ -375,6 +379,7 @@ def quantize(
         metrics = run_quantize(run, source, plan, qmodel, fabric, watch, seed, network)
         processes.end(fabric)
         draw_plots(run, wanted=plots and fabric.is_global_zero)
+        write_report(run, source.inputs, wanted=report and fabric.is_global_zero)
     weights_count = sum(b.num_weights for b in BitwidthPolicy.load(out / "policy.json"))
     show_table(f"{data}: {out}", rows(metrics, 4.0 * weights_count), quiet=quiet)
     if metrics["float_layers"] and not quiet:

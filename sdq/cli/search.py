@@ -13,6 +13,7 @@ from sdq.cli.quantize import (
     prepare,
     start,
 )
+from sdq.cli.report import write_report
 from sdq.config import SearchConfig
 from sdq.parallel import open_fabric
 from sdq.run_folder import check_new
@@ -62,6 +63,7 @@ def search(
     devices: options.Devices = 1,
     precision: options.Precision = "32",
     plots: options.Plots = True,
+    report: options.Report = True,
     resume: options.Resume = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
@@ -103,6 +105,7 @@ def search(
         run.update(status="done")
         processes.end(fabric)
         draw_plots(run, wanted=plots and fabric.is_global_zero)
+        write_report(run, source.inputs, wanted=report and fabric.is_global_zero)
     rows = [
         {"layer": b.name, "weights": b.num_weights,
          "weight bits": round(b.total_weight_bits / b.num_weights, 4),

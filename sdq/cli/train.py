@@ -9,9 +9,11 @@ from sdq.batches import generator
 from sdq.cli import inputs as inp
 from sdq.cli import options, processes
 from sdq.cli.progress import Watch, show_json, show_table
+from sdq.cli.report import write_report
 from sdq.config import TrainConfig
-from sdq.metrics import evaluate
+from sdq.metrics import classification_metrics, predict
 from sdq.parallel import open_fabric
+from sdq.report.predictions import Predictions
 from sdq.run_folder import check_new
 from sdq.train import train_
 
@@ -40,6 +42,7 @@ def train(
     device: options.Device = "auto",
     devices: options.Devices = 1,
     precision: options.Precision = "32",
+    report: options.Report = True,
     resume: options.Resume = False,
     json_: options.Json = False,
     quiet: options.Quiet = False,
@@ -82,7 +85,7 @@ def train(
     quiet, json_ = quiet or not fabric.is_global_zero, json_ and fabric.is_global_zero
     with run, Watch(run, quiet=quiet) as watch:
         about = inputs.describe()
-        run.update(data=about, model=described, seed=seed)
+        run.update(data=about, model=described, seed=seed, command=options.command_line())
         identity = {"request": asked, "data": about["fingerprint"]}
         trained = train_(
             network, inputs.train, config, validation=inputs.validation, fabric=fabric,
@@ -90,11 +93,14 @@ def train(
         )  # fmt: skip
         network.cpu()
         run.write_tensors("model.safetensors", network.state_dict())
-        metrics: dict[str, Any] = {"float": evaluate(network, inputs.held_out())}
+        logits, labels = predict(network, inputs.held_out())
+        metrics: dict[str, Any] = {"float": classification_metrics(logits, labels)}
+        Predictions(labels, logits).save(run)
         metrics |= trained.to_json()
         run.write_json("metrics.json", metrics)
         run.update(status="done")
         processes.end(fabric)
+        write_report(run, inputs, wanted=report and fabric.is_global_zero)
     show_table(f"{model} on {data}", [summary("float", metrics["float"])], quiet=quiet)
     if json_:
         show_json({"out": str(out), "metrics": metrics})

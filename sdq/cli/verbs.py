@@ -15,6 +15,8 @@ VERBS = {
     "evaluate": "evaluate",
     "export": "export_run",
     "cost": "cost",
+    "report": "report",
+    "compare": "compare",
     "demo": "demo",
 }
 """Verb -> the file in this folder, and the function in it."""

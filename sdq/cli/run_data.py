@@ -1,0 +1,46 @@
+"""The data of an earlier run, as they were there."""
+
+from sdq.batches import Normalization
+from sdq.cli import inputs as inp
+from sdq.errors import RequestError
+from sdq.run_folder import RunFolder
+
+
+def run_inputs(
+    folder: RunFolder,
+    data: str | None = None,
+    root: str | None = None,
+    image_size: int | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    split: str | None = None,
+    batch_size: int = 256,
+) -> inp.Inputs:
+    """Open a run's own data as it was, or other data prepared as the run's was."""
+    inp.check_ended(folder)
+    document = folder.read_json("run.json")
+    recorded = document["data"]
+    before = document["request"]["data"]
+    # what one hospital lacks another may have
+    every_class = "methods" not in document
+    if data is None and before["reference"] is None:
+        raise RequestError(
+            f"{folder.path}: data must be named, since the server of this federation had none; "
+            "pass --data"
+        )
+    if data is None:
+        request = inp.DataRequest(**{**before, "root": root or before["root"]})
+        inputs = inp.open_inputs(request, every_class=every_class)
+        if inputs.describe()["fingerprint"] != recorded["fingerprint"]:
+            raise RequestError(
+                f"{before['reference']}: must be the data the run was made with, but it changed "
+                "since; name it with --data if that is meant"
+            )
+        recorded_norm = Normalization(tuple(recorded["mean"]), tuple(recorded["std"]))
+        return inp.Inputs(inputs.splits, recorded_norm, inputs.train, request)
+    size = image_size or before["image_size"]
+    request = inp.DataRequest(
+        data, root or before["root"], size, mean, std, split or before["split"], batch_size,
+        before["seed"],
+    )  # fmt: skip
+    return inp.open_inputs(request, recorded, every_class=every_class)
