@@ -5,6 +5,7 @@ Nothing is registered. Putting ``sdq/models/my_net.py`` there is enough for ``--
 ``--target path/to/my_board.py`` takes a module of the same content.
 """
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from sdq.errors import RequestError, nearest
+from sdq.extras import missing_extra
 
 _USER = "sdq_user_"
 
@@ -37,7 +39,8 @@ def load(package: str, name: str) -> ModuleType:
     In a name case does not matter, and ``-`` is ``_``.
 
     Raises:
-        RequestError: no such plugin or file; the message offers the nearest name.
+        RequestError: no such plugin or file; the message offers the nearest name. Or it needs a package
+            that is not installed; the message names the extra to install.
     """
     if name.endswith(".py"):
         return _execute(Path(name))
@@ -46,7 +49,31 @@ def load(package: str, name: str) -> ModuleType:
     if module_name not in known:
         kind = package.rsplit(".", 1)[-1].removesuffix("s")
         raise RequestError(f"{kind}: unknown name {name!r}; {nearest(module_name, known)}")
-    return importlib.import_module(f"{package}.{module_name}")
+    try:
+        return importlib.import_module(f"{package}.{module_name}")
+    except ModuleNotFoundError as error:
+        if (missing := missing_extra(error)) is not None:
+            raise missing from error
+        raise
+
+
+def summary(package: str, name: str) -> str:
+    """Return the first line of a plugin's docstring, without importing it.
+
+    What a plugin needs may not be installed, or take long to import.
+    """
+    return docstring(Path(importlib.import_module(package).__path__[0]) / f"{name}.py")
+
+
+def docstring(path: Path, function: str | None = None) -> str:
+    """Return the first line of the docstring of a file, or of a function in it."""
+    node: ast.AST = ast.parse(path.read_text(encoding="utf-8"))
+    if function is not None:
+        kinds = ast.FunctionDef | ast.ClassDef
+        named = (n for n in ast.walk(node) if isinstance(n, kinds) and n.name == function)
+        node = next(named)
+    assert isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+    return (ast.get_docstring(node) or "").partition("\n")[0]
 
 
 def name_of(module: str) -> str:

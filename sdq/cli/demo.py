@@ -7,6 +7,7 @@ import torch
 import typer
 
 import hw
+from sdq import plugins
 from sdq.cli import inputs as inp
 from sdq.cli import options
 from sdq.cli.export_run import describe, write_and_verify
@@ -24,6 +25,7 @@ from sdq.policy import FLOAT_BITS, BitwidthPolicy
 from sdq.quant_model import quantize
 from sdq.run_folder import RunFolder
 
+FORMATS = ("onnx", "qonnx")
 MODEL, DATA, BITS = "vgg_like", "synthetic_derm", 2.0
 EPOCHS = {"float": 7, "search": 3, "finetune": 2}
 
@@ -42,6 +44,8 @@ def demo(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"--out: folder must be new or empty, got {str(out)!r}")
+    for format_ in FORMATS:  # refuses before minutes of training, not after
+        plugins.load("export.formats", format_)
     train(MODEL, DATA, out / "float", epochs=EPOCHS["float"], seed=seed, device="cpu", quiet=quiet)
     uniform = _quantized(out, "uniform", seed, quiet)
     learned = _quantized(out, "sdq", seed, quiet)
@@ -54,7 +58,7 @@ def demo(
     folder = RunFolder.open(out / "sdq")
     qmodel, inputs = inp.load_quantized(folder), run_inputs(folder)
     exports = {}
-    for format_ in ("onnx", "qonnx"):
+    for format_ in FORMATS:
         document = write_and_verify(
             folder, qmodel, inputs, format_, out / "sdq" / "export" / format_
         )

@@ -36,5 +36,4 @@ def list_plugins(
         show_json({kind: found})
         return
     for name in found:
-        summary = (plugins.load(PACKAGES[kind], name).__doc__ or "").partition("\n")[0]
-        print(f"{name:20} {summary}")
+        print(f"{name:20} {plugins.summary(PACKAGES[kind], name.replace('-', '_'))}")

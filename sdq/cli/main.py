@@ -15,6 +15,7 @@ import typer
 from sdq._guard import foreign_module
 from sdq.cli import verbs
 from sdq.errors import RequestError, RunError, nearest
+from sdq.extras import missing_extra
 
 _WRONG_REQUEST = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
@@ -63,6 +64,10 @@ def main(arguments: list[str]) -> int:
         return _fail(str(error), 2)
     except RunError as error:
         return _fail(str(error), 1)
+    except ModuleNotFoundError as error:
+        if (missing := missing_extra(error)) is None:
+            raise
+        return _fail(str(missing), 2)
     except OSError as error:
         return _os_error(error, _again(asked))
     except (KeyboardInterrupt, click.exceptions.Abort):

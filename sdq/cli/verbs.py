@@ -2,9 +2,14 @@
 
 import importlib
 import importlib.metadata
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from sdq.plugins import docstring
 
 VERBS = {
     "list": "list_plugins",
@@ -25,17 +30,35 @@ RESUMABLE = ("train", "quantize", "search", "federate")
 
 
 def register(app: typer.Typer, arguments: list[str]) -> None:
-    """Add the verb that is asked for; all of them if none is, so that help can list them.
+    """Add the verb that is asked for; the names of all if none is, so that help can list them.
 
-    A verb imports torch, onnx and the like; ``sdq list`` must not wait for what it does not use.
+    A verb imports torch, onnx and the like; nobody must wait for what is not used.
     """
-    asked = arguments[0] if arguments else ""
+    asked = next(iter(arguments or _to_complete()), "")
     for verb, file in VERBS.items():
-        if verb == asked or asked not in VERBS:
+        if verb == asked:
             module = importlib.import_module(f"sdq.cli.{file}")
             app.command(verb)(getattr(module, file))
+        elif asked not in VERBS:
+            app.command(verb)(_named(file))
     # with a single command typer would drop the verb from the usage line
     app.callback()(_common)
+
+
+def _to_complete() -> list[str]:
+    """Return the words after ``sdq`` for which a shell asks what may follow, if one does."""
+    typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+    return typed.split()[1:]
+
+
+def _named(file: str) -> Callable[[], None]:
+    """Return what stands for a verb in the list: nothing but its summary."""
+
+    def verb() -> None:
+        raise AssertionError("a verb that is asked for is imported")
+
+    verb.__doc__ = docstring(Path(__file__).with_name(f"{file}.py"), file)
+    return verb
 
 
 def _show_version(asked: bool) -> None:
