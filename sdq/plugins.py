@@ -39,8 +39,8 @@ def load(package: str, name: str) -> ModuleType:
     In a name case does not matter, and ``-`` is ``_``.
 
     Raises:
-        RequestError: no such plugin or file; the message offers the nearest name. Or it needs a package
-            that is not installed; the message names the extra to install.
+        RequestError: no such plugin or file; the message offers the nearest name. Or it needs a
+            package that is not installed; the message names the extra to install.
     """
     if name.endswith(".py"):
         return _execute(Path(name))
