@@ -81,7 +81,15 @@ def _count(setting: Setting, data: ClientData, request: Request) -> Reply:
     if (epsilon := setting.config.count_epsilon) is not None:
         rng = client_generator(setting.config.seed, request.client, "counts")
         counts = noised(counts, epsilon, rng)
-    return Reply(request.client, Record({}, {"class_counts": counts.tolist()}))
+    load_(setting.network, setting.initial)
+    batches = Batches(
+        data.train, setting.normalization, batch_size=setting.config.batch_size, shuffle=True,
+        seed=client_generator(setting.config.seed, request.client, "introduction").initial_seed(),
+    )  # fmt: skip
+    told = setting.method.introduce(setting.network, batches)
+    return Reply(
+        request.client, Record(told.tensors, {"class_counts": counts.tolist(), **told.values})
+    )
 
 
 def noised(counts: Tensor, epsilon: float, rng: torch.Generator) -> Tensor:

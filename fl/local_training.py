@@ -20,6 +20,7 @@ from fl.method import Client, ClientContext, Progress
 from fl.record import Tensors
 from sdq.diagnosis import origin, weight_not_finite
 from sdq.errors import RunError
+from sdq.train import is_weight
 
 
 def train_(client: Client) -> Progress:
@@ -119,8 +120,8 @@ def _flags_restored(network: nn.Module) -> Iterator[None]:
 def _optimizer(
     parameters: dict[str, nn.Parameter], config: FederationConfig, lr: float
 ) -> torch.optim.Optimizer:
-    weights = [p for p in parameters.values() if p.dim() > 1]
-    rest = [p for p in parameters.values() if p.dim() <= 1]  # biases and normalisation
+    weights = [p for p in parameters.values() if is_weight(p)]
+    rest = [p for p in parameters.values() if not is_weight(p)]
     groups = [
         {"params": weights, "weight_decay": config.weight_decay},
         {"params": rest, "weight_decay": 0.0},

@@ -189,6 +189,8 @@ class Server:
         memory: what the method keeps.
         own: the last state made for each client alone, for methods that make such.
         generator: makes a generator for a purpose, of this round.
+        told: what each client told with its class counts (:meth:`Method.introduce`); it is here in
+            :meth:`Method.start_server` and not kept after that.
     """
 
     config: FederationConfig
@@ -201,6 +203,7 @@ class Server:
     memory: Record
     own: Store
     generator: Callable[[str], torch.Generator]
+    told: dict[int, Record] = field(default_factory=dict)
 
     def mean(self, states: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
         """Return the clients' tensors as one: what the federation's ``aggregation`` makes of them.
@@ -292,6 +295,15 @@ class Method:
         return dict(network.model.state_dict())
 
     # --- client
+
+    def introduce(self, network: Network, batches: Loader) -> Record:
+        """Return what a client tells once, with its class counts, before the first round.
+
+        Args:
+            network: in its initial state.
+            batches: of the client's training images, shuffled, not augmented.
+        """
+        return Record()
 
     def client(self, context: ClientContext) -> Client:
         """Return one round's work on one client."""

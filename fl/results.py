@@ -75,12 +75,12 @@ def open_run(path: Path, description: Description) -> RunFolder:
     return run
 
 
-def log_round(run: RunFolder, summary: Mapping[str, Any]) -> None:
+def log_round(run: RunFolder, summary: Mapping[str, Any], phase: str = "federate") -> None:
     """Write a round's summary, or what went wrong before the first, to ``log.jsonl``."""
     if "round" in summary:
         record = short(summary)
         now = round(time.time(), 3)
-        run.log({"phase": "federate", "epoch": record["round"], "time": now, **record})
+        run.log({"phase": phase, "epoch": record["round"], "time": now, **record})
     else:
         run.log({"phase": "counts", "epoch": 0, "failures": summary["counts"]})
 

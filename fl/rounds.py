@@ -141,9 +141,11 @@ class Rounds:
                 failures.append(Failure(answer.client, "its class counts are not usable"))
             else:
                 self.server.counts[answer.client] = counts
+                self.server.told[answer.client] = answer.record
         if not self.server.counts:
             raise RunError(f"federation: some client must have images, got none: {_why(failures)}")
         self.setting.method.start_server(self.server)
+        self.server.told = {}
         return sorted(failures, key=lambda f: f.client)
 
     def sample(self) -> list[int]:
@@ -162,7 +164,7 @@ class Rounds:
         server = self.server
         report = RoundReport(server.round, self.sample())
         replies: list[Reply] = []
-        requests = self._requests("train", report.asked, report, evaluate=evaluate)
+        requests = self.requests("train", report.asked, report, evaluate=evaluate)
         for answer in self._ask("train", requests):
             if isinstance(answer, Reply):
                 report.bytes_up += answer.record.num_bytes()
@@ -190,7 +192,7 @@ class Rounds:
         """
         found: dict[int, Any] = {}
         failures = []
-        requests = self._requests("adapt", clients, None, evaluate=True)
+        requests = self.requests("adapt", clients, None, evaluate=True)
         for answer in self._ask("adapt", requests):
             if isinstance(answer, Failure):
                 failures.append(answer)
@@ -234,9 +236,10 @@ class Rounds:
         load_(self.setting.network, {n: t / total for n, t in sums.items()} | last)
         return True
 
-    def _requests(
+    def requests(
         self, kind: Kind, clients: Iterable[int], report: RoundReport | None, *, evaluate: bool
     ) -> Iterator[Request]:
+        """Yield what is asked of clients, with the model that each starts from."""
         server, method = self.server, self.setting.method
         down = self.setting.names(down=True)
         counts = server.all_counts.tolist()

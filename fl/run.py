@@ -21,6 +21,7 @@ from fl.rounds import Listener, RoundReport, Rounds, Transport
 from fl.setting import Setting
 from fl.store import Store
 from sdq.batches import Augmentation, Normalization
+from sdq.config import QuantConfig
 from sdq.data import ImageSet
 from sdq.errors import RequestError
 
@@ -111,6 +112,8 @@ def run(
     watch: Watcher | None = None,
     hear: Listener | None = None,
     keep: Callable[[int, Personal], None] | None = None,
+    quant: QuantConfig | None = None,
+    **bits: Any,
 ) -> Federated:
     """Train a model across clients.
 
@@ -132,14 +135,27 @@ def run(
         hear: called with each client's answer, and what it was asked.
         keep: called at the end with each client's own model, if the configuration says
             ``keep_clients``; one that was never evaluated has none.
+        quant: then also learn a bitwidth for each layer within ``budget=``, and tune the weights
+            under these bits; see :func:`fl.bits.run`, which takes what ``bits`` has.
+        bits: ``budget``, ``phases``, ``policy`` and ``personal``.
 
     Returns:
-        The selected model and its figures.
+        The selected model and its figures; with ``quant`` a :class:`fl.bits.FederatedBits`.
 
     Raises:
         RequestError: method, configuration, network and data do not go together.
         RunError: a round failed.
     """
+    if quant is not None:
+        from fl import bits as learning  # only who quantizes waits for Brevitas
+
+        return learning.run(
+            model, quant=quant, method=method, clients=clients, num_classes=num_classes,
+            config=config, rounds=rounds, test=test, val=val, normalization=normalization,
+            augment=augment, head=head, folder=folder, watch=watch, hear=hear, **bits,
+        )  # fmt: skip
+    if bits:
+        raise RequestError(f"fl.run: {', '.join(bits)} must stand with quant=; give a QuantConfig")
     config = config or FederationConfig()
     if rounds is not None:
         config = config.replaced(rounds=rounds)
@@ -196,11 +212,15 @@ def run_over(
         watch: called with each round's summary.
         hear: called with each client's answer.
     """
-    return _Run(setting, transport, num_clients, clients, test, val, folder, watch, hear).go()
+    return Run(setting, transport, num_clients, clients, test, val, folder, watch, hear).go()
 
 
-class _Run:
-    """One run: rounds, evaluation, selection, and the file they are kept in."""
+class Run:
+    """One run: rounds, evaluation, selection, and the file they are kept in.
+
+    See :func:`run_over` for the arguments. When it is done ``rounds`` has what server and clients
+    keep.
+    """
 
     def __init__(
         self,

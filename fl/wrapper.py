@@ -98,9 +98,9 @@ class Wrapper(Method):
     config_type: ClassVar[type[Config]] = WrapperConfig
     client_type: ClassVar[type[Client]] = WrapperClient
 
-    def __init__(self, config: Any = None) -> None:
+    def __init__(self, config: Any = None, inner: Method | None = None) -> None:
         super().__init__(config)
-        self.inner = method(self.config.around, **self.config.inner)
+        self.inner = inner or method(self.config.around, **self.config.inner)
         self._check_once()
         self.batch_norm = self.inner.batch_norm
         self.loss = self.inner.loss
@@ -146,6 +146,10 @@ class Wrapper(Method):
     def personal(self, network: Network) -> Tensors:
         """Return the inner method's."""
         return self.inner.personal(network)
+
+    def introduce(self, network: Network, batches: Loader) -> Record:
+        """Return what the inner method's client tells."""
+        return self.inner.introduce(network, batches)
 
     def start_server(self, server: Server) -> None:
         """Prepare what the inner method keeps."""

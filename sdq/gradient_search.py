@@ -55,11 +55,15 @@ class Prices(nn.Module):
     def __init__(self, count: int, settle: float, steps: int, fixed: float | None = None) -> None:
         super().__init__()
         self.settle, self.fixed = settle, fixed
-        # the whole range can be crossed in two thirds of the steps
-        self.step = 1.5 * (LOG_PRICE_RANGE[1] - LOG_PRICE_RANGE[0]) / steps
+        self.pace_(steps)
         self.register_buffer("log_price", torch.full((count,), math.log(1e-2)))
         self.register_buffer("off", torch.zeros(count))
         self.register_buffer("first_usage", torch.full((count,), math.nan))
+
+    def pace_(self, steps: int) -> None:
+        """Set how far the log-price may go in a step, from the steps of the whole search."""
+        # the whole range can be crossed in two thirds of the steps
+        self.step = 1.5 * (LOG_PRICE_RANGE[1] - LOG_PRICE_RANGE[0]) / steps
 
     def steer_(self, usage: Tensor, progress: float) -> None:
         """Adjust the prices.
@@ -109,8 +113,9 @@ class BitwidthSearch:
         for part in (self.bits, self.costs, self.prices):
             part.to(next(problem.qmodel.parameters()).device)
         self.weight_config = TrainConfig(lr=config.lr)
-        one_pair = logit(config.entry_beta) - logit(config.decay_threshold)
-        self.bitwidth_lr = config.bitwidth_lr or 12 * one_pair / steps
+        self.one_pair = logit(config.entry_beta) - logit(config.decay_threshold)
+        """How far theta goes from where a pair is entered to where it is left."""
+        self.bitwidth_lr = config.bitwidth_lr or 12 * self.one_pair / steps
         self.task_losses: list[float] = []
         self.trajectory: list[list[float]] = []
         self.price_trajectory: list[list[float]] = []
@@ -236,7 +241,7 @@ class BitwidthSearch:
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Give the draws of this epoch their own generator."""
         self.bits.generator = generator(self.config.seed, "gumbel", epoch)
-        self._cool(epoch / epochs)  # a resumed search is not at the temperature it began with
+        self.cool_(epoch / epochs)  # a resumed search is not at the temperature it began with
         self.task_losses.clear()
         self.trajectory.clear()
         self.price_trajectory.clear()
@@ -246,7 +251,7 @@ class BitwidthSearch:
         config = self.config
         self.bits.move_(config.decay_threshold, config.rise_threshold)
         self.prices.steer_(self.usage, progress)
-        self._cool(progress)
+        self.cool_(progress)
         if len(self.task_losses) % max(self.steps // config.epochs // SNAPSHOTS, 1) == 0:
             expected = self.bits.expected_bits().detach().tolist()
             self.trajectory.append([round(progress, 4), *(round(b, 3) for b in expected)])
@@ -255,7 +260,8 @@ class BitwidthSearch:
                 [round(progress, 4), *(float(f"{x:.4g}") for x in steered)]
             )
 
-    def _cool(self, progress: float) -> None:
+    def cool_(self, progress: float) -> None:
+        """Set the temperature of the draws after a share of the steps."""
         first, last = self.config.temperature, self.config.end_temperature
         self.bits.temperature = first * ((last or first) / first) ** progress
 

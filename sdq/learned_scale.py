@@ -56,6 +56,11 @@ class _Quantizer(nn.Module):
         values = quantizers.quantize(x, scale, self.bits, self.signed)
         return values, scale, self.zero_point, self.bit_width
 
+    def set_bits_(self, bits: int) -> None:
+        """Quantize at another bitwidth from now on, with the scale as it is."""
+        self.bits = bits
+        self.bit_width.fill_(float(bits))
+
     def codes(self, x: Tensor) -> Tensor:
         """Return the integer codes of ``x``, without gradient."""
         with torch.no_grad():
@@ -83,6 +88,11 @@ class WeightQuantizer(_Quantizer):
 
     def _first_scale(self, weight: Tensor, bits: int, per_channel: bool) -> Tensor:
         return quantizers.mse_scale(weight, bits, signed=True, per_channel=per_channel)
+
+    def fit_(self, weight: Tensor) -> None:
+        """Take the scale of least squared error for other weights of the same shape."""
+        self.base.copy_(self._first_scale(weight.detach(), self.bits, self.per_channel))
+        self.gain.data.fill_(1.0)
 
     @property
     def odd(self) -> bool:

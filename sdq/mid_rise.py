@@ -52,6 +52,12 @@ class MidRiseQuantizer(WeightQuantizer, ABC):
             codes = quantizers.odd_codes(self._transformed(weight, bits, per_channel), bits)
         return quantizers.least_squares_scale(weight, codes, per_channel)
 
+    def fit_(self, weight: Tensor) -> None:
+        """Take the scale for other weights of the same shape, in the way of this quantizer."""
+        super().fit_(weight)
+        if self.paper:
+            self.base.copy_(self._paper_scale(weight.detach()))
+
     @abstractmethod
     def _transformed(self, weight: Tensor, bits: int, per_channel: bool) -> Tensor:
         """Return weights in code units, differentiable."""

@@ -214,16 +214,17 @@ def weight_groups(module: nn.Module, config: TrainConfig) -> list[dict[str, Any]
     rest: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
-            (decay if parameter.dim() > 1 and _is_weight(parameter) else rest).append(parameter)
+            (decay if is_weight(parameter) else rest).append(parameter)
     return [
         {"params": decay, "lr": config.lr, "weight_decay": config.weight_decay},
         {"params": rest, "lr": config.lr, "weight_decay": 0.0},
     ]
 
 
-def _is_weight(parameter: Tensor) -> bool:
+def is_weight(parameter: Tensor) -> bool:
+    """Tell whether a parameter is a weight, and not a bias, a factor or a quantizer's scale."""
     # per-channel scales are (K, 1, ...): as many elements as their first dimension
-    return parameter.numel() > parameter.shape[0]
+    return parameter.dim() > 1 and parameter.numel() > parameter.shape[0]
 
 
 @dataclass

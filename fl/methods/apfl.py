@@ -58,6 +58,8 @@ class Mixed(nn.Module):
         return {
             n: self.alpha * v + (1 - self.alpha) * others[n].detach()
             for n, v in self.model.named_parameters()
+            # while bits are learned, the two models differ in their quantizers
+            if n in others
         }
 
 

@@ -39,10 +39,13 @@ class DittoClient(Client):
     def start(self) -> None:
         """Remember the server's parameters."""
         network = self.context.network
-        self.personal = {
-            n: p for n, p in network.extras[PERSONAL].named_parameters() if p.requires_grad
-        }
         received = dict(network.model.named_parameters())
+        self.personal = {
+            n: p
+            for n, p in network.extras[PERSONAL].named_parameters()
+            # while bits are learned, the two models differ in their quantizers
+            if p.requires_grad and n in received
+        }
         self.anchor = {n: received[n].detach().clone() for n in self.personal}
 
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:

@@ -1,64 +1,51 @@
 """``sdq federate``: train across clients that share no images."""
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from torch import nn
 
-import fl
-from fl import results
-from fl.client import share_of_clients
+from fl.bits import PhasesConfig, SearchMethod
 from fl.compression import CompressionConfig
 from fl.config import FederationConfig, Select
 from fl.config import Optimizer as OptimizerKind
 from fl.losses import LossConfig, LossName
-from fl.method import ClientData, Method
-from fl.personal import Personal
-from fl.setting import Setting
 from fl.state import BatchNormPolicy
 from sdq.batches import Normalization, generator
 from sdq.cli import inputs as inp
 from sdq.cli import options
-from sdq.cli.clients import ClientRequest, describe_clients, folder_names
+from sdq.cli.clients import ClientRequest
+from sdq.cli.device import DeviceRequest
+from sdq.cli.federate_bits import BitsRequest, prepare
 from sdq.cli.federation import make_methods
 from sdq.cli.federation_leaves import show_leaves
-from sdq.cli.federation_progress import FederationWatch
-from sdq.cli.plan import ConfigFile
+from sdq.cli.federation_run import Federation, rows, run_all
+from sdq.cli.plan import ConfigFile, Limits, make_plan, make_quantization
 from sdq.cli.progress import show_json, show_table
-from sdq.cli.report import write_report
-from sdq.config import Config
+from sdq.cli.quantize import open_from
+from sdq.config import SearchConfig
 from sdq.errors import RequestError
-from sdq.metrics import evaluate
 from sdq.parallel import open_fabric
-from sdq.run_folder import RunFolder, check_new
+from sdq.run_folder import check_new
 
 DEFAULTS = FederationConfig()
-
-
-@dataclass(frozen=True)
-class Federation:
-    """What every method of one request has in common."""
-
-    network: nn.Module
-    inputs: inp.Inputs
-    clients: list[ClientData]
-    config: FederationConfig
-    described: dict[str, Any]
-    division: dict[str, Any]
-    """Of the images among the clients, as :func:`sdq.cli.clients.of_client` has it."""
-    head: str | None
-    quiet: bool
+PHASES = PhasesConfig()
 
 
 def federate(
-    model: options.Model,
     data: options.Data,
-    rounds: Annotated[int, typer.Option(min=1, help="Exchanges between server and clients.")],
+    model: options.Model = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Exchanges between server and clients; with --bits those in float, which a "
+            "network with --weights or --from need not have.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder to write; must be new or empty.")
     ] = None,
@@ -141,10 +128,60 @@ def federate(
     head: Annotated[
         str | None, typer.Option(help="Path of the network's head, where it is not found.")
     ] = None,
-    bits: Annotated[float | None, typer.Option(hidden=True)] = None,
-    act_bits: Annotated[int | None, typer.Option(hidden=True)] = None,
+    bits: options.Bits = None,
+    weight_kb: options.WeightKb = None,
+    bops_g: options.BopsG = None,
+    target: options.Target = None,
+    latency_ms: options.LatencyMs = None,
+    fps: options.Fps = None,
+    budget: options.ResourceBudget = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="A policy.json to use instead of learning bits.")
+    ] = None,
+    client_target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'NAME=bits:2.0' or 'NAME=TARGET:latency_ms=5': a client with a budget, and so "
+            "bits, of its own. Repeatable."
+        ),
+    ] = None,
+    choices: options.Choices = "1,2,3,4,6,8",
+    granularity: options.Granularity = "layer",
+    act_bits: options.ActBits = 4,
+    learn_act_bits: options.LearnActBits = False,
+    act_choices: options.ActChoices = "2,3,4,6,8",
+    first_last_bits: options.FirstLastBits = 8,
+    pin: options.Pin = None,
+    skip: options.Skip = None,
+    layer_choices: options.LayerChoices = None,
+    integer_datapath: options.IntegerDatapath = False,
+    integer_bias: options.IntegerBias = False,
+    weight_scale: options.WeightScale = "per_channel",
+    scale: options.Scale = "float",
+    weight_quantizer: options.WeightQuantizer = "lsq",
+    for_: options.For = None,
+    search_method: Annotated[
+        SearchMethod, typer.Option(help="How the bits are chosen; others need all images at once.")
+    ] = PHASES.search_method,
+    search_rounds: Annotated[
+        int, typer.Option(min=1, help="In which bits are learned.")
+    ] = PHASES.search_rounds,
+    tune_rounds: Annotated[
+        int, typer.Option(min=1, help="In which weights are tuned under the bits.")
+    ] = PHASES.tune_rounds,
+    distill: Annotated[
+        float,
+        typer.Option(
+            callback=options.finite, help="Share of the float model's soft labels in the loss."
+        ),
+    ] = PHASES.distill,
+    bin_weight: Annotated[
+        float, typer.Option(callback=options.finite, help="lambda_E of bin regularization.")
+    ] = PHASES.bin_weight,
+    plots: options.Plots = True,
     supervision: Annotated[str | None, typer.Option(hidden=True)] = None,
     weights: options.Weights = None,
+    from_: options.From = None,
     data_root: options.DataRoot = None,
     batch_size: options.BatchSize = DEFAULTS.batch_size,
     image_size: options.ImageSize = None,
@@ -162,15 +199,39 @@ def federate(
     """Train across clients that share no images, with one or several federated methods.
 
     Example: `sdq federate --method fedavg,fca --model resnet20 --data synthetic_derm
-    --partition natural --rounds 20 --out fed`
+    --partition natural --rounds 20 --out fed`; with --bits 2 it ends in a quantized model.
     """
-    assert model is not None  # a required option
-    _refuse_planned(bits, act_bits, supervision)
+    if supervision is not None:
+        raise RequestError("--supervision: segmentation with mixed labels is not built yet")
+    limits = Limits(bits, weight_kb, bops_g, DeviceRequest.of(target, latency_ms, fps, budget))
+    learns = limits.given or policy is not None
+    parts = ("quant", "search", "phases") if learns else ()
     asked_clients = ClientRequest.of(clients, partition)
-    file = ConfigFile.read(config, "federation", "loss", "methods")
+    file = ConfigFile.read(config, "federation", "loss", "methods", *parts)
     chosen = make_methods(method, hyper, file)
+    asked_bits = None
+    if learns:
+        quant, limits = make_quantization(
+            file, limits, choices=choices, act_bits=act_bits, act_choices=act_choices,
+            learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
+            skip=skip, layer_choices=layer_choices, batch_norm="train",
+            integer_datapath=integer_datapath, integer_bias=integer_bias,
+            weight_scale=weight_scale, scale=scale, weight_quantizer=weight_quantizer,
+            prepared_for=for_,
+        )  # fmt: skip
+        searching = file.changed("search", SearchConfig(granularity=granularity, seed=seed))
+        phases = file.changed("phases", PhasesConfig(
+            search_method=search_method, search_rounds=search_rounds, tune_rounds=tune_rounds,
+            search=searching, distill=distill, bin_weight=bin_weight,
+        ))  # fmt: skip
+        plan = make_plan(
+            quant, limits, search_method=search_method, search=searching, train=None,
+            policy=policy, prepared_for=for_,
+        )  # fmt: skip
+        asked_bits = BitsRequest(plan, phases, tuple(client_target or ()), plots)
+    _check_given(model, weights, from_, rounds, learns=learns)
     settings = file.changed("federation", FederationConfig(
-        rounds=rounds, local_epochs=local_epochs, batch_size=batch_size, optimizer=optimizer,
+        rounds=rounds or 1, local_epochs=local_epochs, batch_size=batch_size, optimizer=optimizer,
         lr=lr, momentum=momentum, weight_decay=weight_decay, participation=participation,
         batch_norm=batch_norm, loss=_loss(loss, file), evaluate_every=evaluate_every,
         adjust=adjust, select=select, keep_clients=keep_clients, seed=seed, aggregation=aggregation,
@@ -184,48 +245,76 @@ def federate(
         check_new(out, resume=resume)
     elif not what_leaves:
         raise RequestError("--out: must be given, got none; name a new folder for the run")
-    target = open_fabric(device).device
-    described = inp.describe_model(model)
-    inputs = _open_inputs(request)
+    place = open_fabric(device).device
+    if from_ is not None:
+        source = open_from(from_, request)
+        described, inputs, network = source.described, source.inputs, source.network
+    else:
+        assert model is not None
+        described = inp.describe_model(model)
+        inputs = _open_inputs(request)
+        network = _network(model, weights, inputs, seed)
     hospitals = asked_clients.divide(inputs.splits, seed)
-    network = _network(model, weights, inputs, seed).to(target)
-    checked = [  # whatever is wrong with the request shows before a folder is made
-        Setting.of(
-            copy.deepcopy(network), each, settings, num_classes=len(inputs.splits.class_names),
-            image_shape=inputs.splits.image_shape, head=head,
-        )
-        for each in chosen
-    ]  # fmt: skip
+    network = network.to(place)
+    if asked_bits is not None:
+        asked_bits = prepare(network, inputs, asked_bits)
+    division = {"clients": clients, "partition": partition, "seed": seed}
+    federation = Federation(
+        network, inputs, hospitals, settings, described, division, head, quiet, rounds or 0,
+        asked_bits,
+    )  # fmt: skip
+    # whatever is wrong with the request shows before a folder is made
+    checked = {name: s for each in chosen for name, s in federation.settings(each).items()}
     if out is None or what_leaves:
         show_leaves(checked, quiet=quiet, json=json_)
         return
-    division = {"clients": clients, "partition": partition, "seed": seed}
-    federation = Federation(network, inputs, hospitals, settings, described, division, head, quiet)
     asked = {
         "verb": "federate",
         "model": model,
         "weights": str(weights) if weights else None,
-        "data": vars(request),
+        "from": str(from_) if from_ else None,
+        "data": vars(inputs.request),
         "clients": clients,
         "partition": vars(asked_clients.partition) | {"alpha": str(asked_clients.partition.alpha)},
         "federation": settings.model_dump(mode="json"),
         "head": head,
+        "rounds": rounds,
+        **(asked_bits.to_json() if asked_bits is not None else {}),
     }
-    metrics = _run_all(out, chosen, federation, asked, resume=resume, report=report)
-    show_table(f"{model} on {data}, {rounds} rounds", _rows(metrics), quiet=quiet)
+    metrics = run_all(out, chosen, federation, asked, resume=resume, report=report)
+    show_table(f"{model or from_} on {data}, {rounds or 0} rounds", rows(metrics), quiet=quiet)
     if json_:
         found = next(iter(metrics.values())) if len(chosen) == 1 else {"methods": metrics}
         show_json({"out": str(out), "metrics": found})
 
 
-def _refuse_planned(bits: float | None, act_bits: int | None, supervision: str | None) -> None:
-    if bits is not None or act_bits is not None:
+def _check_given(
+    model: str | None, weights: Path | None, from_: Path | None, rounds: int | None, *, learns: bool
+) -> None:
+    """Raise RequestError where a network or what is to be done with it is missing."""
+    if (from_ is None) == (model is None):
+        got = "neither" if from_ is None else "both"
+        raise RequestError(f"network: must be named by --model M or by --from RUN, got {got}")
+    if from_ is not None and weights is not None:
+        raise RequestError("--weights: must go with --model, got --from as well; drop one")
+    if rounds is None and not (learns and (from_ is not None or weights is not None)):
         raise RequestError(
-            "--bits, --act-bits: a federation cannot learn bitwidths yet; train without them, then "
-            "run `sdq quantize --from RUN --bits B`"
+            "--rounds: must say how many rounds there are, got none; only --bits with --weights "
+            "or --from can do without rounds in float"
         )
-    if supervision is not None:
-        raise RequestError("--supervision: segmentation with mixed labels is not built yet")
+    if learns:
+        return
+    for name in (
+        "client_target", "choices", "granularity", "act_bits", "learn_act_bits", "act_choices",
+        "first_last_bits", "pin", "skip", "layer_choices", "integer_datapath", "integer_bias",
+        "weight_scale", "scale", "weight_quantizer", "for_", "search_method", "search_rounds",
+        "tune_rounds", "distill", "bin_weight", "target",
+    ):  # fmt: skip
+        if options.given(name):
+            raise RequestError(
+                f"--{name.rstrip('_').replace('_', '-')}: must stand with a budget of bits; pass "
+                "--bits 2.0, --weight-kb, --bops-g or --target with --latency-ms"
+            )
 
 
 def _loss(name: LossName | None, file: ConfigFile) -> LossConfig | None:
@@ -255,122 +344,3 @@ def _network(model: str, weights: Path | None, inputs: inp.Inputs, seed: int) ->
         network = inp.load_float_file(model, weights, inputs)
     inp.check_logits(network, inputs.sample, classes)
     return network
-
-
-def _run_all(
-    out: Path,
-    methods: list[Method],
-    federation: Federation,
-    asked: dict[str, Any],
-    *,
-    resume: bool,
-    report: bool,
-) -> dict[str, dict[str, Any]]:
-    """Run each method, in the run's folder or, of several, in one below it for each."""
-    configs = {m.name: _hyper_parameters(m.config) for m in methods}
-    with RunFolder.create(out, {**asked, "methods": configs}, resume=resume) as run:
-        if len(methods) == 1:
-            metrics = {methods[0].name: _run_one(run, methods[0], federation)}
-            write_report(run, federation.inputs, wanted=report)
-            return metrics
-        metrics = {}
-        run.update(methods=list(configs), command=options.command_line())
-        for method in methods:
-            own = {**asked, "methods": {method.name: configs[method.name]}}
-            begun = (out / method.name / "run.json").is_file()
-            with RunFolder.create(out / method.name, own, resume=begun) as part:
-                metrics[method.name] = (
-                    part.read_json("metrics.json")
-                    if begun and part.done
-                    else _run_one(part, method, federation)
-                )
-        run.write_json("metrics.json", {"methods": metrics})
-        run.update(status="done")
-        write_report(run, federation.inputs, wanted=report)
-    return metrics
-
-
-def _hyper_parameters(config: Config) -> dict[str, Any]:
-    return config.model_dump(mode="json")
-
-
-def _run_one(run: RunFolder, method: Method, federation: Federation) -> dict[str, Any]:
-    """Run one method and write what came of it."""
-    inputs, config, clients = federation.inputs, federation.config, federation.clients
-    classes = len(inputs.splits.class_names)
-    run.update(
-        data=inputs.describe(), model=federation.described, seed=config.seed,
-        methods=[method.name], server_model=method.has_server_model,
-        command=options.command_line(),
-        clients=describe_clients(clients, classes),
-    )  # fmt: skip
-    arranged = method.arrange(clients)
-    names = [client.name for client in arranged]
-    measured = [each.name for client in arranged for each in client.pooled or (client,)]
-    asked = share_of_clients(len(names), config.participation)
-    watch = FederationWatch(
-        run, method.name, config.rounds, asked, names, quiet=federation.quiet
-    )  # fmt: skip
-    with watch:
-        done = fl.run(
-            federation.network, method=method, clients=clients, num_classes=classes, config=config,
-            normalization=inputs.normalization, augment=inputs.train.augment, head=federation.head,
-            folder=run.path / "checkpoints", watch=watch.round, hear=watch.answer,
-            keep=_keeper(run, arranged, federation) if config.keep_clients else None,
-        )  # fmt: skip
-    run.write_tensors("model.safetensors", done.state)
-    metrics = results.metrics(done, measured)
-    if method.has_server_model and (inputs.splits.test or inputs.splits.val) is not None:
-        result = copy.deepcopy(federation.network)  # the next method starts from the same
-        result.load_state_dict(done.state)
-        metrics = {"float": evaluate(result, inputs.held_out()), **metrics}
-    run.write_json("metrics.json", metrics)
-    run.update(status="done")
-    return metrics
-
-
-def _keeper(
-    run: RunFolder, clients: Sequence[ClientData], federation: Federation
-) -> Callable[[int, Personal], None]:
-    """Return what writes a client's own model: a run folder whose data are its own images."""
-    names = folder_names([client.name for client in clients])
-    document = run.read_json("run.json")
-    inputs = federation.inputs
-
-    def keep(number: int, personal: Personal) -> None:
-        own, data = clients[number], document["request"]["data"]
-        splits = inputs.splits
-        if not own.pooled:  # else its images are everyone's
-            data = {**data, "client": {**federation.division, "number": number}}
-            splits = replace(splits, train=own.train, val=own.val, test=own.test)
-        described = {
-            "request": {**document["request"], "data": data},
-            "data": replace(inputs, splits=splits).describe(),
-            **{key: document[key] for key in ("model", "seed", "methods")},
-            "client": own.name,
-        }
-        personal.write(run.path / "clients" / names[number], described)
-
-    return keep
-
-
-def _rows(metrics: dict[str, dict[str, Any]]) -> list[dict[str, object]]:
-    """Return the table: what each method is worth, and what it sent."""
-    return [
-        {
-            "method": name,
-            **_figures("G", found["generalization"]),
-            **_figures("S", found["specialization"]),
-            "worst": (found["specialization"] or {}).get("worst_balanced_accuracy"),
-            "worst client": found["worst_client"] or "-",
-            "MB up": found["bytes_up"] / 1e6,
-            "MB down": found["bytes_down"] / 1e6,
-            "left out": len(found["failures"]),
-        }
-        for name, found in metrics.items()
-    ]
-
-
-def _figures(letter: str, metrics: dict[str, Any] | None) -> dict[str, object]:
-    names = {"balanced_accuracy": "balanced", "macro_f1": "F1", "auc": "AUC"}
-    return {f"{letter} {short}": (metrics or {}).get(key) for key, short in names.items()}

@@ -1,15 +1,15 @@
 """``sdq federate --what-leaves``: what the chosen methods would send, as tables or JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from fl.leaves import Leaves, Way, what_leaves
 from fl.setting import Setting
 from sdq.cli.progress import show_json, show_table
 
 
-def show_leaves(settings: Sequence[Setting], *, quiet: bool, json: bool) -> None:
-    """Show what leaves a client, of each method."""
-    found = {setting.method.name: what_leaves(setting) for setting in settings}
+def show_leaves(settings: Mapping[str, Setting], *, quiet: bool, json: bool) -> None:
+    """Show what leaves a client, of each setting by its name."""
+    found = {name: what_leaves(setting) for name, setting in settings.items()}
     for name, leaves in found.items():
         if leaves.images:
             row: dict[str, object] = {"what": "every image, to one place"}

@@ -9,6 +9,9 @@ from fl.record import Failure, Kind, Reply
 from fl.results import log_round
 from sdq.run_folder import RunFolder
 
+LOGGED = {"float": "federate", "search": "search rounds", "tune": "tune rounds"}
+"""What the log calls a phase; ``search`` there is the course of the bits."""
+
 DOING = {"counts": "counting", "train": "training", "adapt": "adapting", "collect": "collecting"}
 
 
@@ -20,15 +23,15 @@ class FederationWatch:
     Args:
         run: whose log is written.
         method: its name.
-        rounds: of the federation.
+        rounds: of the federation; where bits are learned, of each phase.
         clients: asked in a round.
         names: of all clients, by number.
         quiet: show nothing.
     """
 
     def __init__(
-        self, run: RunFolder, method: str, rounds: int, clients: int, names: list[str], *,
-        quiet: bool,
+        self, run: RunFolder, method: str, rounds: dict[str, int], clients: int,
+        names: list[str], *, quiet: bool,
     ) -> None:  # fmt: skip
         self.run, self.method, self.clients, self.names = run, method, clients, names
         self.quiet = quiet
@@ -41,7 +44,11 @@ class FederationWatch:
             console=Console(stderr=True),
             disable=quiet,
         )
-        self.rounds = self.progress.add_task(f"{method}: rounds", total=rounds, note="")
+        self.totals, self.phase = rounds, next(iter(rounds))
+        title = "rounds" if len(rounds) == 1 else self.phase
+        self.rounds = self.progress.add_task(
+            f"{method}: {title}", total=rounds[self.phase], note=""
+        )
         self.current = self.progress.add_task("clients", total=clients, note="")
         self.doing = ""
 
@@ -68,10 +75,19 @@ class FederationWatch:
             )
 
     def round(self, summary: dict[str, Any]) -> None:
-        """Take a round's summary, or what went wrong before the first."""
-        log_round(self.run, summary)
+        """Take a round's summary, or what went wrong before the first.
+
+        Where bits are learned it has a ``phase``, and each phase a bar that begins anew.
+        """
+        phase = summary.pop("phase", "float")
+        log_round(self.run, summary, LOGGED[phase])
         if "round" not in summary:
             return
+        if phase != self.phase:
+            self.phase = phase
+            self.progress.reset(
+                self.rounds, total=self.totals.get(phase), description=f"{self.method}: {phase}"
+            )
         self.doing = ""
         g, s = (summary.get(k, {}).get("test", {}) for k in ("generalization", "specialization"))
         figures = (f"{k} {v['balanced_accuracy']:.3f}" for k, v in (("G", g), ("S", s)) if v)

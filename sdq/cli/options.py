@@ -39,6 +39,11 @@ def command_line() -> str | None:
     return shlex.join(["sdq", *(a for a in arguments if a != "--resume")])
 
 
+def verb() -> str:
+    """Return the name of the running verb."""
+    return str(click.get_current_context().info_name)
+
+
 Model = Annotated[
     str | None,
     typer.Option(help="A name (see `sdq list models`) or path/to/file.py:function."),

@@ -170,8 +170,9 @@ def prepared(quant: QuantConfig, name: str, file: "ConfigFile") -> QuantConfig:
         RequestError: an unknown name, or an option or a field of the file that contradicts it.
     """
     in_file = file.sections.get("quant", {})
-    asked = {field: option for field, option in FIELDS["quant"].items() if options.given(option)}
-    names = {field: f"--{option.replace('_', '-')}" for field, option in FIELDS["quant"].items()}
+    known = set_by_options("quant")
+    asked = {field: option for field, option in known.items() if options.given(option)}
+    names = {field: f"--{option.replace('_', '-')}" for field, option in known.items()}
     names |= {field: f"--config: quant.{field}" for field in in_file}
     return export.prepare(name, quant, chosen={*asked, *in_file}, options=names)
 
@@ -215,6 +216,13 @@ def make_plan(
     )
 
 
+def set_by_options(part: str) -> dict[str, str]:
+    """Return the fields of a part that the running verb's options set too, and these options."""
+    # a federation's --batch-norm says what travels, not how it is quantized
+    other = {"batch_norm"} if part == "quant" and options.verb() == "federate" else set()
+    return {field: option for field, option in FIELDS[part].items() if field not in other}
+
+
 FIELDS: dict[str, dict[str, str]] = {
     "quant": {
         "bit_choices": "choices", "act_bits": "act_bits", "act_choices": "act_choices",
@@ -238,6 +246,12 @@ FIELDS: dict[str, dict[str, str]] = {
         for name in (
             "rounds", "local_epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay",
             "participation", "batch_norm", "loss", "evaluate_every", "adjust", "select", "seed",
+        )
+    },
+    "phases": {
+        name: name
+        for name in (
+            "search_method", "search_rounds", "tune_rounds", "distill", "bin_weight",
         )
     },
     "loss": {"name": "loss"},
@@ -279,7 +293,7 @@ class ConfigFile:
             if not isinstance(fields, dict):
                 raise RequestError(f"--config: {path}: {part} must be an object, got {fields!r}")
             for name in fields:
-                option = FIELDS[part].get(name)
+                option = set_by_options(part).get(name)
                 if option is not None and options.given(option):
                     raise RequestError(
                         f"--config: {part}.{name} must be given once, but stands in {path} and "

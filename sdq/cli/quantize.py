@@ -63,12 +63,7 @@ def open_source(
     if from_ is not None:
         if weights is not None:
             raise RequestError("--weights: must go with --model, got --from as well; drop one")
-        run = RunFolder.open(from_)
-        inp.check_ended(run)
-        document = run.read_json("run.json")
-        request = request.like(document["request"]["data"])
-        inputs = inp.open_inputs(request, document["data"])
-        return Source(inp.load_float(run), document["model"], inputs)
+        return open_from(from_, request)
     assert model is not None
     if weights is None:
         raise RequestError(
@@ -77,6 +72,16 @@ def open_source(
     described = inp.describe_model(model)
     inputs = inp.open_inputs(request)
     return Source(inp.load_float_file(model, weights, inputs), described, inputs)
+
+
+def open_from(run_folder: Path, request: inp.DataRequest) -> Source:
+    """Open the float network of a run, and data divided as they were there."""
+    run = RunFolder.open(run_folder)
+    inp.check_ended(run)
+    document = run.read_json("run.json")
+    request = request.like(document["request"]["data"])
+    inputs = inp.open_inputs(request, document["data"])
+    return Source(inp.load_float(run), document["model"], inputs)
 
 
 def training_data(source: Source, plan: Plan) -> "Loader":
@@ -212,11 +217,18 @@ def measure(qmodel: QuantModel, source: Source, run: RunFolder) -> dict[str, Any
     float_logits, labels = predict(source.network.cpu(), held_out)
     logits, _ = predict(qmodel, held_out)
     Predictions(labels, float_logits, logits).save(run)
-    policy = qmodel.policy
     return {
         "float": classification_metrics(float_logits, labels),
         "quantized": classification_metrics(logits, labels),
         "agreement": agreement(logits, float_logits),
+        **sizes(qmodel),
+    }
+
+
+def sizes(qmodel: QuantModel) -> dict[str, Any]:
+    """Return the figures of ``metrics.json`` that need no images."""
+    policy = qmodel.policy
+    return {
         "avg_weight_bits": policy.avg_weight_bits,
         "avg_weight_bits_all": policy.avg_weight_bits_all,
         "weight_bytes": policy.weight_bytes,

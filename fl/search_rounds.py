@@ -1,0 +1,260 @@
+r"""Rounds in which bits are learned: every client's gradient, one decision for all.
+
+The server has one log-odds :math:`\theta` for each step between the candidate bitwidths of a unit,
+and each unit's active pair. In a round every client starts from them, and trains the weights with
+the method's loss and :math:`\theta` with the search's (:mod:`sdq.gradient_search`), under the
+budget of all. The server averages,
+
+.. math:: \theta \leftarrow \sum_k \frac{n_k}{n}\, \theta_k, \qquad
+          \log \lambda_Q \leftarrow \sum_k \frac{n_k}{n} \log \lambda_{Q,k},
+
+which of probabilities :math:`\beta = \sigma(\theta)` and prices is the geometric mean of the odds
+and of the prices; and then decides, once and for all clients, which pairs are left, by the
+thresholds of :class:`~sdq.stochastic.BitwidthParameters`.
+
+The course of the expected cost (a line from its first value to the budget) and the temperature
+depend on the round alone. In a round a client holds its own expected cost on that line with a price
+of its own, so that what it adds to the mean is which layers it would rather give the bits to, and
+not how hard its images are. Its :math:`\theta` can go equally far in a round however many steps it
+makes; its images give it its weight.
+
+Source: SDQ (Huang et al., ICML 2022) has one place. No paper that we know defines it across
+clients; docs/federated-bits.md says what is our choice.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fl.method import Aggregated, Method, Progress, Server
+from fl.network import Network, Outputs
+from fl.quant_network import distinct_acts, set_act_scales_
+from fl.quant_rounds import QuantClient, QuantRounds, QuantRoundsConfig
+from fl.record import Record, Reply, Tensors
+from fl.state import weighted_mean
+from sdq.config import Config, SearchConfig
+from sdq.cost import Constraint
+from sdq.errors import RequestError
+from sdq.gradient_search import BitwidthSearch
+from sdq.quant_model import QuantModel
+from sdq.search_problem import SearchProblem
+from sdq.search_space import SearchSpace
+from sdq.stochastic import Mixing
+
+GROUP = "bits"
+
+FURTHEST = 1.5
+"""Pairs that a client's theta can cross in a round: only one is left, and the mean must get there
+though clients disagree."""
+
+
+class SearchRoundsConfig(QuantRoundsConfig):
+    """What server and clients agree on while bits are learned.
+
+    Args:
+        search: of phase 1; its epochs do not count.
+        mixing: draw one of the two bitwidths of a pair, or interpolate.
+        limits: of the constraints, by name.
+    """
+
+    search: SearchConfig = SearchConfig()
+    mixing: Mixing = "draw"
+    limits: dict[str, float] = {}  # noqa: RUF012 - pydantic copies defaults
+
+
+class SearchClient(QuantClient):
+    """The inner client, and the bits' own gradient."""
+
+    method: "SearchRounds"
+
+    def start(self) -> None:
+        """Take up the bits that came."""
+        context, objective = self.context, self.method.objective
+        bits, search = objective.bits, self.method.config.search
+        self.epochs = sum(phase.epochs for phase in self.phases())
+        self.done, self.of_round = 0, self.epochs * _count(self.batches(0))
+        self.method.load_bits_(context.received.tensors[GROUP])
+        # frozen copies that a method makes predict with the more probable bits
+        bits.eval()
+        bits.draw_()
+        super().start()
+        bits.train()
+        bits.generator = context.generator("gumbel")
+        rounds = context.config.rounds
+        objective.prices.pace_(self.of_round * rounds)
+        objective.cool_(context.round / rounds)
+        reach = min(12 / rounds, FURTHEST) * objective.one_pair
+        lr = search.bitwidth_lr or reach / self.of_round
+        self.optimizer: torch.optim.Optimizer | None = None
+        if bits.theta.numel():
+            self.optimizer = torch.optim.AdamW(
+                [bits.theta], lr=lr, betas=(0.9, 0.95), weight_decay=0.0
+            )
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Draw, and return the inner outputs."""
+        self.method.objective.bits.draw_()
+        return super().forward(images)
+
+    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
+        """Return the mixed loss and the priced regularizer."""
+        return super().loss(outputs, labels) + self.method.objective.regularizer()
+
+    def after_step(self) -> None:
+        """Step along the bits' gradient, within what can still turn back; hold the cost."""
+        super().after_step()
+        objective, rounds = self.method.objective, self.context.config.rounds
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        objective.bits.move_(decay_below=0.0, rise_above=None)  # no pair is left here
+        self.done += 1
+        progress = (self.context.round + min(self.done / self.of_round, 1.0)) / rounds
+        objective.prices.steer_(objective.usage, progress)
+
+    def finish(self, progress: Progress) -> Record:
+        """Send the bits' log-odds and the prices."""
+        found = super().finish(progress)
+        bits = self.method.objective.bits
+        bits.generator = None
+        bits.eval()  # what follows is evaluation
+        bits.draw_()
+        sent = self.method.bits_state()
+        self.context.memory.tensors[GROUP] = sent
+        return Record({**found.tensors, GROUP: sent}, found.values)
+
+
+class SearchRounds(QuantRounds):
+    """The search around a method.
+
+    Args:
+        config: of the phase.
+        inner: the method.
+        model: the float network.
+        space: what is decided.
+        constraints: of the budget of all.
+    """
+
+    config_type: ClassVar[type[Config]] = SearchRoundsConfig
+    client_type = SearchClient
+
+    def __init__(
+        self,
+        config: SearchRoundsConfig,
+        inner: Method,
+        model: nn.Module,
+        space: SearchSpace,
+        constraints: Sequence[Constraint],
+    ) -> None:
+        super().__init__(config, inner, model)
+        self.space, self.constraints = space, list(constraints)
+
+    @property
+    def objective(self) -> BitwidthSearch:
+        """The search in the network of this process."""
+        assert self._objective is not None
+        return self._objective
+
+    _objective: BitwidthSearch | None = None
+
+    def extend_(self, network: Network, generator: torch.Generator) -> None:
+        """Let the shared model draw its bits; a client's personal one has the most of each."""
+        super().extend_(network, generator)
+        qmodel = network.model
+        assert isinstance(qmodel, QuantModel)
+        problem = SearchProblem(qmodel, [], self.space, self.constraints, self.config.search)
+        self._objective = BitwidthSearch(problem, self.config.mixing, steps=1)
+        set_act_scales_(qmodel, {})
+        self._objective.bits.eval()
+        self._objective.bits.draw_()
+
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        """Return an activation's candidates, or its bits where they are fixed."""
+        assert self.template is not None
+        learned = {unit.name: unit.choices for unit in self.space.act_units}
+        acts = distinct_acts(self.template)
+        return {path: learned.get(path, (int(q.bits),)) for path, q in acts.items()}  # type: ignore[arg-type]
+
+    def bits_state(self) -> Tensors:
+        """Return log-odds, active pairs and prices: what is sent, and what the server keeps."""
+        bits, prices = self.objective.bits, self.objective.prices
+        found = {"theta": bits.theta, "level": bits.level, "log_price": prices.log_price,
+                 "off": prices.off, "first_usage": prices.first_usage}  # fmt: skip
+        return {name: t.detach().cpu().clone() for name, t in found.items()}
+
+    @torch.no_grad()
+    def load_bits_(self, tensors: Tensors) -> None:
+        """Take them up."""
+        state = self.bits_state()
+        for name, tensor in tensors.items():
+            if name not in state or tensor.shape != state[name].shape:
+                raise RequestError(
+                    f"bits: {name!r} must be as in this search, {tuple(state[name].shape)}, got "
+                    f"{tuple(tensor.shape)}; server and client must have the same request"
+                )
+        bits, prices = self.objective.bits, self.objective.prices
+        bits.theta.copy_(tensors["theta"])
+        bits.level.copy_(tensors["level"])
+        prices.log_price.copy_(tensors["log_price"])
+        prices.off.copy_(tensors["off"])
+        prices.first_usage.copy_(tensors["first_usage"])
+
+    def start_server(self, server: Server) -> None:
+        """Begin the search next to the budget, or where its configuration says."""
+        super().start_server(server)
+        server.memory.tensors[GROUP] = self.bits_state()
+
+    def send(self, server: Server, client: int) -> Record:
+        """Send the bits, beside what the inner method sends."""
+        found = super().send(server, client)
+        return Record({**found.tensors, GROUP: server.memory.tensors[GROUP]}, found.values)
+
+    def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
+        """Average weights as the method does and bits by images; decide which pairs are left."""
+        found = super().aggregate(server, replies)
+        weights = [float(reply.num_examples) for reply in replies]
+        sent = [
+            {n: t for n, t in reply.record.tensors[GROUP].items() if n != "level"}
+            for reply in replies
+        ]
+        mean = weighted_mean(sent, weights)
+        level = server.memory.tensors[GROUP]["level"]  # a client has no say in it
+        self.load_bits_({**mean, "level": level})
+        self._decide_(server)
+        return found
+
+    def _decide_(self, server: Server) -> None:
+        objective, search = self.objective, self.config.search
+        bits = objective.bits
+        with torch.no_grad():
+            probabilities = bits.probabilities()
+            usage = [float(cost(probabilities)) for cost in objective.costs]
+            expected = bits.expected_bits().tolist()
+        progress = round((server.round + 1) / server.config.rounds, 4)
+        prices = objective.prices().tolist()
+        course = server.memory.values.setdefault(GROUP, [])
+        server.memory.values[GROUP] = [*course, {
+            "trajectory": [[progress, *(round(b, 3) for b in expected)]],
+            "price_trajectory": [[progress, *(float(f"{x:.4g}") for x in (*usage, *prices))]],
+            "budget_use": {c.name: u for c, u in zip(self.constraints, usage, strict=True)},
+            "lambda_q": {c.name: p for c, p in zip(self.constraints, prices, strict=True)},
+            "bits_and_beta": {
+                u.name: [u.choices[k], round(b, 4)]
+                for u, k, b in zip(
+                    self.space.units, bits.level.tolist(), bits.beta().tolist(), strict=True
+                )
+            },
+        }]  # fmt: skip
+        bits.move_(search.decay_threshold, search.rise_threshold)
+        server.memory.tensors[GROUP] = self.bits_state()
+
+    def utilities_of(self, tensors: Tensors) -> list[list[float]]:
+        """Return the log-odds of each unit's candidates, of the server's bits or a client's."""
+        self.load_bits_(tensors)
+        return self.objective.bits.utilities()
+
+
+def _count(loader: Any) -> int:
+    return max(len(loader), 1)
