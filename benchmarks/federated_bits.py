@@ -1,0 +1,328 @@
+r"""Bits learned across clients, beside what one could do instead.
+
+    float        the federation in float, from which every other row starts
+    sdq          bits and weights learned in rounds (``sdq federate --bits``)
+    uniform      the same bits everywhere, tuned in as many rounds
+    one_client   bits learned by the client with most images, tuned in as many rounds
+    ptq          the float model quantized after training, on images that one client has
+    personal     ``sdq``, with a budget of their own for the clients of --personal
+    alone        each of those clients by itself: float, search and tuning on its own images
+
+The first five are measured on the test images of all clients, the last two on the client's own.
+Each finished row is kept in ``--out``; interrupted, the command goes on where it stopped.
+
+    python benchmarks/federated_bits.py --data DIR/dermamnist.npz --bits 2 --seeds 0,1,2 \
+        --out runs/federated_bits --table benchmarks/results/federated_bits.md
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import _reports
+import torch
+from torch import nn
+
+import fl
+import sdq
+from fl.bits import ClientBudget, FederatedBits, PhasesConfig
+from fl.clients import Partition, clients_of
+from fl.evaluation import primary
+from sdq.batches import Augmentation, Batches, Normalization, generator
+from sdq.checkpoint import load_tensors, save_tensors
+from sdq.data import DataOptions, ImageSet, Splits, open_data
+from sdq.metrics import agreement, classification_metrics, predict
+from sdq.ptq import soft_labelled
+from sdq.train import train_
+
+ROWS = ("float", "sdq", "uniform", "one_client", "ptq", "personal", "alone")
+PTQ_IMAGES = 512
+
+
+def main() -> None:
+    """Run what is missing and write the table."""
+    options = arguments()
+    splits = open_data(options.data, DataOptions(root=options.data_root))
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for seed in map(int, options.seeds.split(",")):
+        bench = Bench(options, splits, seed)
+        for name in options.rows.split(","):
+            rows += bench.figures(name)
+            write(options, rows)
+
+
+def arguments() -> argparse.Namespace:
+    parser = _reports.data_parser(__doc__, "vgg_like")
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--bits", type=float, default=2.0)
+    parser.add_argument("--act-bits", type=int, default=4)
+    parser.add_argument("--personal", default="0:1.5,1:3", help="CLIENT:BITS, ...")
+    parser.add_argument("--method", default="fedavg")
+    parser.add_argument("--loss", default="balanced_softmax")
+    parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--partition", default="dirichlet:1.0")
+    parser.add_argument("--rounds", type=int, default=16, help="in float")
+    parser.add_argument("--search-rounds", type=int, default=6)
+    parser.add_argument("--tune-rounds", type=int, default=8)
+    parser.add_argument("--distill", type=float, default=PhasesConfig().distill)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--train-images", type=int, default=0, help="a part of them; 0: all")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", type=Path, required=True)
+    return parser.parse_args()
+
+
+class Bench:
+    """Everything of one seed."""
+
+    def __init__(self, options: argparse.Namespace, splits: Splits, seed: int) -> None:
+        self.options, self.seed, self.splits = options, seed, splits
+        train = splits.train
+        if options.train_images:
+            order = torch.randperm(len(train), generator=generator(0, "part of the images"))
+            train = train.subset(order[: options.train_images].sort().values)
+        self.clients = clients_of(
+            replace(splits, train=train), Partition.parsed(options.partition), options.clients, seed
+        )
+        self.normalization = Normalization.of(train)
+        self.augment = Augmentation(splits.horizontal_flip, splits.vertical_flip)
+        self.sample = torch.zeros(1, *splits.image_shape)
+        self.quant = sdq.QuantConfig(act_bits=options.act_bits)
+        self.own_bits = {
+            int(k): float(b) for k, b in (p.split(":") for p in options.personal.split(","))
+        }
+
+    def figures(self, name: str) -> list[dict[str, Any]]:
+        """Return a row's figures; of ``personal`` and ``alone`` one a client."""
+        file = self.options.out / f"{name}-{self.seed}.json"
+        if file.exists():
+            known: list[dict[str, Any]] = json.loads(file.read_text())
+            return known
+        start = time.process_time()
+        found = getattr(self, f"row_{name}")()
+        seconds = (time.process_time() - start) / len(found)
+        rows = [{"row": name, "seed": self.seed, "seconds": seconds, **one} for one in found]
+        file.write_text(json.dumps(rows))
+        print(rows, flush=True)
+        return rows
+
+    # --- rows
+
+    def row_float(self) -> list[dict[str, Any]]:
+        done = fl.run(self.untrained(), rounds=self.options.rounds, **self.common())
+        save_tensors(self.float_file, done.state)
+        return [self.measured(self.float_network(), 32.0, done.bytes_up, done.bytes_down)]
+
+    def row_sdq(self) -> list[dict[str, Any]]:
+        return [self.learned(self.federated())]
+
+    def row_uniform(self) -> list[dict[str, Any]]:
+        return [self.learned(self.federated(search_method="uniform"))]
+
+    def row_one_client(self) -> list[dict[str, Any]]:
+        largest = max(self.clients, key=lambda c: len(c.train))
+        network, loader = self.float_network(), self.batches(largest.train)
+        qmodel = sdq.quantize(network, self.quant, sample=self.sample)
+        policy = sdq.search(
+            qmodel, loader, budget=self.budget(self.options.bits), teacher=network,
+            config=sdq.SearchConfig(epochs=self.options.search_rounds, seed=self.seed),
+        )  # fmt: skip
+        return [self.learned(self.federated(policy=policy))]
+
+    def row_ptq(self) -> list[dict[str, Any]]:
+        largest = max(self.clients, key=lambda c: len(c.train))
+        network = self.float_network()
+        images = torch.cat([x for x, _ in self.batches(largest.train, augmented=False)])
+        images = images[:PTQ_IMAGES]
+        data = soft_labelled(network, images)
+        qmodel = sdq.quantize(network, self.quant, sample=self.sample)
+        sdq.calibrate_(qmodel, data)
+        policy = sdq.search(
+            qmodel, data, budget=self.budget(self.options.bits), teacher=network, method="hessian",
+            config=sdq.SearchConfig(train_weights=False, seed=self.seed),
+        )  # fmt: skip
+        sdq.apply_policy_(qmodel, policy)
+        sdq.ptq_(qmodel, images, sdq.PtqConfig(seed=self.seed))
+        return [self.quantized(qmodel, 0, 0)]
+
+    def row_personal(self) -> list[dict[str, Any]]:
+        budgets = {k: ClientBudget(self.budget(b)) for k, b in self.own_bits.items()}
+        done = self.federated(personal=budgets)
+        return [
+            {
+                "client": client, "budget": self.own_bits[client],
+                "bits": model.policy.avg_weight_bits,
+                "metrics": primary(model.evaluation["test"]),
+                "policy": [b.weight_bits for b in model.policy if b.searched],
+            }
+            for client, model in done.personal.items()
+        ]  # fmt: skip
+
+    def row_alone(self) -> list[dict[str, Any]]:
+        return [self.by_itself(client, bits) for client, bits in self.own_bits.items()]
+
+    # --- parts
+
+    def untrained(self) -> nn.Module:
+        return _reports.untrained(self.options.model, self.splits, self.seed)
+
+    @property
+    def float_file(self) -> Path:
+        return self.options.out / f"float-{self.seed}.safetensors"
+
+    def float_network(self) -> nn.Module:
+        network = self.untrained()
+        network.load_state_dict(load_tensors(self.float_file)[0])
+        return network
+
+    def common(self) -> dict[str, Any]:
+        options = self.options
+        config = fl.FederationConfig(
+            batch_size=options.batch_size, lr=options.lr, seed=self.seed, evaluate_every=1000,
+            loss=fl.LossConfig(name=options.loss),
+        )  # fmt: skip
+        return {
+            "method": options.method, "clients": self.clients, "config": config,
+            "num_classes": len(self.splits.class_names), "normalization": self.normalization,
+            "augment": self.augment,
+        }  # fmt: skip
+
+    def budget(self, bits: float) -> sdq.Budget:
+        return sdq.Budget(avg_weight_bits=bits)
+
+    def federated(self, policy: Any = None, search_method: str = "sdq", **more: Any) -> Any:
+        options = self.options
+        phases = PhasesConfig(
+            search_method=search_method, search_rounds=options.search_rounds,
+            tune_rounds=options.tune_rounds, distill=options.distill,
+            search=sdq.SearchConfig(seed=self.seed),
+        )  # fmt: skip
+        return fl.run(
+            self.float_network(), rounds=0, quant=self.quant, phases=phases, policy=policy,
+            budget=None if policy is not None else self.budget(options.bits), **self.common(),
+            **more,
+        )  # fmt: skip
+
+    def batches(self, images: ImageSet, *, augmented: bool = True) -> Batches:
+        return Batches(
+            images, self.normalization, batch_size=self.options.batch_size, shuffle=True,
+            augment=self.augment if augmented else None, seed=self.seed,
+        )  # fmt: skip
+
+    def learned(self, done: FederatedBits) -> dict[str, Any]:
+        qmodel = sdq.quantize(self.float_network(), self.quant, sample=self.sample)
+        sdq.apply_policy_(qmodel, done.policy)
+        qmodel.load_state_dict(done.state)
+        found = self.quantized(qmodel, done.bytes_up, done.bytes_down)
+        special = done.specialization or {}
+        return {**found, "specialization": special.get("balanced_accuracy")}
+
+    def quantized(self, qmodel: sdq.QuantModel, up: int, down: int) -> dict[str, Any]:
+        found = self.measured(qmodel, qmodel.policy.avg_weight_bits, up, down)
+        return {**found, "policy": [b.weight_bits for b in qmodel.policy if b.searched]}
+
+    def measured(self, network: nn.Module, bits: float, up: int, down: int) -> dict[str, Any]:
+        test = self.splits.test
+        assert test is not None
+        batches = Batches(test, self.normalization, batch_size=256)
+        logits, labels = predict(network, batches)
+        reference, _ = predict(self.float_network(), batches)
+        return {
+            "metrics": classification_metrics(logits, labels),
+            "agreement": agreement(logits, reference), "bits": bits, "bytes_up": up,
+            "bytes_down": down,
+        }  # fmt: skip
+
+    def by_itself(self, client: int, bits: float) -> dict[str, Any]:
+        """Return what a client reaches with its own images in as many passes."""
+        options, own = self.options, self.clients[client]
+        network, loader = self.untrained(), self.batches(own.train)
+        train = sdq.TrainConfig(
+            epochs=options.rounds, lr=options.lr, seed=self.seed, select="last"
+        )  # fmt: skip
+        train_(network, loader, train)
+        qmodel = sdq.quantize(network, self.quant, sample=self.sample)
+        policy = sdq.search(
+            qmodel, loader, budget=self.budget(bits), teacher=network,
+            config=sdq.SearchConfig(epochs=options.search_rounds, seed=self.seed),
+        )  # fmt: skip
+        sdq.apply_policy_(qmodel, policy)
+        sdq.finetune_(
+            qmodel, loader, teacher=network, config=train.replaced(epochs=options.tune_rounds)
+        )
+        assert own.test is not None
+        logits, labels = predict(qmodel, Batches(own.test, self.normalization, batch_size=256))
+        return {
+            "client": client, "budget": bits, "bits": policy.avg_weight_bits,
+            "metrics": classification_metrics(logits, labels),
+            "policy": [b.weight_bits for b in policy if b.searched],
+        }  # fmt: skip
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the tables as Markdown."""
+    part = f"{options.train_images:,} of its training images, " if options.train_images else ""
+    lines = [
+        f"# Bits learned across clients: {options.model} on {Path(options.data).stem}",
+        "",
+        f"Seeds {options.seeds}; {part}{options.clients} clients ({options.partition}), "
+        f"{options.method} with {options.loss}; {options.rounds} rounds in float, "
+        f"{options.search_rounds} of search, {options.tune_rounds} of tuning, 1 epoch each; W"
+        f"{options.bits:g} (mean over the searched layers) A{options.act_bits}, first and last "
+        "layer at 8; mean ± standard deviation over seeds. CPU seconds, one thread.",
+        "",
+        f"`{command(options)}`",
+        "",
+        "On all test images:",
+        "",
+        "| row | bits | balanced accuracy | accuracy | AUC | agreement | S | MB up | MB down | s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    names = dict.fromkeys(row["row"] for row in rows if "client" not in row)
+    lines += [_line(name, [r for r in rows if r["row"] == name]) for name in names]
+    own = [row for row in rows if "client" in row]
+    if own:
+        lines += [
+            "", "Clients with a budget of their own, each on its own test images:", "",
+            "| client | budget | row | bits | balanced accuracy | accuracy | AUC |",
+            "|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        groups = dict.fromkeys((r["client"], r["budget"], r["row"]) for r in own)
+        for client, budget, name in sorted(groups):
+            some = [r for r in own if (r["client"], r["row"]) == (client, name)]
+            lines.append(f"| {client} | {budget:g} | {name} | {_figures(some)} |")
+    _reports.write(options.table, lines)
+
+
+def _figures(rows: list[dict[str, Any]]) -> str:
+    metrics = ("balanced_accuracy", "accuracy", "auc")
+    cells = [f"{max(r['bits'] for r in rows):.2f}"]
+    for key in metrics:
+        known = [r["metrics"][key] for r in rows if r["metrics"][key] is not None]
+        cells.append(_reports.spread(known) if known else "-")
+    return " | ".join(cells)
+
+
+def _line(name: str, rows: list[dict[str, Any]]) -> str:
+    agreed = _reports.spread([r["agreement"] for r in rows])
+    special = [r["specialization"] for r in rows if r.get("specialization") is not None]
+    sizes = [f"{max(r[k] for r in rows) / 1e6:.1f}" for k in ("bytes_up", "bytes_down")]
+    seconds = sum(r["seconds"] for r in rows) / len(rows)
+    cells = [_reports.spread(special) if special else "-", *sizes, f"{seconds:.0f}"]
+    return f"| {name} | {_figures(rows)} | {agreed} | {' | '.join(cells)} |"
+
+
+def command(options: argparse.Namespace) -> str:
+    """Return this run's command; the data file by its name alone."""
+    data = options.data
+    return _reports.command().replace(data, f"DIR/{Path(data).name}" if "/" in data else data)
+
+
+if __name__ == "__main__":
+    main()
