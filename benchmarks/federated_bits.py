@@ -1,6 +1,7 @@
 r"""Bits learned across clients, beside what one could do instead.
 
-    float        the federation in float, from which every other row starts
+    float        the federation in float, from which the other rows start
+    float_more   the same with the rounds of tuning added, at the tuning's learning rates
     sdq          bits and weights learned in rounds (``sdq federate --bits``)
     uniform      the same bits everywhere, tuned in as many rounds
     one_client   bits learned by the client with most images, tuned in as many rounds
@@ -8,7 +9,7 @@ r"""Bits learned across clients, beside what one could do instead.
     personal     ``sdq``, with a budget of their own for the clients of --personal
     alone        each of those clients by itself: float, search and tuning on its own images
 
-The first five are measured on the test images of all clients, the last two on the client's own.
+The first six are measured on the test images of all clients, the last two on the client's own.
 Each finished row is kept in ``--out``; interrupted, the command goes on where it stopped.
 
     python benchmarks/federated_bits.py --data DIR/dermamnist.npz --bits 2 --seeds 0,1,2 \
@@ -38,7 +39,7 @@ from sdq.metrics import agreement, classification_metrics, predict
 from sdq.ptq import soft_labelled
 from sdq.train import train_
 
-ROWS = ("float", "sdq", "uniform", "one_client", "ptq", "personal", "alone")
+ROWS = ("float", "float_more", "sdq", "uniform", "one_client", "ptq", "personal", "alone")
 PTQ_IMAGES = 512
 
 
@@ -118,6 +119,19 @@ class Bench:
         done = fl.run(self.untrained(), rounds=self.options.rounds, **self.common())
         save_tensors(self.float_file, done.state)
         return [self.measured(self.float_network(), 32.0, done.bytes_up, done.bytes_down)]
+
+    def row_float_more(self) -> list[dict[str, Any]]:
+        tuned = self.options.tune_rounds
+        decays = {
+            "lr_decay": PhasesConfig().tune_lr_decay,
+            "lr_decay_rounds": (-(-tuned // 2), -(-3 * tuned // 4)),
+        }
+        common = self.common()
+        config = common.pop("config").replaced(**decays)
+        done = fl.run(self.float_network(), rounds=tuned, config=config, **common)
+        network = self.untrained()
+        network.load_state_dict(done.state)
+        return [self.measured(network, 32.0, done.bytes_up, done.bytes_down)]
 
     def row_sdq(self) -> list[dict[str, Any]]:
         return [self.learned(self.federated())]

@@ -34,7 +34,7 @@ from fl.quant_network import SCALES, float_name, set_act_scales_
 from fl.quant_rounds import TEACHER, TOLD_BYTES, Merge, QuantRounds
 from fl.record import Record, Tensors, picked
 from fl.rounds import Listener
-from fl.run import Federated, InProcess, Run, Watcher
+from fl.run import STATE, Federated, InProcess, Run, Watcher
 from fl.search_rounds import GROUP, SearchRounds, SearchRoundsConfig
 from fl.setting import Setting
 from fl.store import Store
@@ -439,7 +439,8 @@ class Learning:
     def _run(self, setting: Setting, phase: str, clients: Sequence[ClientData]) -> Run:
         folder = None if self.folder is None else self.folder / phase
         store = Store(None if folder is None else folder / "clients")
-        if phase != "float" and "float" in self.done:
+        begun = folder is not None and (folder / STATE).is_file()
+        if phase != "float" and "float" in self.done and not begun:
             self._carry_over_(setting, store)
         test = [c.test for c in clients] if self.test is None else self.test
         val = [c.val for c in clients] if self.val is None else self.val

@@ -25,6 +25,9 @@ from sdq.config import QuantConfig
 from sdq.data import ImageSet
 from sdq.errors import RequestError
 
+STATE = "federation.safetensors"
+"""The file of a federation's state in its folder."""
+
 Watcher = Callable[[dict[str, Any]], None]
 
 
@@ -335,11 +338,11 @@ class Run:
 
     def _save(self, folder: Path) -> None:
         values = {"history": self.history, "best": self.best, "identity": self.identity}
-        path = folder / "federation.safetensors"
+        path = folder / STATE
         self.rounds.save(path, Record({"best": self.best_model}, values))
 
     def _resume(self) -> bool:
-        if self.folder is None or not (path := self.folder / "federation.safetensors").is_file():
+        if self.folder is None or not (path := self.folder / STATE).is_file():
             return False
         saved = load(path)
         now = json.loads(json.dumps(self.identity))

@@ -233,7 +233,6 @@ def test_a_split_file_says_whose_each_image_is(sdq, command, home, tmp_path):
         ("--clients few.csv", "must be a number or a file SPLIT.csv, got 'few.csv'"),
         ("--clients 3 --participation 0", "participation: input should be greater than 0"),
         ("--clients 3 --lr nan", "--lr: must be a finite number"),
-        ("--clients 3 --bits 2", "a federation cannot learn bitwidths yet; train without them"),
         ("--clients 3 --head nowhere", "no linear layer 'nowhere'"),
     ],
 )

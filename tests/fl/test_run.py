@@ -376,7 +376,7 @@ def test_values_and_names_are_what_json_and_flower_can_hold(tiny: Make, hospital
         transport = InProcess(setting, clients, Store())
         rounds = Rounds(setting, transport, 3)
         rounds.begin()
-        for request in rounds._requests("train", [0], None, evaluate=True):
+        for request in rounds.requests("train", [0], None, evaluate=True):
             json.dumps(request.record.values, allow_nan=False)
             (reply,) = transport.ask([request])
             assert isinstance(reply, Reply)
