@@ -80,6 +80,8 @@ def _count(setting: Setting, data: ClientData, request: Request) -> Reply:
     counts = setting.counts(data.train.labels)
     if (epsilon := setting.config.count_epsilon) is not None:
         rng = client_generator(setting.config.seed, request.client, "counts")
+        if setting.config.privacy is not None:
+            rng = setting.config.privacy.generator(rng)
         counts = noised(counts, epsilon, rng)
     load_(setting.network, setting.initial)
     batches = Batches(

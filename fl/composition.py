@@ -108,12 +108,3 @@ def table() -> dict[str, dict[Feature, str]]:
         name: {feature: method(name).refuses.get(feature, "") for feature in FEATURES}
         for name in plugins.names("fl.methods")
     }
-
-
-def markdown() -> list[str]:
-    """Return the table as the documentation has it."""
-    lines = [f"| method | {' | '.join(FEATURES)} |", "|---|" + "---|" * len(FEATURES)]
-    for name, row in table().items():
-        cells = [f"no: {row[feature]}" if row[feature] else "yes" for feature in FEATURES]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return lines

@@ -157,42 +157,48 @@ def _noise(setting: Setting, client: int) -> ClientData:
 
 
 def _listed(passed: list[tuple[Way, Kind, int, Record]]) -> Leaves:
-    seen: dict[tuple[Way, Kind, str, str, Any], _Seen] = {}
+    tensors: dict[tuple[Any, ...], _Seen] = {}
+    values: dict[tuple[Any, ...], _Seen] = {}
     for way, kind, round, record in passed:
-        for group, tensors in record.tensors.items():
-            for name, tensor in tensors.items():
-                key = (way, kind, group, name, (tuple(tensor.shape), tensor.dtype))
-                seen.setdefault(key, _Seen(tensor)).rounds.add(round)
+        for group, named in record.tensors.items():
+            for name, tensor in named.items():
+                key = (way, kind, group, name, tensor.shape, tensor.dtype)
+                tensors.setdefault(key, _Seen(way, kind, name, tensor)).rounds.add(round)
         for name, value in record.values.items():
-            entry = seen.setdefault((way, kind, "", name, None), _Seen(value))
+            entry = values.setdefault((way, kind, name), _Seen(way, kind, name, value))
             entry.rounds.add(round)
             entry.value = max(entry.value, value, key=lambda v: len(list(_numbers(v))))
-    sent_tensors: list[SentTensor] = []
-    sent_values: list[SentValue] = []
-    for (way, kind, group, name, described), entry in seen.items():
-        when = entry.when(kind)
-        if described is not None:
-            dtype = str(entry.value.dtype).removeprefix("torch.")
-            shape, size = tuple(entry.value.shape), entry.value.nbytes
-            sent_tensors.append(SentTensor(way, when, group, name, shape, dtype, size))
-        else:
-            meaning = MEANINGS.get((way, name), "of the method")
-            found = list(_numbers(entry.value))
-            names = tuple(sorted({n for n in found if n}))
-            sent_values.append(SentValue(way, when, name, meaning, len(found), names))
-    return Leaves(False, tuple(sent_tensors), tuple(sent_values))
+    return Leaves(
+        images=False,
+        tensors=tuple(seen.tensor(group=key[2]) for key, seen in tensors.items()),
+        values=tuple(seen.values() for seen in values.values()),
+    )
 
 
 @dataclass
 class _Seen:
     """A tensor or value as it was seen, and in which rounds."""
 
+    way: Way
+    kind: Kind
+    name: str
     value: Any
     rounds: set[int] = field(default_factory=set)
 
-    def when(self, kind: Kind) -> str:
-        if kind != "train" or 0 in self.rounds:
-            return WHEN[kind]
+    def tensor(self, group: str) -> SentTensor:
+        shape, size = tuple(self.value.shape), self.value.nbytes
+        dtype = str(self.value.dtype).removeprefix("torch.")
+        return SentTensor(self.way, self._when(), group, self.name, shape, dtype, size)
+
+    def values(self) -> SentValue:
+        found = list(_numbers(self.value))
+        names = tuple(sorted({name for name in found if name}))
+        meaning = MEANINGS.get((self.way, self.name), "of the method")
+        return SentValue(self.way, self._when(), self.name, meaning, len(found), names)
+
+    def _when(self) -> str:
+        if self.kind != "train" or 0 in self.rounds:
+            return WHEN[self.kind]
         if self.rounds == {EVALUATED}:
             return WHEN["collect"]
         return UNKNOWN if self.rounds == {ROUNDS - 1} else LATER

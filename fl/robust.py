@@ -18,6 +18,9 @@ from torch import Tensor
 
 from fl.record import Failure, Reply, Tensors
 
+HARDLY = 1e-3
+"""Part of a model's norm below which no change is large: about the precision of a float16."""
+
 
 @dataclass(frozen=True)
 class Aggregation:
@@ -91,6 +94,8 @@ def too_large(
     A change's size is its Euclidean norm. It may be ``factor`` times the median of this round's,
     and for a client with more images than the median client as many times that: it takes as many
     times the steps. Of two medians the lower counts, so that of two clients either may be refused.
+    Where most clients hardly move, having learned all they can, the median is taken for
+    ``HARDLY`` of the model's norm.
 
     Args:
         replies: with the clients' models.
@@ -99,18 +104,21 @@ def too_large(
         names: of the tensors that are compared.
         factor: see above.
     """
+    if not replies:
+        return []
     names = list(names)
     norms = torch.tensor([change_norm(r.model, sent[r.client], names) for r in replies])
     counts = torch.tensor([images.get(r.client, 1.0) for r in replies])
-    if not len(replies) or not (typical := float(norms.median())):
-        return []
+    started = sent[replies[0].client]
+    still = {n: torch.zeros_like(started[n]) for n in names}
+    typical = max(float(norms.median()), HARDLY * change_norm(started, still, names))
     allowed = factor * typical * (counts / counts.median()).clamp_min(1)
     return [
         Failure(
             reply.client,
-            f"its change of the model has a norm of {norm:.3g}, {norm / typical:.3g} times the "
-            f"median client's; at most {limit / typical:.3g} times is accepted "
-            "(max_update_ratio)",
+            f"its change of the model has a norm of {norm:.3g}; with the median client's "
+            f"{float(norms.median()):.3g} at most {limit:.3g} is accepted (max_update_ratio "
+            f"{factor:g})",
         )
         for reply, norm, limit in zip(replies, norms.tolist(), allowed.tolist(), strict=True)
         if norm > limit

@@ -233,6 +233,9 @@ def test_a_split_file_says_whose_each_image_is(sdq, command, home, tmp_path):
         ("--clients few.csv", "must be a number or a file SPLIT.csv, got 'few.csv'"),
         ("--clients 3 --participation 0", "participation: input should be greater than 0"),
         ("--clients 3 --lr nan", "--lr: must be a finite number"),
+        ("--clients 3 --compress 9", "--compress: must be BITS, or up=BITS,down=BITS, from 1 to 8"),
+        ("--clients 3 --aggregation mode", "aggregation: must be mean, median or trimmed_mean:SH"),
+        ("--clients 3 --method climb --aggregation median", "climb: must go without robust aggreg"),
         ("--clients 3 --head nowhere", "no linear layer 'nowhere'"),
     ],
 )
@@ -309,3 +312,47 @@ def test_local_alone_has_clients_models_and_no_servers(sdq, command, tmp_path):
     assert found.code == 0, found.err
     special = done.json["metrics"]["specialization"]["clients"]
     assert found.json["float"]["balanced_accuracy"] == special["1"]
+
+
+def test_what_leaves_is_listed_and_nothing_is_trained(sdq, command, tmp_path):
+    more = "--clients 3 --method fedper,centralized --compress 4 --participation 0.5"
+    done = sdq(f"{command} {more} --what-leaves")
+    assert done.code == 0, done.err
+    found = json.loads(done.out.splitlines()[-1])["leaves"]
+    assert found["centralized"]["images"] is True
+    leaves = found["fedper"]
+    names = {(t["way"], t["group"], t["name"]) for t in leaves["tensors"]}
+    assert ("up", "model.codes", "model.conv.weight") in names
+    assert not any("head" in name and group != "model" for _, group, name in names)
+    # the head does not travel for training, but is asked for to evaluate the server's model
+    (head,) = (t for t in leaves["tensors"] if t["name"] == "model.head.weight")
+    assert (head["way"], head["when"]) == ("up", "at each evaluation")
+    assert leaves["bytes_up_per_round"] > 0
+    assert {"num_examples", "evaluations"} <= {v["name"] for v in leaves["values"]}
+    shown = sdq(f"{command} {more} --what-leaves".replace("--quiet ", ""))
+    assert "model.conv.weight" in shown.out
+    assert "every image, to one place" in shown.out
+    missing = sdq(f"{command} --clients 3")
+    assert missing.code == 2
+    assert "--out: must be given, got none" in missing.err
+
+
+def test_few_bytes_and_privacy_are_in_the_metrics(sdq, command, tmp_path):
+    config = tmp_path / "c.json"
+    private = {"noise_from": "client", "clip": 0.1, "noise_multiplier": 2.0}
+    federation = {"privacy": private, "count_epsilon": 1.0}
+    config.write_text(json.dumps({"federation": federation}))
+    more = "--clients 3 --batch-norm local_stats --participation 1"
+    found = {}
+    for name, options in (
+        ("float", ""), ("few", "--compress up=2,down=4 --aggregation median"),
+        ("private", f"--config {config}"),
+    ):  # fmt: skip
+        done = sdq(f"{command} {more} {options} --out {tmp_path}/{name}")
+        assert done.code == 0, done.err
+        found[name] = json.loads((tmp_path / name / "metrics.json").read_text())
+    assert found["few"]["bytes_up"] < 0.4 * found["float"]["bytes_up"]
+    assert found["few"]["bytes_down"] < 0.4 * found["float"]["bytes_down"]
+    assert "privacy" not in found["float"]
+    assert found["private"]["privacy"]["rounds"] == 2
+    assert found["private"]["privacy"]["epsilon"] == pytest.approx(6.57, abs=0.2)

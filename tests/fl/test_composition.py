@@ -1,5 +1,6 @@
 """Which method goes with what: every cell of the table, by a round or by its refusal."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 import fl
 from fl import composition
 from fl.compression import CompressionConfig
+from fl.leaves import what_leaves
 from fl.method import Client, Progress
 from fl.methods.fedavg import FedAvg
 from fl.privacy import PrivacyConfig
@@ -19,6 +21,7 @@ from fl.run import InProcess
 from fl.setting import Setting
 from fl.store import Store
 from sdq import plugins
+from sdq.errors import RequestError
 
 Clients = Callable[..., list[fl.ClientData]]
 Make = Callable[..., nn.Module]
@@ -90,6 +93,42 @@ def test_a_method_that_says_more_than_it_declares(tiny: Make, hospitals: Clients
         one_round(of, hospitals())
 
 
-def test_the_documentation_has_the_table() -> None:
+POLICIES = ("share_all", "share_affine", "local_stats", "local_all")
+ROW = "| `{}` | {} |"
+
+
+def row(name: str, tiny: Make) -> str:
+    """Return a method's row in the documentation: what it declares, and what its code does."""
+    known = composition.table()[name]
+    cells = ["no" if known[feature] else "yes" for feature in composition.FEATURES]
+    of = setting(tiny(), fl.method(name))
+    allowed = []
+    for policy in POLICIES:
+        with contextlib.suppress(RequestError):
+            allowed.append(setting(tiny(), fl.method(name), batch_norm=policy) and policy)
+    cells.append(of.method.batch_norm + (", no other" if len(allowed) == 1 else ""))
+    stays = sorted({kept(n) for n in of.names(down=False)})
+    cells.append(", ".join(stays) if of.names(up=True) else "everything")
+    leaves = what_leaves(of)
+    beside = {t.group for t in leaves.tensors if t.group != "model"}
+    beside |= {v.name for v in leaves.values if v.meaning == "of the method"}
+    cells.append("the images" if leaves.images else ", ".join(sorted(beside)))
+    return ROW.format(name, " | ".join(cells))
+
+
+def kept(name: str) -> str:
+    first, second, *_ = name.split(".")
+    known = {"head": "head", "bn": "batch norm"}
+    return f"`{second}`" if first == "extras" else known.get(second, "all the rest")
+
+
+def test_the_documentation_has_the_table(tiny: Make) -> None:
     text = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
-    assert "\n".join(composition.markdown()) in text
+    lines = [row(name, tiny) for name in plugins.names("fl.methods")]
+    title = [*composition.FEATURES, "batch norm", "stays with the client", "sends beside the model"]
+    expected = [f"| method | {' | '.join(title)} |", "|---|" + "---|" * len(title), *lines]
+    assert "\n".join(expected) in text, "\n".join(expected)
+    # and why not, once for each reason
+    for name, cells in composition.table().items():
+        for reason in filter(None, cells.values()):
+            assert reason in text, (name, reason)
