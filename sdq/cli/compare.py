@@ -62,9 +62,7 @@ def compare(
             "--different-data", help="Show runs on different images all the same, no differences."
         ),
     ] = False,
-    target: Annotated[
-        str | None, typer.Option(help="Also the latency on a device (see `sdq list targets`).")
-    ] = None,
+    target: options.ShownTarget = None,
     latency_ms: options.LatencyMs = None,
     fps: options.Fps = None,
     json_: options.Json = False,

@@ -13,8 +13,8 @@ from export.findings import refuse
 from export.format import VERIFICATION
 from sdq import plugins
 from sdq.batches import Normalization
+from sdq.cli import completion, options
 from sdq.cli import inputs as inp
-from sdq.cli import options
 from sdq.cli.progress import finite, show_json, show_table
 from sdq.cli.run_data import run_inputs
 from sdq.errors import RequestError, RunError
@@ -27,7 +27,9 @@ def export_run(
     format_: Annotated[
         str,
         typer.Option(
-            "--format", help="A name (see `sdq list formats`), or several, separated by commas."
+            "--format",
+            help="A name (see `sdq list formats`), or several, separated by commas.",
+            autocompletion=completion.several("export.formats", dashes=True),
         ),
     ] = "onnx",
     out: Annotated[

@@ -18,8 +18,8 @@ from fl.method import ClientData, Method
 from fl.setting import Setting
 from fl.state import BatchNormPolicy
 from sdq.batches import Normalization, generator
+from sdq.cli import completion, options
 from sdq.cli import inputs as inp
-from sdq.cli import options
 from sdq.cli.federation import ClientRequest, describe_clients, make_methods
 from sdq.cli.federation_progress import FederationWatch
 from sdq.cli.plan import ConfigFile
@@ -53,7 +53,11 @@ def federate(
     out: options.Out,
     rounds: Annotated[int, typer.Option(min=1, help="Exchanges between server and clients.")],
     method: Annotated[
-        str, typer.Option(help="One or several, X,Y (see `sdq list methods`).")
+        str,
+        typer.Option(
+            help="One or several, X,Y (see `sdq list methods`).",
+            autocompletion=completion.several("fl.methods"),
+        ),
     ] = "fedavg",
     clients: Annotated[
         str | None,

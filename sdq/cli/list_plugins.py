@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from sdq import plugins
-from sdq.cli import options
+from sdq.cli import completion, options
 from sdq.cli.progress import show_json
 from sdq.errors import RequestError, nearest
 
@@ -20,8 +20,12 @@ PACKAGES = {
 
 
 def list_plugins(
-    kind: Annotated[str, typer.Argument(help=", ".join(PACKAGES))],
+    kind: Annotated[
+        str,
+        typer.Argument(help=f"{', '.join(PACKAGES)}.", autocompletion=completion.words(*PACKAGES)),
+    ],
     json_: options.Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Names alone.")] = False,
 ) -> None:
     """List models, datasets, methods, formats, targets or search methods.
 
@@ -36,5 +40,8 @@ def list_plugins(
         show_json({kind: found})
         return
     for name in found:
+        if quiet:
+            print(name)
+            continue
         summary = (plugins.load(PACKAGES[kind], name).__doc__ or "").partition("\n")[0]
         print(f"{name:20} {summary}")

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from sdq.cli.command import Verb
+
 VERBS = {
     "list": "list_plugins",
     "train": "train",
@@ -33,7 +35,7 @@ def register(app: typer.Typer, arguments: list[str]) -> None:
     for verb, file in VERBS.items():
         if verb == asked or asked not in VERBS:
             module = importlib.import_module(f"sdq.cli.{file}")
-            app.command(verb)(getattr(module, file))
+            app.command(verb, cls=Verb)(getattr(module, file))
     # with a single command typer would drop the verb from the usage line
     app.callback()(_common)
 
