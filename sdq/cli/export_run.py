@@ -92,7 +92,10 @@ def export_run(
 
     With --check it only says what a format cannot take, all at once; exit code 2 if there is any.
 
-    Example: `sdq export q --format onnx,qonnx,finn --verify`
+    Examples:
+    - written, and compared with PyTorch: `sdq export q --format onnx,qonnx --verify`
+
+    - what FINN could not take, and why: `sdq export q --format finn --check`
     """
     formats = {name: plugins.load("export.formats", name) for name in _split(format_)}
     for option, given in (("--build", build), ("--target", target), ("--fps", fps)):

@@ -29,7 +29,7 @@ def list_plugins(
 ) -> None:
     """List models, datasets, methods, formats, targets or search methods.
 
-    Example: `sdq list models`
+    Examples: `sdq list models`, `sdq list targets`
     """
     if kind not in PACKAGES:
         raise RequestError(f"sdq list: unknown kind {kind!r}; {nearest(kind, PACKAGES)}")
