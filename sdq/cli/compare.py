@@ -62,9 +62,7 @@ def compare(
             "--different-data", help="Show runs on different images all the same, no differences."
         ),
     ] = False,
-    target: Annotated[
-        str | None, typer.Option(help="Also the latency on a device (see `sdq list targets`).")
-    ] = None,
+    target: options.ShownTarget = None,
     latency_ms: options.LatencyMs = None,
     fps: options.Fps = None,
     json_: options.Json = False,
@@ -144,13 +142,17 @@ def _row(each: Compared, first: Compared, *, same: bool) -> dict[str, object]:
     """Return a row of the printed table."""
     network = each.network
     bytes_, bops = (network.costs.get(name) for name in ("weight_bytes", "bops"))
+    facts = network.facts
     row: dict[str, object] = {
         "run": network.name,
-        **{key: network.facts.get(key) for key in ("verb", "model", "data", SEARCHED, ACTS)},
+        "model": facts["model"],
+        "data": facts["data"],
+        "bits": facts.get(SEARCHED),
+        "of all": network.bits,
+        "acts": facts.get(ACTS),
+        "kB": None if bytes_ is None else bytes_ / 1e3,
+        "BitOPs (M)": None if bops is None else bops / 1e6,
     }
-    row |= {"bits": network.bits,
-            "kB": None if bytes_ is None else bytes_ / 1e3,
-            "BitOPs (M)": None if bops is None else bops / 1e6}  # fmt: skip
     if "latency_s" in first.network.costs or "latency_s" in network.costs:
         latency = network.costs.get("latency_s")
         row["ms"] = None if latency is None else latency * 1e3
@@ -158,7 +160,7 @@ def _row(each: Compared, first: Compared, *, same: bool) -> dict[str, object]:
         if name in first.network.metrics or name in network.metrics:
             row[name.replace("_", " ")] = network.metrics.get(name)
     if same:
-        row["accuracy against the first"] = _told(each, first)
+        row["accuracy - first"] = _told(each, first)
     return row
 
 

@@ -19,10 +19,7 @@ from sdq.run_folder import read_layers
 
 def cost(
     what: Annotated[Path, typer.Argument(help="A run folder, or the policy.json in one.")],
-    target: Annotated[
-        str | None,
-        typer.Option(help="Also on a device (see `sdq list targets`), or path/to/file.py."),
-    ] = None,
+    target: options.ShownTarget = None,
     latency_ms: options.LatencyMs = None,
     fps: options.Fps = None,
     json_: options.Json = False,

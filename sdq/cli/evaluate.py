@@ -34,7 +34,12 @@ def evaluate(
 ) -> None:
     """Measure a run's network, or a --model with --weights, on the data's test split.
 
-    Example: `sdq evaluate q --data other.npz`
+    Examples:
+    - a run on its own data: `sdq evaluate q`
+
+    - on other data of the same classes: `sdq evaluate q --data other.npz`
+
+    - weights without a run: `sdq evaluate --model resnet20 --weights w.safetensors --data own.npz`
     """
     root = str(data_root) if data_root else None
     metrics: dict[str, Any]

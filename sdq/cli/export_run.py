@@ -13,8 +13,8 @@ from export.findings import refuse
 from export.format import VERIFICATION
 from sdq import plugins
 from sdq.batches import Normalization
+from sdq.cli import completion, options
 from sdq.cli import inputs as inp
-from sdq.cli import options
 from sdq.cli.progress import finite, show_json, show_table
 from sdq.cli.run_data import run_inputs
 from sdq.errors import RequestError, RunError
@@ -27,7 +27,9 @@ def export_run(
     format_: Annotated[
         str,
         typer.Option(
-            "--format", help="A name (see `sdq list formats`), or several, separated by commas."
+            "--format",
+            help="A name (see `sdq list formats`), or several, separated by commas.",
+            autocompletion=completion.several("export.formats", dashes=True),
         ),
     ] = "onnx",
     out: Annotated[
@@ -90,7 +92,10 @@ def export_run(
 
     With --check it only says what a format cannot take, all at once; exit code 2 if there is any.
 
-    Example: `sdq export q --format onnx,qonnx,finn --verify`
+    Examples:
+    - written, and compared with PyTorch: `sdq export q --format onnx,qonnx --verify`
+
+    - what FINN could not take, and why: `sdq export q --format finn --check`
     """
     formats = {name: plugins.load("export.formats", name) for name in _split(format_)}
     for option, given in (("--build", build), ("--target", target), ("--fps", fps)):

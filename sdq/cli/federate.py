@@ -15,8 +15,8 @@ from fl.config import Optimizer as OptimizerKind
 from fl.losses import LossConfig, LossName
 from fl.state import BatchNormPolicy
 from sdq.batches import Normalization, generator
+from sdq.cli import completion, options
 from sdq.cli import inputs as inp
-from sdq.cli import options
 from sdq.cli.clients import ClientRequest
 from sdq.cli.device import DeviceRequest
 from sdq.cli.federate_bits import BitsRequest, prepare
@@ -50,7 +50,11 @@ def federate(
         Path | None, typer.Option(help="Run folder to write; must be new or empty.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="One or several, X,Y (see `sdq list methods`, or path/to/file.py).")
+        str,
+        typer.Option(
+            help="One or several, X,Y (see `sdq list methods`, or path/to/file.py).",
+            autocompletion=completion.several("fl.methods"),
+        ),
     ] = "fedavg",
     clients: Annotated[
         str | None,

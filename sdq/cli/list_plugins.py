@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from sdq import plugins
-from sdq.cli import options
+from sdq.cli import completion, options
 from sdq.cli.progress import show_json
 from sdq.errors import RequestError, nearest
 
@@ -20,12 +20,16 @@ PACKAGES = {
 
 
 def list_plugins(
-    kind: Annotated[str, typer.Argument(help=", ".join(PACKAGES))],
+    kind: Annotated[
+        str,
+        typer.Argument(help=f"{', '.join(PACKAGES)}.", autocompletion=completion.words(*PACKAGES)),
+    ],
     json_: options.Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Names alone.")] = False,
 ) -> None:
     """List models, datasets, methods, formats, targets or search methods.
 
-    Example: `sdq list models`
+    Examples: `sdq list models`, `sdq list targets`
     """
     if kind not in PACKAGES:
         raise RequestError(f"sdq list: unknown kind {kind!r}; {nearest(kind, PACKAGES)}")
@@ -36,4 +40,7 @@ def list_plugins(
         show_json({kind: found})
         return
     for name in found:
+        if quiet:
+            print(name)
+            continue
         print(f"{name:20} {plugins.summary(PACKAGES[kind], name.replace('-', '_'))}")

@@ -10,6 +10,7 @@ import typer
 from click.core import ParameterSource
 
 from sdq import config
+from sdq.cli import completion
 from sdq.errors import RequestError
 from sdq.parallel import Precision as PrecisionKind
 
@@ -46,17 +47,26 @@ def verb() -> str:
 
 Model = Annotated[
     str | None,
-    typer.Option(help="A name (see `sdq list models`) or path/to/file.py:function."),
+    typer.Option(
+        help="A name (see `sdq list models`) or path/to/file.py:function.",
+        autocompletion=completion.of("sdq.models"),
+    ),
 ]
 Data = Annotated[
     str,
     typer.Option(
         help="A name (see `sdq list datasets`), an .npz, a folder with a CSV or class folders, "
-        "or path/to/file.py:function."
+        "or path/to/file.py:function.",
+        autocompletion=completion.of("sdq.datasets"),
     ),
 ]
 OptionalData = Annotated[
-    str | None, typer.Option("--data", help="Another data set than the run's own.")
+    str | None,
+    typer.Option(
+        "--data",
+        help="Another data set than the run's own.",
+        autocompletion=completion.of("sdq.datasets"),
+    ),
 ]
 DataRoot = Annotated[
     Path | None,
@@ -116,6 +126,16 @@ Plots = Annotated[
 Report = Annotated[
     bool, typer.Option("--report/--no-report", help="Write OUT/report.html at the end.")
 ]
+ShownTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help="Also on a device (see `sdq list targets`, or path/to/file.py).",
+        autocompletion=completion.of("hw.targets"),
+    ),
+]
+"""Of verbs that only tell what a network costs there."""
+
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no tables.")]
 
 Weights = Annotated[
@@ -148,7 +168,8 @@ SearchMethod = Annotated[
     str,
     typer.Option(
         help="How the bitwidths are chosen: sdq, or what it is compared with "
-        "(see `sdq list search_methods`)."
+        "(see `sdq list search_methods`).",
+        autocompletion=completion.of("sdq.search_methods"),
     ),
 ]
 Granularity = Annotated[config.Granularity, typer.Option(help="What gets a bitwidth of its own.")]
@@ -193,6 +214,7 @@ For = Annotated[
         "--for",
         help="Quantize so that finn, hls4ml or onnxruntime takes the network: sets what matters to "
         "it, refuses what contradicts it.",
+        autocompletion=completion.words("finn", "hls4ml", "onnxruntime"),
     ),
 ]
 IntegerBias = Annotated[
@@ -217,7 +239,8 @@ Target = Annotated[
     str | None,
     typer.Option(
         help="A device (see `sdq list targets`, or path/to/file.py): its bitwidths, and for the "
-        "next three."
+        "next three.",
+        autocompletion=completion.of("hw.targets"),
     ),
 ]
 LatencyMs = Annotated[

@@ -336,7 +336,15 @@ def quantize(
 ) -> None:
     """Learn a bitwidth for each layer within a budget, fine-tune, and measure.
 
-    Example: `sdq quantize --from f --data dermamnist --data-root DIR --bits 2.0 --out q`
+    Examples:
+    - Two bits a weight:
+      `sdq quantize --from f --data dermamnist --data-root DIR --bits 2.0 --out q`
+
+    - As fast as a device has to be:
+      `sdq quantize --from f --data own.npz --target bit_fusion --latency-ms 0.5 --out q`
+
+    - No training, no labels:
+      `sdq quantize --from f --data own.npz --bits 4 --act-bits 8 --ptq --out q`
     """
     file = ConfigFile.read(config, "quant", "search", "ptq" if ptq else "train")
     after_training = make_ptq(ptq, ptq_images, ptq_steps, seed)

@@ -11,8 +11,8 @@ import typer
 
 from export.format import VERIFICATION, read_record
 from sdq.checkpoint import write_bytes_atomically
+from sdq.cli import completion, options
 from sdq.cli import inputs as inp
-from sdq.cli import options
 from sdq.cli.device import DeviceRequest
 from sdq.cli.progress import show_json
 from sdq.cli.report_federated import federated_page
@@ -49,8 +49,9 @@ def report(
     target: Annotated[
         str | None,
         typer.Option(
-            help="Device whose latency is shown (see `sdq list targets`); "
-            "default: the one of the run's budget."
+            help="Device whose latency is shown (see `sdq list targets`); default: the one of the "
+            "run's budget.",
+            autocompletion=completion.of("hw.targets"),
         ),
     ] = None,
     latency_ms: options.LatencyMs = None,

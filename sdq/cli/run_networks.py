@@ -75,8 +75,9 @@ def costs(
         "bops": float(hw.total_bops(layers, policy)),
     }
     if device.target is not None:
+        target = device.device
         try:
-            laid_out = hw.report(layers, policy, device.target, device.demand)
+            laid_out = hw.report(layers, policy, target, device.demand)
         except RequestError:  # a device of few bits cannot compute the float network
             return found
         found["latency_s"] = laid_out.latency_s

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sdq.report.tables import NBSP, scaled, share
 
 WIDTH, HEIGHT = 420.0, 270.0
-LEFT, RIGHT, TOP, BOTTOM = 58.0, 22.0, 12.0, 46.0
+LEFT, RIGHT, TOP, BOTTOM = 70.0, 22.0, 12.0, 46.0
 COLOURS, DASHES = 6, 3
 """Colours that can be told apart, and strokes that multiply them."""
 

@@ -11,6 +11,9 @@ from sdq.report.tables import headline, metric_cell, metric_label, share, signed
 
 Mood = Literal["good", "unsure", "bad", "plain"]
 
+SMALL = 0.01
+"""A loss that is shown, but of which little comes."""
+
 FEW = 0.05
 """A loss that the images could not have shown: from here on they are too few to tell."""
 
@@ -59,11 +62,14 @@ def quantized_verdict(
     if max(interval.low, mean.low) > 0:
         alike = "" if interval.low > 0 else ", if every class counts alike,"
         loss = interval if interval.low > 0 else mean
+        small = loss.high < SMALL
         text = (
-            f"The quantized network is worse: of 100 images{alike} it gets between "
-            f"{_points(loss.low)} and {_points(loss.high)} fewer right than the float network."
+            f"The quantized network is {'hardly worse' if small else 'worse'}: of 100 "
+            f"images{alike} it gets between {_points(loss.low)} and {_points(loss.high)} fewer "
+            "right than the float network."
         )
-        return Verdict(text, "bad" if loss.low > FEW else "unsure", (), notes)
+        mood: Mood = "good" if small else "bad" if loss.low > FEW else "unsure"
+        return Verdict(text, mood, (), notes)
     most = max(interval.high, 0.0)
     if most > FEW:
         text = (

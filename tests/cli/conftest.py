@@ -78,11 +78,14 @@ class Done:
 def call(command: str, *more: object, plots: bool = False) -> Done:
     """Run ``sdq`` in this process; ``command`` is split at spaces, ``more`` is not.
 
-    Plots take seconds, and few tests are about them: the others run with ``--no-plots``.
+    Plots and reports take time, and few tests are about them: the others run with ``--no-plots``
+    and ``--no-report``.
     """
     arguments = [*command.split(), *map(str, more)]
     if not plots and arguments[:1] in (["quantize"], ["search"]):
         arguments.append("--no-plots")
+    if not plots and arguments[:1] in (["train"], ["quantize"], ["search"], ["federate"]):
+        arguments.append("--no-report")
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
@@ -208,3 +211,15 @@ def derm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         plots=True,
     )
     return home
+
+
+@pytest.fixture(scope="session")
+def pages(files: Path, derm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Reports of a quantized run, and of a federation of two methods."""
+    run = tmp_path_factory.mktemp("federation") / "fed"
+    must(
+        f"federate --method fedavg,fca --model mlp --data {files / 'ok.npz'} --clients 3 "
+        f"--rounds 2 --quiet --out {run}",
+        plots=True,
+    )
+    return {"quantized": derm / "quantized" / "report.html", "federated": run / "report.html"}

@@ -95,7 +95,8 @@ def test_quantize(derm):
     run = derm / "quantized"
     assert {p.name for p in run.iterdir()} == {
         ".lock", "checkpoints", "float.safetensors", "layers.json", "log.jsonl", "metrics.json",
-        "model.safetensors", "plots", "policy.json", "run.json",
+        "model.safetensors", "plots", "policy.json", "predictions.safetensors", "report.html",
+        "run.json",
     }  # fmt: skip
     metrics = read(run / "metrics.json")
     assert set(metrics) == {"float", "quantized"} | COSTS | TRAINED
