@@ -13,7 +13,6 @@ fine-tuning starts.
 """
 
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,18 +79,23 @@ def _figures(run: RunFolder) -> Iterator[tuple[str, "Figure"]]:
     from sdq import figures, trajectory_figure, weight_figures
 
     policy = BitwidthPolicy.load(run.path / "policy.json")
-    config = QuantConfig(**run.read_json("run.json")["quant"])
+    quant = run.read_json("run.json").get("quant")
+    if quant is None:
+        raise RequestError(
+            f"{run.path}: must be a run of `sdq quantize` or `sdq search`, got another; "
+            "give the --out of one"
+        )
+    config = QuantConfig(**quant)
     yield "bits", figures.bits_figure(policy)
-    log = run.path / "log.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    try:
-        records = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise RequestError(f"{log}: must have JSON in every line, {error}") from None
-    course = trajectory(records, policy)
+    course = trajectory(run.read_log(), policy)
     if course is not None:
         yield "trajectory", trajectory_figure.trajectory_figure(course, len(policy))
     layers = read_layers(run.path / "layers.json")
+    if [x.name for x in layers] != [x.name for x in policy]:
+        raise RequestError(
+            f"{run.path}: layers.json must be of policy.json's layers, got others; "
+            "copy the run anew"
+        )
     start = "folded.safetensors" if config.batch_norm == "fold" else "float.safetensors"
     before = weight_levels.before(run.read_tensors(start), policy, config, layers)
     after: dict[str, weight_levels.Quantized] = {}

@@ -1,5 +1,6 @@
 """``sdq evaluate``: a run's network on a test set."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,20 +86,19 @@ def run_inputs(
     inp.check_ended(folder)
     document = folder.read_json("run.json")
     recorded = document["data"]
-    before = document["request"]["data"]
+    before = inp.DataRequest.recorded(folder)
     if data is None:
-        request = inp.DataRequest(**{**before, "root": root or before["root"]})
+        request = replace(before, root=root or before.root)
         inputs = inp.open_inputs(request)
         if inputs.describe()["fingerprint"] != recorded["fingerprint"]:
             raise RequestError(
-                f"{before['reference']}: must be the data the run was made with, but it changed "
+                f"{before.reference}: must be the data the run was made with, but it changed "
                 "since; name it with --data if that is meant"
             )
         recorded_norm = Normalization(tuple(recorded["mean"]), tuple(recorded["std"]))
         return inp.Inputs(inputs.splits, recorded_norm, inputs.train, request)
-    size = image_size or before["image_size"]
+    size = image_size or before.image_size
     request = inp.DataRequest(
-        data, root or before["root"], size, mean, std, split or before["split"], batch_size,
-        before["seed"],
-    )  # fmt: skip
+        data, root or before.root, size, mean, std, split or before.split, batch_size, before.seed
+    )
     return inp.open_inputs(request, recorded)

@@ -277,7 +277,9 @@ class ConfigFile:
             )
         for part, fields in document.items():
             if not isinstance(fields, dict):
-                raise RequestError(f"--config: {path}: {part} must be an object, got {fields!r}")
+                raise RequestError(
+                    f"--config: {path}: {part} must be an object, got {fields!r:.100}"
+                )
             for name in fields:
                 option = FIELDS[part].get(name)
                 if option is not None and options.given(option):

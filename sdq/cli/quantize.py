@@ -64,7 +64,7 @@ def open_source(
         run = RunFolder.open(from_)
         inp.check_ended(run)
         document = run.read_json("run.json")
-        request = request.like(document["request"]["data"])
+        request = request.like(inp.DataRequest.recorded(run))
         inputs = inp.open_inputs(request, document["data"])
         return Source(inp.load_float(run), document["model"], inputs)
     assert model is not None
