@@ -46,8 +46,8 @@ def load(path: Path) -> onnx.ModelProto:
         model = onnx.load(path)
     except FileNotFoundError:
         raise RequestError(f"export: no file {str(path)!r}; write it first") from None
-    except (DecodeError, ValueError):
-        model = None
+    except (DecodeError, ValueError, OSError, onnx.checker.ValidationError):
+        model = None  # not ONNX, a folder, or one whose tensors are said to be elsewhere
     if model is None or metadata(model).get("schema") != SCHEMA:
         raise RequestError(
             f"{path}: must be an ONNX file of schema {SCHEMA!r}, got something else; "

@@ -11,6 +11,7 @@ files or passes broken ones. Two questions are asked instead:
    where they do not, the first code that flipped must have stood on a rounding boundary.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -61,7 +62,8 @@ def verify(
     """
     name, plugin = load_format(format)
     path = Path(folder) / plugin.FILE
-    metadata = plugin.metadata(path)
+    with _reading(path):
+        metadata = plugin.metadata(path)
     prepare = preparation(path, metadata, inputs)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     reasons = _check_sha256(Path(folder), name, sha256)
@@ -73,9 +75,9 @@ def verify(
     try:
         differences, static = _compare_quantizers(plugin, path, reference)
         reasons += differences
-        exact = _compare_exact(
-            plugin.open_exact(path), reference, inputs, prepare, batch_size, static
-        )
+        with _reading(path):
+            run = plugin.open_exact(path)
+        exact = _compare_exact(path, run, reference, inputs, prepare, batch_size, static)
         reasons += _judge_exact(exact, bool(differences))
         runtimes, missing = _compare_runtimes(plugin, path, reference, inputs, prepare, batch_size)
         warnings += missing
@@ -93,6 +95,20 @@ def verify(
         name, path, sha256, len(inputs), not reasons, "; ".join(reasons) or good, exact,
         tuple(runtimes), tuple(warnings),
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever a format and a runtime make of a damaged file into a RunError."""
+    try:
+        yield
+    except (RequestError, RunError):
+        raise
+    except Exception as error:
+        raise RunError(
+            f"{path}: must be a file as it was written, but: {type(error).__name__}: "
+            f"{error!s:.200}; write it anew"
+        ) from error
 
 
 Preparation = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -170,14 +186,15 @@ def _compare_quantizers(
     plugin: Format, path: Path, reference: Reference
 ) -> tuple[list[str], _Count]:
     """Compare what the file says of its quantizers: bits, weight codes, scales."""
-    bits, expected = plugin.bits(path), expected_bits(reference.single)
+    with _reading(path):
+        bits, found = plugin.bits(path), plugin.quantizers(path)
+    expected = expected_bits(reference.single)
     if set(bits) != set(expected):
         odd = sorted(set(bits) ^ set(expected))[0]
         raise RequestError(
             f"verify: the file must hold the network's layers and quantizers, but {odd!r} is only "
             "in one of them; verify with the network it was written from"
         )
-    found = plugin.quantizers(path)
     count, reasons = _Count(), []
     for name in expected:
         if bits[name] != expected[name]:
@@ -209,6 +226,7 @@ def _chunks(
 
 
 def _compare_exact(
+    path: Path,
     run: Runner,
     reference: Reference,
     inputs: Tensor,
@@ -218,7 +236,9 @@ def _compare_exact(
 ) -> ExactStage:
     difference = largest = 0.0
     for images, feed in _chunks(inputs, prepare, batch_size):
-        ours, theirs = reference.float64(images), run(feed)
+        ours = reference.float64(images)
+        with _reading(path):
+            theirs = run(feed)
         for name in reference.names:
             count.add(name, ours.codes[name], theirs.codes.get(name))
         if theirs.output.shape != ours.output.shape:
@@ -270,18 +290,19 @@ def _compare_runtimes(
     missing = []
     for runtime in plugin.RUNTIMES:
         try:
-            tapped[runtime] = plugin.open_runtime(path, runtime, taps=True)
+            with _reading(path):
+                tapped[runtime] = plugin.open_runtime(path, runtime, taps=True)
+                if runtime in plugin.REWRITES:
+                    plain[runtime] = plugin.open_runtime(path, runtime, taps=False)
         except ToolMissing as error:
             missing.append(f"{runtime}: not run: {error}")
-            continue
-        if runtime in plugin.REWRITES:
-            plain[runtime] = plugin.open_runtime(path, runtime, taps=False)
     tallies = {runtime: Tally(reference) for runtime in tapped}
     for images, feed in _chunks(inputs, prepare, batch_size):
         ours = reference.float32(images)
         for runtime, tally in tallies.items():
-            theirs = tapped[runtime](feed)
-            output = plain[runtime](feed).output if runtime in plain else theirs.output
+            with _reading(path):
+                theirs = tapped[runtime](feed)
+                output = plain[runtime](feed).output if runtime in plain else theirs.output
             tally.add(images, ours, output, theirs)
     return [tally.stage(runtime) for runtime, tally in tallies.items()], missing
 

@@ -14,10 +14,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sdq.checkpoint import load_tensors, save_tensors
-from sdq.errors import RunError
+from sdq.errors import RequestError, RunError
 
 Tensors = dict[str, Tensor]
 Kind = Literal["counts", "train", "adapt", "collect"]
+
+ANEW = "start in a new folder"
+"""What to do about a state that is damaged."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,18 @@ def save(path: Path, record: Record) -> None:
 def load(path: Path) -> Record:
     """Read such a file; RequestError if it is not there or not whole."""
     flat, metadata = load_tensors(path)
-    tensors: dict[str, Tensors] = {g: {} for g in json.loads(metadata.get("groups", "[]"))}
+    try:
+        groups = json.loads(metadata.get("groups", "[]"))
+        values = json.loads(metadata.get("values", "{}"))
+        tensors: dict[str, Tensors] = {group: {} for group in groups}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RequestError(f"{path}: must be a record, but: {error!s:.200}; {ANEW}") from None
+    if not isinstance(values, dict):
+        raise RequestError(f"{path}: must have values by name, got {values!r:.100}; {ANEW}")
     for name, tensor in flat.items():
         group, _, own = name.partition("/")
         tensors.setdefault(group, {})[own] = tensor
-    return Record(tensors, json.loads(metadata.get("values", "{}")))
+    return Record(tensors, values)
 
 
 def not_finite(record: Record) -> str | None:

@@ -16,7 +16,7 @@ from fl.config import FederationConfig
 from fl.method import ClientData, Method
 from fl.method import method as method_of
 from fl.personal import Personal
-from fl.record import Failure, Record, Reply, Request, Tensors, load
+from fl.record import ANEW, Failure, Record, Reply, Request, Tensors, load
 from fl.rounds import Listener, RoundReport, Rounds, Transport
 from fl.setting import Setting
 from fl.store import Store
@@ -345,16 +345,26 @@ class Run:
         if self.folder is None or not (path := self.folder / STATE).is_file():
             return False
         saved = load(path)
+        identity = saved.values.get("identity")
         now = json.loads(json.dumps(self.identity))
         for key, value in now.items():
-            if saved.values["identity"].get(key) != value:
+            before = identity.get(key) if isinstance(identity, dict) else None
+            if before != value:
                 raise RequestError(
                     f"{path}: {key} must be as in the interrupted federation, "
-                    f"{saved.values['identity'].get(key)!r:.200}, got {value!r:.200}; "
+                    f"{before!r:.200}, got {value!r:.200}; "
                     "repeat the same request, or start in a new folder"
                 )
-        self.rounds.load_(saved)
-        self.history, self.best = saved.values["history"], saved.values["best"]
+        try:
+            self.rounds.load_(saved)
+            self.history, self.best = saved.values["history"], saved.values["best"]
+        except RequestError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RequestError(
+                f"{path}: must be a federation's state, but: {type(error).__name__}: "
+                f"{error!s:.200}; {ANEW}"
+            ) from error
         self.best_model = saved.tensors.get("best", {})
         return True
 

@@ -52,7 +52,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise RequestError(
-            f"{path}: must be a whole safetensors file, but: {error}; copy or write it anew"
+            f"{path}: must be a whole safetensors file, but: {error!s:.200}; copy or write it anew"
         ) from None
 
 
@@ -113,27 +113,52 @@ class Checkpoint:
                 f"{self.path}: must be of this run, but data or configuration differ; "
                 "resume with the same arguments, or start in a new folder"
             )
-        state: dict[int, dict[str, Tensor]] = {}
-        own: dict[str, Tensor] = {}
-        more: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            kind, _, path = name.partition(".")
-            if kind == "module":
-                own[path] = tensor
-            elif kind == "rest":
-                more[path] = tensor
-            else:
-                index, _, key = path.partition(".")
-                state.setdefault(int(index), {})[key] = tensor
+        own, more, state = _groups(tensors)
         try:
             module.load_state_dict(own)
             if rest is not None:
                 rest.load_state_dict(more)
-        except RuntimeError as error:
+            _check_optimizer(optimizer, state)
+            epochs = int(metadata["epochs"])
+        except (RuntimeError, KeyError, ValueError) as error:
             raise RequestError(
                 f"{self.path}: must be of this network, but its tensors are of another; "
                 "start in a new folder"
             ) from error
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-        return int(metadata["epochs"])
+        return epochs
+
+
+def _groups(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+    """Return the tensors of the module, of the rest, and of the optimizer by parameter."""
+    own: dict[str, Tensor] = {}
+    more: dict[str, Tensor] = {}
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, path = name.partition(".")
+        if kind == "module":
+            own[path] = tensor
+        elif kind == "rest":
+            more[path] = tensor
+        else:
+            index, _, key = path.partition(".")
+            state.setdefault(int(index) if index.isdecimal() else -1, {})[key] = tensor
+    return own, more, state
+
+
+def _check_optimizer(
+    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]]
+) -> None:
+    """Raise ValueError unless the state is of these parameters; torch would find out in a step."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, found in state.items():
+        if not 0 <= index < len(parameters) or set(found) != set(next(iter(state.values()))):
+            raise ValueError(f"optimizer: no parameter {index} with {sorted(found)}")
+        for key, tensor in found.items():
+            if tensor.shape not in (parameters[index].shape, torch.Size()):
+                raise ValueError(f"optimizer: {key} of parameter {index} has another shape")
+            if key == "step" and not 0 <= float(tensor) < 2**53:
+                raise ValueError(f"optimizer: step must count steps, got {float(tensor)}")

@@ -104,33 +104,43 @@ def read_slice(path: Path, window: Window) -> np.ndarray:
         else:
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("L"))
-    except (OSError, ValueError, SyntaxError, AttributeError, EOFError) as error:
-        raise RequestError(
-            f"{path}: must be a CT slice (DICOM, PNG or npy), got {type(error).__name__}: {error}; "
-            "replace or remove the file"
-        ) from error
+    except RequestError:  # pydicom is not installed
+        raise
+    except Exception as error:  # three decoders, each with errors of many kinds
+        raise _no_slice(path, error) from error
     if pixels.ndim != 2:
         raise RequestError(f"{path}: must be one slice (H, W), got shape {pixels.shape}")
     return pixels
 
 
+def _no_slice(path: Path, error: Exception) -> RequestError:
+    return RequestError(
+        f"{path}: must be a CT slice (DICOM, PNG or npy), got {type(error).__name__}: "
+        f"{error!s:.200}; replace or remove the file"
+    )
+
+
 def _hounsfield(path: Path) -> np.ndarray:
-    pydicom = _dicom()
-    try:
-        data = pydicom.dcmread(path)
-    except pydicom.errors.InvalidDicomError as error:
-        raise ValueError(str(error)) from error
+    data = _dicom().dcmread(path)
     slope, intercept = float(data.RescaleSlope), float(data.RescaleIntercept)
     found: np.ndarray = data.pixel_array.astype(np.float32) * slope + intercept
     return found
 
 
 def patient(path: Path) -> str:
-    """Return the patient of a DICOM file; empty for files that do not say."""
+    """Return the patient of a DICOM file; empty for files that do not say.
+
+    Raises:
+        RequestError: it cannot be read.
+    """
     if path.suffix != ".dcm":
         return ""
-    header = _dicom().dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
-    return str(header.get("PatientID", ""))
+    pydicom = _dicom()
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
+        return str(header.get("PatientID", ""))
+    except Exception as error:  # as in read_slice
+        raise _no_slice(path, error) from error
 
 
 def _dicom() -> Any:
@@ -138,7 +148,7 @@ def _dicom() -> Any:
         import pydicom  # here: nothing else of this package needs it
     except ImportError:
         raise RequestError(
-            "DICOM: pydicom must be installed to read it; pip install pydicom, or convert the "
+            "DICOM: pydicom must be installed to read it; pip install 'sdq[dicom]', or convert the "
             "slices to PNG"
         ) from None
     return pydicom

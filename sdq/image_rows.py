@@ -59,7 +59,8 @@ def class_folder_rows(path: Path) -> tuple[list[Row], tuple[str, ...]]:
 def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
     """Sort class names: as numbers where all are, so that 10 follows 9."""
     names = set(names)
-    return tuple(sorted(names, key=int if all(n.isdecimal() for n in names) else None))
+    numbers = all(n.isdecimal() and len(n) < 1000 for n in names)  # int refuses longer ones
+    return tuple(sorted(names, key=int if numbers else None))
 
 
 def build(

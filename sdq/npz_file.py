@@ -4,7 +4,6 @@ Decoded with ``allow_pickle=False``: a file can hold no code.
 """
 
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -42,10 +41,12 @@ def read_npz(path: Path, options: DataOptions) -> Splits:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return _npz_splits(path, arrays, options)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+    except RequestError:
+        raise
+    except Exception as error:  # zipfile and numpy have many for archives that are damaged
         raise RequestError(
-            f"{path}: must be a complete .npz (zip) archive, got {type(error).__name__}: "
-            f"{error}; copy it again"
+            f"{path}: must be a complete .npz (zip) archive of arrays that fit in memory, got "
+            f"{type(error).__name__}: {error!s:.200}; copy it again"
         ) from error
 
 

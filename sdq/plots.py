@@ -106,8 +106,19 @@ def quantized_weights(
         run: of ``sdq quantize``; of ``sdq search``, which does not fine-tune, the second is empty.
         policy: of the run.
     """
-    config = QuantConfig(**run.read_json("run.json")["quant"])
+    quant = run.read_json("run.json").get("quant")
+    if quant is None:
+        raise RequestError(
+            f"{run.path}: must be a run of `sdq quantize` or `sdq search`, got another; "
+            "give the --out of one"
+        )
+    config = QuantConfig(**quant)
     layers = read_layers(run.path / "layers.json")
+    if [x.name for x in layers] != [x.name for x in policy]:
+        raise RequestError(
+            f"{run.path}: layers.json must be of policy.json's layers, got others; "
+            "copy the run anew"
+        )
     start = "folded.safetensors" if config.batch_norm == "fold" else "float.safetensors"
     before = weight_levels.before(run.read_tensors(start), policy, config, layers)
     after: dict[str, weight_levels.Quantized] = {}

@@ -32,11 +32,13 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 import torch
+from pydantic import ValidationError
 
 from sdq.checkpoint import Checkpoint, load_tensors, save_tensors, write_bytes_atomically
 from sdq.data import ImageSet, Splits
 from sdq.errors import RequestError, RunError
 from sdq.layers import Between, LayerSpec
+from sdq.run_document import check_document, checked_layers, first_of
 
 SCHEMA = "sdq.run/1"
 
@@ -91,6 +93,7 @@ class RunFolder:
                 f"{path / 'run.json'}: schema must be {SCHEMA!r}, got {document.get('schema')!r}; "
                 "it was written by another version of sdq"
             )
+        check_document(path / "run.json", document)
         return run
 
     def __enter__(self) -> Self:
@@ -175,16 +178,31 @@ class RunFolder:
         """Write ``layers.json``."""
         self.write_json("layers.json", {"layers": [asdict(layer) for layer in layers]})
 
+    def read_log(self) -> list[dict[str, Any]]:
+        """Return the records of ``log.jsonl``, none if there is no such file.
+
+        Raises:
+            RequestError: a line is no JSON object.
+        """
+        path = self.path / "log.jsonl"
+        try:
+            records = [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()]
+        except FileNotFoundError:
+            return []
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{path}: must have JSON in every line, {error!s:.200}") from None
+        if not all(isinstance(record, dict) for record in records):
+            raise RequestError(f"{path}: must have a JSON object in every line; remove the file")
+        return records
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Add one epoch's record to ``log.jsonl``, in place of an earlier one of that epoch.
 
         The file is written anew: appending could leave half a line, and an epoch whose checkpoint
         was not saved any more is run again.
         """
-        path = self.path / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         of = (record.get("phase"), record.get("epoch"))
-        kept = [x for x in map(json.loads, lines) if (x.get("phase"), x.get("epoch")) != of]
+        kept = [x for x in self.read_log() if (x.get("phase"), x.get("epoch")) != of]
         texts = [json.dumps(x, allow_nan=False) for x in (*kept, dict(record))]
         self.write_text("log.jsonl", "\n".join(texts) + "\n")
 
@@ -246,18 +264,19 @@ def read_layers(path: Path) -> tuple[LayerSpec, ...]:
     """Read ``layers.json``; RequestError if it is absent or damaged."""
     document = RunFolder(path.parent).read_json(path.name)
     try:
-        return tuple(_spec(layer) for layer in document["layers"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RequestError(f"{path}: must list layer specifications, but: {error}") from None
+        for layer in document["layers"]:
+            _spec(layer)  # raises for a field that is unknown
+        return checked_layers(json.dumps(document["layers"]))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        reason = first_of(error) if isinstance(error, ValidationError) else error
+        raise RequestError(
+            f"{path}: must list layer specifications, but: {reason!s:.200}"
+        ) from None
 
 
 def _spec(layer: dict[str, Any]) -> LayerSpec:
-    before = tuple(Between(**_with_tuples(operation)) for operation in layer.get("before", ()))
-    return LayerSpec(**{**_with_tuples(layer), "before": before})
-
-
-def _with_tuples(document: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
+    before = tuple(Between(**operation) for operation in layer.get("before", ()))
+    return LayerSpec(**{**layer, "before": before})
 
 
 def versions() -> dict[str, str]:

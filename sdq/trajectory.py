@@ -1,5 +1,6 @@
 """The course of a search by gradient, as series to plot, read from the records of a run's log."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,13 +63,23 @@ def trajectory(records: Sequence[Mapping[str, Any]], policy: BitwidthPolicy) -> 
         None if no search by gradient is in the log.
 
     Raises:
-        RunError: the records name fewer units than they have bits for.
+        RunError: the records name fewer units than they have bits for, or are not of a search.
     """
+    try:
+        return _course(records, policy)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"log: records of the search must be as they were written, but: "
+            f"{type(error).__name__}: {error!s:.200}; remove log.jsonl to do without them"
+        ) from error
+
+
+def _course(records: Sequence[Mapping[str, Any]], policy: BitwidthPolicy) -> Trajectory | None:
     records = [r for r in records if r.get("phase") == "search" and r.get("trajectory")]
     if not records:
         return None
     names = list(records[0]["bits_and_beta"])
-    points = [point for record in records for point in record["trajectory"]]
+    points = [_numbers(point) for record in records for point in record["trajectory"]]
     if any(len(point) != len(names) + 1 for point in points):
         raise RunError(
             f"log: names of units must differ, got {len(names)} for {len(points[0]) - 1} units"
@@ -88,10 +99,18 @@ def trajectory(records: Sequence[Mapping[str, Any]], policy: BitwidthPolicy) -> 
 def _prices(record: Mapping[str, Any]) -> list[list[float]]:
     """Return ``[progress, use of each budget, lambda_Q of each]`` at some points of an epoch."""
     if record.get("price_trajectory"):
-        return list(record["price_trajectory"])
+        return [_numbers(point) for point in record["price_trajectory"]]
     # logs of runs made before there was one: what the epoch ended with
     end = record["trajectory"][-1][0]
-    return [[end, *record["budget_use"].values(), *record["lambda_q"].values()]]
+    return [_numbers([end, *record["budget_use"].values(), *record["lambda_q"].values()])]
+
+
+def _numbers(point: Sequence[Any]) -> list[float]:
+    """Return a point of a series; TypeError or ValueError if it is none."""
+    found = [float(value) for value in point]
+    if not all(map(math.isfinite, found)):
+        raise ValueError("a value is not finite")
+    return found
 
 
 def _by_layer(columns: Mapping[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:

@@ -106,7 +106,7 @@ def read_policy(what: Path) -> tuple[BitwidthPolicy, tuple[LayerSpec, ...]]:
     policy = BitwidthPolicy.load(path)
     beside = path.parent / "layers.json"
     layers = read_layers(beside) if beside.is_file() else ()
-    if [spec.name for spec in layers] != [bits.name for bits in policy]:
+    if [(x.name, x.num_weights) for x in layers] != [(x.name, x.num_weights) for x in policy]:
         raise RequestError(
             f"{path}: must have a layers.json of the same layers beside it; "
             "keep a policy with its run"

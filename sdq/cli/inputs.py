@@ -1,12 +1,14 @@
 """From options to data, network and device: the same way in every verb."""
 
 import inspect
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from sdq import plugins
@@ -21,6 +23,7 @@ from sdq.data import DataOptions, ImageSet, Splits, open_data
 from sdq.errors import RequestError
 from sdq.policy import BitwidthPolicy
 from sdq.quant_model import QuantModel, quantize
+from sdq.run_document import first_of
 from sdq.run_folder import RunFolder, fingerprint
 from sdq.split_file import apply_split_file
 
@@ -45,23 +48,43 @@ class DataRequest:
     client: dict[str, Any] | None = None
     """Whose images of them alone, as :func:`sdq.cli.clients.of_client` has it."""
 
-    def like(self, before: dict[str, Any]) -> "DataRequest":
+    @classmethod
+    def recorded(cls, run: RunFolder) -> "DataRequest":
+        """Return what was said about a run's data; RequestError if ``run.json`` does not say."""
+        found = run.read_json("run.json").get("request", {}).get("data")
+        if isinstance(found, dict) and found.get("reference", "") is None:
+            found = {**found, "reference": ""}  # the server of a federation sees no images
+        try:
+            if set(found or {}) <= {field.name for field in fields(cls)}:
+                return _REQUEST.validate_json(json.dumps(found), strict=True)
+            reason = "unknown fields"
+        except ValidationError as error:
+            reason = first_of(error)
+        raise RequestError(
+            f"{run.path / 'run.json'}: request.data must be what was asked, got {reason}; "
+            "copy the run anew"
+        )
+
+    def like(self, before: "DataRequest") -> "DataRequest":
         """Return a request for the data of an earlier run, divided as it was there.
 
         A network must not be measured on images that it was trained on because another seed
         divides them differently.
         """
-        if before["reference"] != self.reference:
+        if before.reference != self.reference:
             return self
-        divided_by = before["division_seed"]
+        divided_by = before.division_seed
         return replace(
             self,
-            split=before["split"],
-            image_size=self.image_size or before["image_size"],
-            split_file=before.get("split_file"),
-            client=before.get("client"),
-            division_seed=before["seed"] if divided_by is None else divided_by,
+            split=before.split,
+            image_size=self.image_size or before.image_size,
+            split_file=before.split_file,
+            client=before.client,
+            division_seed=before.seed if divided_by is None else divided_by,
         )
+
+
+_REQUEST = TypeAdapter(DataRequest)
 
 
 @dataclass(frozen=True)
@@ -267,7 +290,13 @@ def check_ended(run: RunFolder) -> None:
         raise RequestError(
             f"{run.path}: the run must have ended, but was interrupted; continue it with --resume"
         )
-    _check_one_model(run, run.read_json("run.json"))
+    document = run.read_json("run.json")
+    _check_one_model(run, document)
+    if missing := [part for part in ("data", "model") if document.get(part) is None]:
+        raise RequestError(
+            f"{run.path / 'run.json'}: must name data and model of a run that has ended, got no "
+            f"{missing[0]}; copy the run anew"
+        )
 
 
 def load_float(run: RunFolder) -> nn.Module:

@@ -291,7 +291,9 @@ class ConfigFile:
             )
         for part, fields in document.items():
             if not isinstance(fields, dict):
-                raise RequestError(f"--config: {path}: {part} must be an object, got {fields!r}")
+                raise RequestError(
+                    f"--config: {path}: {part} must be an object, got {fields!r:.100}"
+                )
             for name in fields:
                 option = set_by_options(part).get(name)
                 if option is not None and options.given(option):

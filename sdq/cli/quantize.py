@@ -79,7 +79,7 @@ def open_from(run_folder: Path, request: inp.DataRequest) -> Source:
     run = RunFolder.open(run_folder)
     inp.check_ended(run)
     document = run.read_json("run.json")
-    request = request.like(document["request"]["data"])
+    request = request.like(inp.DataRequest.recorded(run))
     inputs = inp.open_inputs(request, document["data"])
     return Source(inp.load_float(run), document["model"], inputs)
 

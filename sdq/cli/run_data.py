@@ -1,5 +1,7 @@
 """The data of an earlier run, as they were there."""
 
+from dataclasses import replace
+
 from sdq.batches import Normalization
 from sdq.cli import inputs as inp
 from sdq.errors import RequestError
@@ -20,27 +22,27 @@ def run_inputs(
     inp.check_ended(folder)
     document = folder.read_json("run.json")
     recorded = document["data"]
-    before = document["request"]["data"]
+    before = inp.DataRequest.recorded(folder)
     # what one hospital lacks another may have
     every_class = "methods" not in document
-    if data is None and before["reference"] is None:
+    if data is None and not before.reference:
         raise RequestError(
             f"{folder.path}: data must be named, since the server of this federation had none; "
             "pass --data"
         )
     if data is None:
-        request = inp.DataRequest(**{**before, "root": root or before["root"]})
+        request = replace(before, root=root or before.root)
         inputs = inp.open_inputs(request, every_class=every_class)
         if inputs.describe()["fingerprint"] != recorded["fingerprint"]:
             raise RequestError(
-                f"{before['reference']}: must be the data the run was made with, but it changed "
+                f"{before.reference}: must be the data the run was made with, but it changed "
                 "since; name it with --data if that is meant"
             )
         recorded_norm = Normalization(tuple(recorded["mean"]), tuple(recorded["std"]))
         return inp.Inputs(inputs.splits, recorded_norm, inputs.train, request)
-    size = image_size or before["image_size"]
+    size = image_size or before.image_size
     request = inp.DataRequest(
-        data, root or before["root"], size, mean, std, split or before["split"], batch_size,
-        before["seed"],
+        data, root or before.root, size, mean, std, split or before.split, batch_size,
+        before.seed,
     )  # fmt: skip
     return inp.open_inputs(request, recorded, every_class=every_class)

@@ -64,6 +64,8 @@ def _centres(folder: Path) -> dict[str, str]:
 
 
 def _named(path: Path, number: str) -> str:
-    if not (number.isdecimal() and int(number) < len(CENTRES)):
-        raise RequestError(f"{path}: center must be from 0 to {len(CENTRES) - 1}, got {number!r}")
+    if number not in map(str, range(len(CENTRES))):
+        raise RequestError(
+            f"{path}: center must be from 0 to {len(CENTRES) - 1}, got {number!r:.100}"
+        )
     return CENTRES[int(number)]

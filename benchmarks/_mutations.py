@@ -1,0 +1,406 @@
+"""Ways to damage a file: any bytes, and documents, tables, arrays, tensors, images, ONNX graphs.
+
+A mutation takes a random generator and the bytes of a sound file, and returns other bytes. Those
+that know a format keep it readable and make what it says absurd, so that a reader gets past its
+first check.
+"""
+
+import ast
+import io
+import json
+import random
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Mutation = Callable[[random.Random, bytes], bytes]
+
+EXTREMES = (
+    None, True, False, 0, -1, 1, 2, 0.5, -0.5, 2**31, 2**63, -(2**63), 10**30, 1e308,
+    float("nan"), float("inf"), float("-inf"), "", " ", "0", "1e400", "é\u0301ß漢", "\u0000",
+    "\ud800", "../../etc", "a" * 5000, "=1+1", [], {}, [[]], [None], [1, "a"], {"": None},
+    [0] * 1000,
+)  # fmt: skip
+"""Values that stand where a reader expects others."""
+
+
+def deep(levels: int = 400) -> Any:
+    """Return a list nested as deep as it can be written."""
+    found: Any = []
+    for _ in range(levels):
+        found = [found]
+    return found
+
+
+# ------------------------------------------------------------------------------------- any bytes
+
+
+def flip(rng: random.Random, data: bytes) -> bytes:
+    """Flip some bits."""
+    found = bytearray(data)
+    for _ in range(rng.choice((1, 2, 8, 64))):
+        if found:
+            found[rng.randrange(len(found))] ^= 1 << rng.randrange(8)
+    return bytes(found)
+
+
+def cut(rng: random.Random, data: bytes) -> bytes:
+    """Keep the beginning, the end, or nothing."""
+    at = rng.randrange(len(data) + 1)
+    return rng.choice((data[:at], data[at:], b""))
+
+
+def move_chunk(rng: random.Random, data: bytes) -> bytes:
+    """Delete a chunk, double it, or put it elsewhere."""
+    a, b = sorted((rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)))
+    chunk, to = data[a:b], rng.randrange(len(data) + 1)
+    without = data[:a] + data[b:]
+    return rng.choice((without, data[:b] + data[a:], without[:to] + chunk + without[to:]))
+
+
+def overwrite_number(rng: random.Random, data: bytes) -> bytes:
+    """Write a huge, negative or zero number somewhere, as formats store sizes."""
+    form = rng.choice(("<I", ">I", "<Q", ">Q", "<H", "B"))
+    most = 2 ** (8 * struct.calcsize(form)) - 1
+    number = struct.pack(form, rng.choice((0, 1, most, most // 2, most // 2 + 1, most // 1000)))
+    at = rng.randrange(len(data) + 1)
+    return data[:at] + number + data[at + len(number) :]
+
+
+def insert(rng: random.Random, data: bytes) -> bytes:
+    """Put bytes in: of noise, of no UTF-8, of another format's beginning."""
+    noise = rng.randbytes(rng.choice((1, 4, 300)))
+    starts = (
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"PK\x03\x04",
+        b"\x89PNG\r\n\x1a\n",
+        b"\x80\x04.",
+        b"\0" * 99,
+    )
+    at = rng.choice((0, rng.randrange(len(data) + 1), len(data)))
+    return data[:at] + rng.choice((noise, *starts)) + data[at:]
+
+
+BYTES: tuple[Mutation, ...] = (flip, flip, cut, move_chunk, overwrite_number, insert)
+
+
+# ------------------------------------------------------------------------------------- documents
+
+
+def change_value_(rng: random.Random, document: Any) -> Any:
+    """Change one value in nested objects and lists, its key, or how often it stands."""
+    places: list[tuple[Any, Any]] = []
+    waiting = [document]
+    while waiting:
+        at = waiting.pop()
+        keys = list(at) if isinstance(at, dict) else range(len(at))
+        for key in keys:
+            places.append((at, key))
+            if isinstance(at[key], dict | list):
+                waiting.append(at[key])
+    if not places or rng.random() < 0.02:
+        return rng.choice((*EXTREMES, deep()))
+    at, key = rng.choice(places)
+    way = rng.randrange(8)
+    if way == 0:
+        del at[key]
+    elif way == 1 and isinstance(at, list):
+        at.insert(key, at[key])
+    elif way == 1:
+        at[rng.choice(("", "x", "é", key + " ", key.upper()))] = at.pop(key)
+    elif way == 2 and isinstance(at[key], int | float):
+        at[key] = rng.choice((-at[key], at[key] * 2, at[key] + 1, float(at[key]), str(at[key])))
+    elif way == 3:
+        at[key] = [at[key]]
+    elif way == 4:
+        other, its = rng.choice(places)
+        at[key] = json.loads(json.dumps(other[its])) if its in keys_of(other) else None
+    elif way == 5 and rng.random() < 0.2:
+        at[key] = deep()
+    else:
+        at[key] = rng.choice(EXTREMES)
+    return document
+
+
+def keys_of(container: Any) -> Any:
+    """Return what a container can be asked for."""
+    return container if isinstance(container, dict) else range(len(container))
+
+
+def change_json(rng: random.Random, data: bytes) -> bytes:
+    """Change a value in a JSON file."""
+    document = json.loads(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        if isinstance(document, dict | list):
+            document = change_value_(rng, document)
+    return json.dumps(document).encode()
+
+
+def change_json_lines(rng: random.Random, data: bytes) -> bytes:
+    """Change a line of a file with a JSON value in each."""
+    lines = data.splitlines()
+    at = rng.randrange(len(lines))
+    lines[at] = change_json(rng, lines[at])
+    return b"\n".join(lines) + b"\n"
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def change_csv(rng: random.Random, data: bytes) -> bytes:
+    """Change cells, rows or columns of a CSV."""
+    rows = [line.split(",") for line in data.decode().splitlines()]
+    row, column = rng.randrange(len(rows)), rng.randrange(len(rows[0]))
+    way = rng.randrange(9)
+    if way == 0:
+        rows.insert(row, list(rows[row]))
+    elif way == 1:
+        del rows[row]
+    elif way == 2:
+        rows = [r[:column] + r[column + 1 :] for r in rows]
+    elif way == 3:
+        rows[0][column] = rng.choice(("", "x", "FILE", rows[0][0], "é", "split", "\ufeffimage"))
+    elif way == 4:
+        rows[row] = rows[row][: rng.randrange(len(rows[row]) + 1)]
+    elif way == 5:
+        rows[row] += ["more", "cells"]
+    else:
+        cells = (
+            "", " ", '"', '"a""', "\0", "a" * 200_000, "-1", "1e9", "nan", "../../../etc/passwd",
+            "/etc/passwd", "é漢", "1", "train", "tset", "0" * 5000, "²", "\r", "file", ".",
+        )  # fmt: skip
+        rows[row][column] = rng.choice(cells)
+    return "\n".join(",".join(r) for r in rows).encode("utf-8", "surrogatepass") + b"\n"
+
+
+# ---------------------------------------------------------------------------------------- arrays
+
+
+SHAPES = (
+    "(-1, 28)", "(10000000000000,)", "()", "(0,)", "(3, -2, 5, 3)", "(1,) * 9", "'a'", "(2.5,)",
+    "(4611686018427387904, 4)", "(True,)", "(" * 300, "(1, 2, 3, 4, 5, 6)", "(100000, 100000)",
+)  # fmt: skip
+KINDS = ("|u1", "<f8", "|O", "<U4", "|b1", ">i8", "<c16", "<M8[s]", "x", "|V3", "|S0")
+
+
+def _npy(rng: random.Random, data: bytes) -> bytes:
+    """Write the header of an npy file anew, with another type, order or shape."""
+    end = data.index(b"\n") + 1
+    fields = {key: repr(value) for key, value in ast.literal_eval(data[10:end].decode()).items()}
+    name, value = rng.choice((
+        ("descr", repr(rng.choice(KINDS))), ("shape", rng.choice(SHAPES)),
+        ("fortran_order", rng.choice(("False", "True", "2"))),
+    ))  # fmt: skip
+    text = "{" + ", ".join(f"'{k}': {v}" for k, v in (fields | {name: value}).items()) + "}"
+    header = text.encode().ljust(117) + b"\n"
+    return data[:8] + struct.pack("<H", len(header)) + header + data[end:]
+
+
+def change_npy(rng: random.Random, data: bytes) -> bytes:
+    """Change the header or the bytes of an npy file."""
+    return _npy(rng, data) if rng.random() < 0.7 else rng.choice(BYTES)(rng, data)
+
+
+def _other_array(rng: random.Random, array: np.ndarray) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        found: np.ndarray = rng.choice((
+            lambda: array.astype(np.float32) / 0, lambda: array.astype(np.int64) - 3,
+            lambda: array.astype(np.uint64) + 2**63, lambda: array[:0], lambda: array[:1],
+            lambda: array.reshape(-1), lambda: array[None], lambda: array[..., None],
+            lambda: np.zeros(()), lambda: array.astype("U3"), lambda: np.array(["a", "b\0", "é"]),
+            lambda: np.array([{}], dtype=object), lambda: array.astype(bool),
+            lambda: array.astype(">i4"), lambda: np.full_like(array, 255), lambda: array[:, :0],
+            lambda: np.zeros((2, 0, 0, 3), np.uint8), lambda: np.zeros(3, "M8[s]"),
+            lambda: np.zeros(array.shape, [("a", "u1")]), lambda: array.T,
+        ))()  # fmt: skip
+    return found
+
+
+def change_npz(rng: random.Random, data: bytes) -> bytes:
+    """Change an array of an npz, its header, its name, or the archive's word on its size."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    name = rng.choice(list(members))
+    way = rng.randrange(7)
+    if way == 0:
+        members[rng.choice(("x.npy", "é.npy", "../../x.npy", "images.npy", "a" * 300, ""))] = (
+            members.pop(name)
+        )
+    elif way == 1:
+        members[name] = change_npy(rng, members[name])
+    elif way == 2:
+        del members[name]
+    elif way == 3:  # zeros that compress a thousandfold
+        size = rng.choice((10**5, 10**6, 10**7, 10**8))
+        members[name] = members[name][:128] + b"\0" * size
+    elif way == 4:
+        members[name] = rng.choice(BYTES)(rng, members[name])
+    else:
+        array = np.load(io.BytesIO(members[name]), allow_pickle=False)
+        stream = io.BytesIO()
+        np.save(stream, _other_array(rng, array))
+        members[name] = stream.getvalue()
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for key, value in members.items():
+            archive.writestr(key, value)
+    return out.getvalue()
+
+
+def change_safetensors(rng: random.Random, data: bytes) -> bytes:
+    """Change the header of a safetensors file, or what it says of its own size."""
+    size = struct.unpack("<Q", data[:8])[0]
+    header = change_json(rng, data[8 : 8 + size])
+    said = len(header) if rng.random() < 0.9 else rng.choice((0, 2**63, len(data) + 1, len(data)))
+    return struct.pack("<Q", said) + header + data[8 + size :]
+
+
+# ---------------------------------------------------------------------------------------- images
+
+
+def change_png(rng: random.Random, data: bytes) -> bytes:
+    """Change the header chunk of a PNG, with its checksum made right."""
+    width, height = (rng.choice((0, 1, 65535, 2**31 - 1, 2**32 - 1, 30000)) for _ in range(2))
+    depth, colour = rng.choice((0, 1, 8, 16, 255)), rng.choice((0, 2, 3, 4, 6, 9))
+    chunk = b"IHDR" + struct.pack(
+        ">IIBBBBB", width, height, depth, colour, 0, 0, rng.choice((0, 1))
+    )
+    return data[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+
+
+def other_mode(rng: random.Random, data: bytes) -> bytes:
+    """Write an image of another mode or size."""
+    from PIL import Image
+
+    mode = rng.choice(("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK", "F"))
+    size = rng.choice(((1, 1), (8, 8), (3, 200), (1, 5000)))
+    stream = io.BytesIO()
+    kind = {"CMYK": "JPEG", "F": "TIFF"}.get(mode, "PNG")
+    Image.new(mode, size).save(stream, kind)
+    return stream.getvalue()
+
+
+ELEMENTS = (
+    "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "SamplesPerPixel",
+    "PixelRepresentation", "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "PixelData",
+    "PhotometricInterpretation", "PatientID",
+)  # fmt: skip
+
+
+def change_dicom(rng: random.Random, data: bytes) -> bytes:
+    """Change an element of a DICOM file."""
+    import pydicom
+
+    found = pydicom.dcmread(io.BytesIO(data))
+    name = rng.choice(ELEMENTS)
+    if rng.random() < 0.3:
+        if name in found:
+            delattr(found, name)
+    elif name in ("RescaleSlope", "RescaleIntercept"):
+        setattr(found, name, rng.choice(("1e300", "0", "-1e300", "", "1")))
+    elif name == "PixelData":
+        found.PixelData = rng.choice((b"", b"\0\0", found.PixelData[:10], found.PixelData * 2))
+    elif name in ("PhotometricInterpretation", "PatientID"):
+        setattr(found, name, rng.choice(("", "RGB", "PALETTE COLOR", "X" * 16)))
+    else:
+        setattr(found, name, rng.choice((0, 1, 3, 12, 16, 32, 65535)))
+    stream = io.BytesIO()
+    found.save_as(stream)
+    return stream.getvalue()
+
+
+# ------------------------------------------------------------------------------------------ ONNX
+
+
+def change_onnx(rng: random.Random, data: bytes) -> bytes:
+    """Change a node, a tensor, the metadata or the shape of an ONNX graph."""
+    import onnx
+
+    model = onnx.load_from_string(data)
+    graph = model.graph
+    rng.choice((
+        lambda: _change_node_(rng, graph), lambda: _change_node_(rng, graph),
+        lambda: _change_tensor_(rng, rng.choice(graph.initializer)),
+        lambda: _change_tensor_(rng, rng.choice(graph.initializer)),
+        lambda: _change_metadata_(rng, model),
+        lambda: _change_input_(rng, graph),
+        lambda: model.opset_import[0].__setattr__("version", rng.choice((0, 1, 7, 99, 2**40))),
+    ))()  # fmt: skip
+    found: bytes = model.SerializeToString()
+    return found
+
+
+def _change_node_(rng: random.Random, graph: Any) -> None:
+    node = rng.choice(graph.node)
+    way = rng.randrange(9)
+    if way == 0:
+        graph.node.remove(node)
+    elif way == 1:
+        node.op_type = rng.choice(
+            ("", "Relu", "Loop", "Reshape", "NoSuch", "Quant", "Conv", "Clip")
+        )
+    elif way == 2 and node.input:
+        names = [x for n in graph.node for x in (*n.input, *n.output)]
+        node.input[rng.randrange(len(node.input))] = rng.choice((*names, "", "nothing"))
+    elif way == 3 and node.input:
+        del node.input[rng.randrange(len(node.input)) :]
+    elif way == 4 and node.attribute:
+        attribute = rng.choice(node.attribute)
+        attribute.i = rng.choice((-1, 0, 2**31, 2**62))
+        attribute.ints[:] = [rng.choice((-1, 0, 7, 2**40)) for _ in range(rng.randrange(5))]
+    elif way == 5 and node.attribute:
+        node.attribute.remove(rng.choice(node.attribute))
+    elif way == 6:
+        node.name = rng.choice(("", "é", *(n.name for n in graph.node)))
+    elif way == 7 and node.output:
+        names = [x for n in graph.node for x in (*n.input, *n.output)]
+        node.output[0] = rng.choice((*names, ""))
+    else:
+        graph.node.append(node)
+
+
+def _change_tensor_(rng: random.Random, tensor: Any) -> None:
+    way = rng.randrange(7)
+    if way == 0:
+        tensor.dims[:] = rng.choice(([], [-1], [0], [2**40, 2**20], [1, 1, 1, 1, 1], [3], [2**33]))
+    elif way == 1:
+        tensor.data_type = rng.choice((0, 1, 2, 3, 7, 8, 10, 16, 17, 99))
+    elif way == 2:
+        tensor.raw_data = cut(rng, tensor.raw_data)
+    elif way == 3:
+        tensor.raw_data = bytes(len(tensor.raw_data))
+    elif way == 4:
+        tensor.raw_data = b"\xff" * len(tensor.raw_data)
+    elif way == 5:
+        tensor.name = rng.choice(("", "é", "x"))
+    else:
+        tensor.data_location = 1
+        tensor.external_data.add(key="location", value=rng.choice(("../x", "/etc/passwd", "x", "")))
+
+
+def _change_metadata_(rng: random.Random, model: Any) -> None:
+    entry = rng.choice(model.metadata_props)
+    if entry.key == "policy" or rng.random() < 0.3:
+        entry = next(x for x in model.metadata_props if x.key == "policy")
+        entry.value = change_json(rng, entry.value.encode()).decode()
+    else:
+        entry.value = rng.choice(("", "{}", "null", "sdq.export/9", "é" * 100, '{"mean": "a"}'))
+
+
+def _change_input_(rng: random.Random, graph: Any) -> None:
+    entry = rng.choice((graph.input[0], graph.output[0]))
+    way = rng.randrange(4)
+    if way == 0:
+        entry.name = rng.choice(("", "x"))
+    elif way == 1:
+        entry.type.tensor_type.elem_type = rng.choice((0, 1, 2, 7, 8, 99))
+    elif way == 2:
+        for dim in entry.type.tensor_type.shape.dim:
+            dim.dim_value = rng.choice((-1, 0, 1, 7, 2**40))
+    else:
+        del graph.input[:], graph.output[:]
