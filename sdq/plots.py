@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sdq import weight_levels
 from sdq.checkpoint import write_bytes_atomically
 from sdq.config import QuantConfig
+from sdq.errors import RequestError
 from sdq.policy import BitwidthPolicy
 from sdq.run_folder import RunFolder, read_layers
 from sdq.trajectory import trajectory

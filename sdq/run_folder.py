@@ -178,23 +178,6 @@ class RunFolder:
         """Write ``layers.json``."""
         self.write_json("layers.json", {"layers": [asdict(layer) for layer in layers]})
 
-    def read_log(self) -> list[dict[str, Any]]:
-        """Return the records of ``log.jsonl``, none if there is no such file.
-
-        Raises:
-            RequestError: a line is no JSON object.
-        """
-        path = self.path / "log.jsonl"
-        try:
-            records = [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()]
-        except FileNotFoundError:
-            return []
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"{path}: must have JSON in every line, {error!s:.200}") from None
-        if not all(isinstance(record, dict) for record in records):
-            raise RequestError(f"{path}: must have a JSON object in every line; remove the file")
-        return records
-
     def log(self, record: Mapping[str, Any]) -> None:
         """Add one epoch's record to ``log.jsonl``, in place of an earlier one of that epoch.
 

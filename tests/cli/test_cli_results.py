@@ -72,7 +72,7 @@ def test_every_verb_explains_itself(sdq, verb):
     done = sdq(f"{verb} --help")
     assert done.code == 0
     assert f"sdq {verb}" in done.out
-    assert "Example: " in done.out
+    assert "Example" in done.out
 
 
 def test_train(derm):
@@ -122,7 +122,7 @@ def test_quantize(derm):
 def test_nothing_in_a_run_is_a_pickle(derm):
     for path in derm.rglob("*"):
         if path.is_file() and path.name != ".lock":
-            assert path.suffix in (".json", ".jsonl", ".safetensors", ".png"), path
+            assert path.suffix in (".json", ".jsonl", ".safetensors", ".png", ".html"), path
 
 
 @pytest.mark.parametrize(
