@@ -9,6 +9,7 @@ federation to be: method, configuration, network with its first weights, version
 node that disagrees is left out, and named with what differs.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -58,7 +59,8 @@ class Federation:
         test: images the server measures generalization on; empty: it has none.
         val: likewise, for the selection of a round.
         folder: where the state is written after each round, and taken up from; or None.
-        round_seconds: how long the clients of a round may take; None: as long as they like.
+        round_seconds: how long the clients of a round may take; None: as long as Flower keeps a
+            message, 12 hours.
         run: a run folder (:func:`fl.results.open_run`) for log, state and result, instead of
             ``folder``.
     """
@@ -105,19 +107,8 @@ def server_app(
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
         federation = open_federation(context.run_config)
-        _check_apart(federation.setting)
-        transport = GridTransport(
-            grid, federation.setting, federation.num_clients, federation.round_seconds
-        )
-        run, folder, watch = federation.run, federation.folder, None
-        if run is not None:
-            folder, watch = run.path / "checkpoints", partial(log_round, run)
-        done = run_over(
-            federation.setting, transport, federation.num_clients, test=federation.test,
-            val=federation.val, folder=folder, watch=watch,
-        )  # fmt: skip
-        if run is not None:
-            close_run(run, done, [f"client {k}" for k in range(federation.num_clients)])
+        with federation.run or contextlib.nullcontext():  # which holds the folder's lock
+            done = _run(grid, federation)
         finish(done, context.run_config)
 
     return app
@@ -161,6 +152,22 @@ def client_app(open_hospital: Callable[[int, Values, Values], Hospital]) -> Clie
         register = app.train if category == "train" else app.query
         register(action or "default")(lambda m, c, kind=kind: respond(kind, m, c))
     return app
+
+
+def _run(grid: Grid, federation: Federation) -> Federated:
+    """Run a federation over a grid, and write what came of it."""
+    setting, number, run = federation.setting, federation.num_clients, federation.run
+    _check_apart(setting)
+    folder, watch = federation.folder, None
+    if run is not None:
+        folder, watch = run.path / "checkpoints", partial(log_round, run)
+    done = run_over(
+        setting, GridTransport(grid, setting, number, federation.round_seconds), number,
+        test=federation.test, val=federation.val, folder=folder, watch=watch,
+    )  # fmt: skip
+    if run is not None:
+        close_run(run, done, [f"client {k}" for k in range(number)])
+    return done
 
 
 def _check_apart(setting: Setting) -> None:
@@ -248,7 +255,10 @@ class GridTransport:
                 continue
             values = {"round": request.round, "federation": self.federation}
             record = Record(request.record.tensors, {**request.record.values, **values})
-            messages.append(Message(packed(record), node, TYPES[request.kind]))
+            # what a node finds later, when it is back, belongs to a round that is over
+            messages.append(
+                Message(packed(record), node, TYPES[request.kind], ttl=self.round_seconds)
+            )
             waiting[node] = request.client
         for message in self.grid.send_and_receive(messages, timeout=self.round_seconds):
             node = _sender(message, messages)

@@ -36,7 +36,7 @@ def train_(client: Client) -> Progress:
     network.train()
     # dropout draws from torch's global generator
     with torch.random.fork_rng(), _flags_restored(network):
-        torch.manual_seed(context.generator("dropout").initial_seed())
+        _seed_(context.generator("dropout").initial_seed(), device)
         client.start()
         network.train()
         trainable = {n: p for n, p in network.named_parameters() if p.requires_grad}
@@ -87,6 +87,18 @@ def _diverged(context: ClientContext, value: float, epoch: int, images: Tensor) 
         f"client {context.client}: loss must be finite, got {value} in round {context.round + 1}, "
         f"epoch {epoch + 1}: {where}; {repair}"
     )
+
+
+def _seed_(seed: int, device: torch.device) -> None:
+    """Seed torch's global generator.
+
+    Without an accelerator only the CPU's: the others note where they were called from, to seed
+    themselves later, and that takes as long as a step of a small network.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 @contextlib.contextmanager

@@ -11,21 +11,26 @@ import torch
 from torch import nn
 
 import fl
+from fl.personal import Personal
 from fl.record import Record
+from fl.results import Description, open_run
 from fl.setting import Setting
 from fl.store import ByRound
 from sdq import plugins
 from sdq.errors import RequestError
+from sdq.run_folder import RunFolder
 
 pytest.importorskip("flwr")
 
 from flwr.app import Message
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 
 from fl import apps
 from fl.grid import InProcessGrid, run_apps
 
 Clients = Callable[..., list[fl.ClientData]]
 Make = Callable[..., nn.Module]
+MODEL = "model.safetensors"
 CONFIG = fl.FederationConfig(rounds=3, lr=5e-3, batch_size=8, participation=0.7)
 
 
@@ -266,3 +271,99 @@ def test_a_hospital_whose_images_cannot_be_opened_is_named(tiny: Make, hospitals
     done = case.run()
     assert [r["replied"] for r in done.history] == [[0, 2]] * 3
     assert failures(done)[0] == (1, "KeyError: 1")
+
+
+def test_what_the_superlink_says_of_a_node_is_that_nodes_failure(
+    tiny: Make, hospitals: Clients
+) -> None:
+    """It answers in its own name when a node has missed its heartbeats."""
+    case = Case(tiny, hospitals(), "fedavg", participation=1.0)
+    send = case.grid.send_and_receive
+
+    def missing(messages: Any, *, timeout: float | None = None) -> Any:
+        for message in messages:
+            said = message.metadata
+            if said.message_type == "train" and said.dst_node_id == 1001:
+                said.__dict__["_message_id"] = "of client 1"
+                yield create_message_error_unavailable_res_message(said, "node_unavail")
+            else:
+                yield from send([message])
+
+    case.grid.send_and_receive = missing  # type: ignore[method-assign]
+    done = case.run()
+    assert [r["replied"] for r in done.history] == [[0, 2]] * 3
+    assert failures(done)[0][0] == 1
+    assert "failed to report a heartbeat" in failures(done)[0][1]
+
+
+def test_a_message_is_not_worth_more_than_its_round(tiny: Make, hospitals: Clients) -> None:
+    """A node that comes back must not train for a round that is over."""
+    case = Case(tiny, hospitals(), "fedavg")
+    send, lives = case.grid.send_and_receive, set()
+
+    def watching(messages: Any, *, timeout: float | None = None) -> Any:
+        for message in messages:
+            if message.metadata.message_type == "train":
+                lives.add(message.metadata.ttl)
+            yield from send([message])
+
+    case.grid.send_and_receive = watching  # type: ignore[method-assign]
+    case.run()
+    assert lives == {5}
+
+
+def test_run_folders_of_the_server_and_of_each_hospital(
+    tiny: Make, hospitals: Clients, tmp_path: Path
+) -> None:
+    case = Case(tiny, hospitals(), "ditto", kept=tmp_path / "kept", keep_clients=True)
+    server = setting(tiny(), "ditto", keep_clients=True)
+    path = tmp_path / "out"
+    names = ["a", "b", "c"]
+
+    def open_federation(config: apps.Values) -> apps.Federation:
+        run = open_run(path, Description(server, "mlp", names))
+        return apps.Federation(server, 3, round_seconds=5, run=run)
+
+    def open_hospital(client: int, run: apps.Values, node: apps.Values) -> apps.Hospital:
+        described = Description(case.of_client[client], "mlp", names, f"{client}.npz")
+        data = case.data[client]
+        return apps.Hospital(case.of_client[client], data, tmp_path / "kept", described.to_json())
+
+    finished: list[fl.Federated] = []
+    app = apps.server_app(open_federation, lambda done, config: finished.append(done))
+    grid = InProcessGrid(apps.client_app(open_hospital), 3)
+    run_apps(app, grid, {})
+    (done,) = finished
+    run = RunFolder.open(path)
+    assert run.done
+    assert all(torch.equal(t, done.state[n]) for n, t in run.read_tensors(MODEL).items())
+    metrics = run.read_json("metrics.json")
+    assert metrics["rounds"] == 3
+    assert metrics["specialization"] == done.specialization
+    assert metrics["worst_client"] == f"client {done.specialization['worst_client']}"  # type: ignore[index]
+    log = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    assert [(r["epoch"], r["replied"]) for r in log] == [
+        (1, [0, 1, 2]),
+        (2, [0, 1, 2]),
+        (3, [0, 1, 2]),
+    ]
+    expected: dict[int, Personal] = {}
+    fl.run(
+        tiny(), method="ditto", clients=case.data, num_classes=3, config=server.config,
+        keep=expected.__setitem__,
+    )  # fmt: skip
+    for number, personal in expected.items():
+        (own,) = (tmp_path / "kept").glob(f"*/{number}/model")
+        kept = RunFolder.open(own)
+        assert kept.done
+        assert kept.read_json("run.json")["request"]["data"]["reference"] == f"{number}.npz"
+        assert kept.read_json("metrics.json")["float"] == personal.evaluation["test"]
+        tensors = kept.read_tensors(MODEL)
+        assert all(torch.equal(t, tensors[n]) for n, t in personal.state.items())
+
+
+def test_another_federation_does_not_go_on_in_a_run_folder(tiny: Make, tmp_path: Path) -> None:
+    with open_run(tmp_path, Description(setting(tiny(), "fedavg"), "mlp", ["a"])):
+        pass
+    with pytest.raises(RequestError, match="must be as in the interrupted run"):
+        open_run(tmp_path, Description(setting(tiny(), "fedavg", lr=0.5), "mlp", ["a"]))

@@ -1,133 +1,149 @@
-"""A superlink and two supernodes on loopback: the deployed federation gives the same model."""
+"""Federations of several processes give the model that the same federation gives in this one."""
 
-import importlib.util
 import json
 import os
-import shutil
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import fl
-from fl.method import ClientData
-from sdq.data import DataOptions, open_data
+from fl.record import Failure, Reply, Request
+from fl.run import InProcess, run_over
+from fl.store import Store
+from sdq.run_folder import RunFolder
 
 pytest.importorskip("flwr")
 
+Deploy = Callable[..., Any]  # of conftest.Deployment
 EXAMPLE = Path(__file__).parents[2] / "examples" / "flower"
-BIN = Path(sys.executable).parent
-CONFIG = {
-    "method": "fedper", "model": "mlp", "classes": 3, "image-shape": "1,8,8", "clients": 2,
-    "rounds": 2, "batch-size": 8, "round-seconds": 120, "hyper": "{}", "local-epochs": 1,
-    "lr": 0.001, "participation": 1.0, "seed": 0,
-}  # fmt: skip
-PATIENCE = 240  # seconds for a run of 2 rounds: a process of its own for each message
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+class Without(InProcess):
+    """Clients in this process, of which some die in some rounds."""
+
+    died: Mapping[int, int] = {}
+    """Of a round, counted from 0: the client."""
+
+    def ask(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
+        for request in requests:
+            if request.kind == "train" and self.died.get(request.round) == request.client:
+                yield Failure(request.client, "died")
+            else:
+                yield from super().ask([request])
 
 
-def write_hospital(path: Path, seed: int, classes: int) -> None:
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for part, count in (("train", 24), ("test", 12)):
-        labels = np.arange(count) % classes
-        images = rng.integers(0, 120, (count, 8, 8), dtype=np.uint8)
-        images[labels == 0, :4] += 100
-        images[labels == 1, 4:] += 100
-        arrays |= {f"{part}_images": images, f"{part}_labels": labels}
-    np.savez(path, class_names=np.array(list("abc")), **arrays)
-
-
-class Deployed:
-    """Processes of one federation; all of them end with it."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-        self.env = {**os.environ, **quiet, "FLWR_HOME": str(home / "flwr"), "OMP_NUM_THREADS": "1"}
-        # subprocesses of Flower must find its commands, and this source tree
-        self.env["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        self.env["PYTHONPATH"] = str(Path(fl.__file__).parents[1])
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.address = ""
-
-    def start(self, *command: object) -> None:
-        log = (self.home / f"log{len(self.processes)}").open("wb")
-        words = [str(word) for word in command]
-        self.processes.append(
-            subprocess.Popen(
-                [str(BIN / words[0]), *words[1:]],
-                env=self.env,
-                stdout=log,
-                stderr=log,
-                cwd=self.home,
-                start_new_session=True,
-            )
-        )
-        log.close()
-
-    def end(self) -> None:
-        for process in reversed(self.processes):
-            # the group: Flower starts a process for each app
-            os.killpg(process.pid, 15)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                process.wait(20)
-
-    def logs(self) -> str:
-        return "\n".join(
-            f"--- {p.name}\n{p.read_text(errors='replace')[-3000:]}"
-            for p in sorted(self.home.glob("log*"))
-        )
-
-
-@pytest.fixture
-def deployed(tmp_path: Path) -> Iterator[Deployed]:
-    if shutil.which("flower-superlink", path=str(BIN)) is None:
-        pytest.skip("Flower's commands are not installed")
-    found = Deployed(tmp_path)
-    try:
-        yield found
-    finally:
-        found.end()
-
-
-def in_process(home: Path) -> fl.Federated:
+def in_process(deployment: Any, died: Mapping[int, int] | None = None) -> fl.Federated:
     """Return the result of the same federation here."""
-    spec = importlib.util.spec_from_file_location("hospitals", EXAMPLE / "hospitals.py")
-    assert spec is not None
-    assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    setting = example.open_setting(CONFIG)
-    clients = []
-    for k in range(2):
-        splits = open_data(str(home / f"{k}.npz"), DataOptions(), every_class=False)
-        clients.append(ClientData(f"hospital {k}", splits.train, splits.val, splits.test))
-    model = {n.removeprefix("model."): t for n, t in setting.initial.items()}
-    setting.network.model.load_state_dict(model)
-    return fl.run(
-        setting.network.model, method=setting.method, clients=clients, num_classes=3,
-        config=setting.config,
-    )  # fmt: skip
+    setting, clients = deployment.setting(), deployment.clients()
+    transport = Without(setting, clients, Store())
+    transport.died = died or {}
+    return run_over(setting, transport, len(clients))
+
+
+def check_same(deployment: Any, expected: fl.Federated) -> None:
+    """Compare the server's run folder, and the hospitals', with a result."""
+    found = load_file(deployment.home / "out" / "model.safetensors")
+    assert found.keys() == expected.state.keys()
+    for name, tensor in expected.state.items():
+        # every process computes with one thread; between machines sums may be reordered
+        assert torch.allclose(found[name], tensor, rtol=1e-5, atol=1e-7), name
+    metrics = json.loads((deployment.home / "out" / "metrics.json").read_text())
+    assert expected.specialization is not None
+    assert metrics["specialization"]["clients"] == expected.specialization["clients"]
+    for number, balanced in expected.specialization["clients"].items():
+        (own,) = deployment.home.glob(f"kept/*/{number}/model")
+        assert RunFolder.open(own).done
+        document = json.loads((own / "metrics.json").read_text())
+        assert document["float"]["balanced_accuracy"] == balanced
+
+
+def check_evaluates(deployment: Any) -> None:
+    """Measure what is in the run folders with the command line."""
+    (own,) = deployment.home.glob("kept/*/1/model")
+    measured = json.loads((own / "metrics.json").read_text())["float"]
+    sdq = [sys.executable, "-m", "sdq.cli.main", "evaluate"]
+    at_hospital = deployment.call(*sdq, str(own), "--quiet", "--json")
+    assert json.loads(at_hospital)["float"] == measured
+    images = str(deployment.home / "1.npz")
+    server = deployment.call(*sdq, "out", "--data", images, "--quiet", "--json")
+    assert json.loads(server)["float"]["num_examples"] == 12
+
+
+@pytest.mark.slow
+def test_with_tls_and_known_nodes_it_is_the_same_model(deploy: Deploy) -> None:
+    """Two strangers in a hospital's place are refused, and the run goes on without them."""
+    deployed = deploy(hospitals=3)
+    deployed.start_all()
+    deployed.certify("node", "stranger", "--folder", "stranger")
+    deployed.start_node(1, "stranger")  # its key was never registered
+    deployed.certify("server", "127.0.0.1", "--folder", "other")
+    deployed.register("mistaken")
+    deployed.start_node(1, "mistaken", ca="other/ca.pem")  # it trusts another authority
+    deployed.run()
+    deployed.wait("end", deployed.done)
+    assert "Failed to activate SuperNode" in deployed.log("stranger")
+    assert "certificate verify failed" in deployed.log("mistaken")
+    for name in ("stranger", "mistaken"):
+        assert deployed.processes[name].poll() not in (None, 0), name
+    metrics = json.loads((deployed.home / "out" / "metrics.json").read_text())
+    assert metrics["failures"] == []
+    check_same(deployed, in_process(deployed))
+    check_evaluates(deployed)
+
+
+@pytest.mark.slow
+def test_a_node_killed_in_mid_round_is_left_out_and_comes_back(deploy: Deploy) -> None:
+    deployed = deploy(hospitals=3, rounds=5)  # enough for it to start again before the last
+    deployed.start_all()
+    deployed.run()
+    trains = "Receiving: train message"
+    deployed.wait("second round", lambda: deployed.log("hospital-1").count(trains) == 2)
+    deployed.kill("hospital-1")
+    deployed.wait("end of the second round", lambda: deployed.rounds() == 2)
+    # flower refuses a node until it has missed the old one's heartbeats
+    deployed.start_node(1, keep_up=True)
+    deployed.wait("end", deployed.done)
+    log = [json.loads(x) for x in (deployed.home / "out" / "log.jsonl").read_text().splitlines()]
+    assert log[1]["replied"] == [0, 2]
+    assert [f["client"] for f in log[1]["failures"]] == [1]
+    assert log[-1]["replied"] == [0, 1, 2]
+    died = {r["round"] - 1: 1 for r in log if 1 not in r["replied"]}
+    check_same(deployed, in_process(deployed, died))
+
+
+@pytest.mark.slow
+def test_a_superlink_killed_and_started_again_ends_with_the_same_model(deploy: Deploy) -> None:
+    """Nodes come back by themselves; the run does not, and is taken up by asking for it again."""
+    deployed = deploy(hospitals=2, rounds=3)
+    deployed.start_all(keep_up=True)
+    deployed.run()
+    trains = "Receiving: train message"
+    deployed.wait("second round", lambda: deployed.log("hospital-0").count(trains) == 2)
+    deployed.kill("link")
+    assert deployed.rounds() == 1
+    deployed.start_link()
+    assert not deployed.done()
+    deployed.run()
+    deployed.wait("end", deployed.done)
+    log = [json.loads(x) for x in (deployed.home / "out" / "log.jsonl").read_text().splitlines()]
+    assert [r["replied"] for r in log] == [[0, 1]] * 3
+    check_same(deployed, in_process(deployed))
+
+
+@pytest.mark.slow
+def test_without_tls_it_runs_on_one_machine(deploy: Deploy) -> None:
+    """As the example is tried; FedPer's heads are collected from the nodes for evaluation."""
+    deployed = deploy(secure=False, hospitals=2, rounds=1, method="fedper")
+    deployed.start_all()
+    deployed.run()
+    deployed.wait("end", deployed.done)
+    check_same(deployed, in_process(deployed))
 
 
 SIMULATED = """
@@ -157,73 +173,16 @@ run_simulation(
 
 
 @pytest.mark.slow
-def test_flowers_simulation_gives_the_same_model(tmp_path: Path) -> None:
+def test_flowers_simulation_gives_the_same_model(deploy: Deploy) -> None:
     pytest.importorskip("ray")
-    for k in range(2):
-        write_hospital(tmp_path / f"{k}.npz", k, 3 - k)
-    script = tmp_path / "simulated.py"
+    deployed = deploy(secure=False, hospitals=2, **{"method": "fedper", "keep-clients": False})
+    script = deployed.home / "simulated.py"
     script.write_text(SIMULATED)
-    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-    quiet |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    places = [str(EXAMPLE), str(Path(fl.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    config = json.dumps({**CONFIG, "out": str(tmp_path / "out")})
-    done = subprocess.run(
-        [sys.executable, str(script), config, str(tmp_path)], capture_output=True, text=True,
-        env={**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(places)}, timeout=PATIENCE,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    expected = in_process(tmp_path)
-    found = load_file(tmp_path / "out" / "model.safetensors")
+    places = [str(EXAMPLE), deployed.env["PYTHONPATH"], os.environ.get("PYTHONPATH", "")]
+    deployed.env |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": os.pathsep.join(places)}
+    config = json.dumps({**deployed.config, "out": str(deployed.home / "out")})
+    deployed.call(sys.executable, str(script), config, str(deployed.home))
+    expected = in_process(deployed)
+    found = load_file(deployed.home / "out" / "model.safetensors")
     for name, tensor in expected.state.items():
         assert torch.allclose(found[name], tensor, rtol=1e-5, atol=1e-7), name
-
-
-@pytest.mark.slow
-def test_a_superlink_with_two_supernodes_gives_the_same_model(deployed: Deployed) -> None:
-    home = deployed.home
-    for k in range(2):
-        write_hospital(home / f"{k}.npz", k, 3 - k)  # the second has no third class
-    shutil.copytree(EXAMPLE, home / "app")
-    link, *nodes = free_ports(3)
-    (home / "flwr").mkdir()
-    (home / "flwr" / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n[superlink.here]\n'
-        f'address = "127.0.0.1:{link}"\ninsecure = true\n'
-    )
-    deployed.start(
-        "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", link,
-        "--disable-runtime-dependency-installation",
-    )  # fmt: skip
-    for k, port in enumerate(nodes):
-        deployed.start(
-            "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}",
-            "--host", "127.0.0.1", "--port", port,
-            "--node-config", f'partition-id={k} data="{home}/{k}.npz" folder="{home}/kept"',
-        )  # fmt: skip
-    words = {**CONFIG, "out": str(home / "out")}
-    run_config = " ".join(f"{k}={json.dumps(v)}" for k, v in words.items())
-    deadline = time.monotonic() + PATIENCE
-    while True:  # until the superlink listens
-        asked = subprocess.run(
-            [str(BIN / "flwr"), "run", str(home / "app"), "here", "--run-config", run_config],
-            env=deployed.env, capture_output=True, text=True, timeout=PATIENCE, cwd=home,
-            check=False,
-        )  # fmt: skip
-        if asked.returncode == 0 or time.monotonic() > deadline:
-            break
-        time.sleep(2)
-    assert asked.returncode == 0, asked.stdout + asked.stderr + deployed.logs()
-    while not (home / "out" / "metrics.json").exists():
-        assert time.monotonic() < deadline, deployed.logs()
-        time.sleep(1)
-    expected = in_process(home)
-    found = load_file(home / "out" / "model.safetensors")
-    for name, tensor in expected.state.items():
-        # every process computes with one thread; between machines sums may be reordered
-        assert torch.allclose(found[name], tensor, rtol=1e-5, atol=1e-7), name
-    metrics = json.loads((home / "out" / "metrics.json").read_text())
-    assert metrics["history"][0]["replied"] == [0, 1]
-    assert metrics["specialization"]["balanced_accuracy"] == pytest.approx(
-        expected.specialization["balanced_accuracy"]
-    )
