@@ -126,7 +126,7 @@ def make_page(
         )
     try:
         federated = is_federation(run)
-        page = federated_page(run) if federated else single_page(material, device, beside)
+        page = federated_page(material) if federated else single_page(material, device, beside)
         return replace(
             page,
             exports=export_table(exports_of(run)),

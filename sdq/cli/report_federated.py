@@ -1,5 +1,10 @@
 """The page of a run of ``sdq federate``."""
 
+from dataclasses import replace
+from typing import Any
+
+from sdq.cli.federation_progress import LOGGED
+from sdq.cli.report_quantized import Material, single_page
 from sdq.cli.run_networks import method_folders
 from sdq.report import federated as fed
 from sdq.report import story
@@ -8,33 +13,54 @@ from sdq.report.verdict import federated_verdict
 from sdq.run_folder import RunFolder
 
 
-def federated_page(run: RunFolder) -> Page:
-    """Return the page of a federation, its methods beside each other."""
+def federated_page(material: Material) -> Page:
+    """Return the page of a federation, its methods beside each other.
+
+    Of one method that learned bits it also has what the page of a quantized run has.
+    """
+    run = material.run
     folders = method_folders(run)
     methods = [_read(name, folder) for name, folder in folders.items()]
     document = next(iter(folders.values())).read_json("run.json")
     names = [str(name) for name in document["data"]["class_names"]]
     failures = fed.failure_table(methods)
-    details = [
-        *([failures] if failures is not None else []),
-        fed.client_table(methods[0], names),
-        *(fed.round_table(method) for method in methods),
-    ]
-    return Page(
+    page = Page(
         f"federate: {run.path.resolve().name}",
-        story.federated(document, list(folders), len(methods[0].clients)),
+        story.federated(document, list(folders), methods[0].count),
         federated_verdict({m.method: m.metrics for m in methods}),
         [fed.method_table(methods)],
         fed.curves(methods),
-        details=details,
+        details=[
+            *([failures] if failures is not None else []),
+            *([fed.client_table(methods[0], names)] if methods[0].clients else []),
+            *(fed.round_table(method) for method in methods),
+        ],
+    )
+    if len(methods) > 1 or "quantized" not in methods[0].metrics:
+        return page
+    return _with_bits(page, material)
+
+
+def _with_bits(page: Page, material: Material) -> Page:
+    """Return the page with that of the quantized network before what is the federation's."""
+    bits = single_page(material)
+    return replace(
+        bits,
+        paragraphs=[*page.paragraphs, *bits.paragraphs],
+        tables=[*bits.tables, *page.tables],
+        charts=[*bits.charts, *page.charts],
+        details=[*bits.details, *page.details],
+        verdict=replace(bits.verdict, notes=[*bits.verdict.notes, *page.verdict.notes]),
     )
 
 
 def _read(name: str, folder: RunFolder) -> fed.Federation:
-    records = [r for r in folder.read_log() if r.get("phase") == "federate"]
-    return fed.Federation(
-        name,
-        folder.read_json("metrics.json"),
-        sorted(records, key=lambda r: r["round"]),
-        folder.read_json("run.json")["clients"],
-    )
+    records = folder.read_log()
+    rounds: list[dict[str, Any]] = []
+    for phase in LOGGED.values():  # each phase counts its rounds from 1
+        of_phase = sorted((r for r in records if r.get("phase") == phase), key=lambda r: r["round"])
+        before = len(rounds)
+        rounds += [{**r, "round": before + r["round"]} for r in of_phase]
+    # the server of a deployed federation does not know what its clients are called
+    clients = folder.read_json("run.json").get("clients", [])
+    return fed.Federation(name, folder.read_json("metrics.json"), rounds, clients)

@@ -1,4 +1,4 @@
-"""The page of a run of ``sdq train``, ``sdq search`` or ``sdq quantize``."""
+"""The page of one network: of ``sdq train``, ``search``, ``quantize``, or of a federation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -94,7 +94,7 @@ def _predict(run: RunFolder, inputs: inp.Inputs) -> Predictions:
 
 
 def single_page(
-    material: Material, device: DeviceRequest | None, beside: Sequence[Network]
+    material: Material, device: DeviceRequest | None = None, beside: Sequence[Network] = ()
 ) -> Page:
     """Return the page of a run.
 
@@ -123,7 +123,8 @@ def single_page(
     predictions = classes.pop("predictions", None)
     if quantized:
         verdict = quantized_verdict(metrics, predictions, rows)
-        told = story.quantized(document, metrics, own)
+        together = verb == "federate"
+        told = (story.compared if together else story.quantized)(document, metrics, own)
         classes |= _of_layers(material, document)
     else:
         verdict = float_verdict(metrics["float"], rows)

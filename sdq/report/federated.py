@@ -40,6 +40,12 @@ class Federation:
     rounds: Sequence[Mapping[str, Any]]
     clients: Sequence[Mapping[str, Any]]
 
+    @property
+    def count(self) -> int:
+        """How many clients there are, as far as is known."""
+        asked = {client for record in self.rounds for client in record["asked"]}
+        return len(self.clients) or len(asked)
+
     def client(self, number: int) -> str:
         """Return a client's name."""
         known = 0 <= number < len(self.clients)
@@ -174,11 +180,22 @@ def round_table(method: Federation) -> Table:
             metric_cell(name, f[name]) if (name := headline([f])) else text(None) for f in figures
         ]
         rows.append([
-            number(record["round"]), number(len(record["asked"])), number(len(record["replied"])),
+            number(record["round"]), text(record.get("phase")),
+            number(len(record["asked"])), number(len(record["replied"])),
             scaled(record["bytes_up"], "B"), scaled(record["bytes_down"], "B"),
             number(record.get("train_loss"), 4), *values,
         ])  # fmt: skip
-    columns = ["round", "clients asked", "replied", "to the server", "to clients", "loss", "G", "S"]
+    columns = [
+        "round",
+        "part",
+        "clients asked",
+        "replied",
+        "to the server",
+        "to clients",
+        "loss",
+        "G",
+        "S",
+    ]
     return Table(f"{method.method}: round by round", columns, rows)
 
 

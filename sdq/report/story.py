@@ -35,7 +35,7 @@ def data_sentence(document: Mapping[str, Any]) -> str:
     of_model = str(model["reference"]).rpartition("/")[2]
     return (
         f"The network ({of_model}) looks at an image and names one of {len(names)} classes "
-        f"({shown}). Data: {data['reference']}."
+        f"({shown}). Data: {data['reference'] or 'the clients keep them'}."
     )
 
 
@@ -75,7 +75,15 @@ def quantized(
     return [*found, _tuned(document["request"]), _measured(document, metrics)]
 
 
-def _smaller(request: Mapping[str, Any], networks: Sequence[Network]) -> str:
+def compared(
+    document: Mapping[str, Any], metrics: Mapping[str, Any], networks: Sequence[Network]
+) -> list[str]:
+    """Tell of bits that a federation learned; as :func:`quantized`."""
+    return [f"{_sizes(networks)}. The bits were learned together, too.",
+            _measured(document, metrics)]  # fmt: skip
+
+
+def _sizes(networks: Sequence[Network]) -> str:
     before, after = networks[0], networks[1]
     size, less = (n.costs.get("weight_bytes") for n in (before, after))
     told = f"Its weights, stored with 32 bits each, were given {after.bits:.2f} bits on average"
@@ -84,6 +92,11 @@ def _smaller(request: Mapping[str, Any], networks: Sequence[Network]) -> str:
             f": {scaled(size, 'B').text} of weights become {scaled(less, 'B').text}, "
             f"{size / less:.1f} times less"
         )
+    return told
+
+
+def _smaller(request: Mapping[str, Any], networks: Sequence[Network]) -> str:
+    told = _sizes(networks)
     if request.get("policy"):
         return f"{told}. The bits of each layer were given ({request['policy']})."
     method = SEARCHES.get(request["search_method"], f"was found by {request['search_method']}")
