@@ -57,9 +57,11 @@ def check(setting: "Setting") -> None:
     for feature in asked(config):
         if feature in method.refuses:
             others = [n for n, row in table().items() if not row[feature]]
+            # what is around a method, such as the learning of bits, has its name
+            instead = f", or use one of {', '.join(others)}" if method.name not in others else ""
             raise RequestError(
                 f"{method.name}: must go without {feature}: {method.refuses[feature]}; leave it "
-                f"out, or use one of {', '.join(others)}"
+                f"out{instead}"
             )
     _check_options(config)
     if config.privacy is not None:

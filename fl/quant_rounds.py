@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fl.composition import refusals
 from fl.config import FederationConfig
 from fl.method import Method, Progress, Server
 from fl.network import Network, Outputs
@@ -123,6 +124,10 @@ class QuantRounds(Wrapper):
 
     config_type: ClassVar[type[Config]] = QuantRoundsConfig
     client_type = QuantClient
+    refuses = refusals(
+        aggregation="scales of activations are merged by a plain mean where bits are learned",
+        noise="scales measured on its images leave the client where bits are learned",
+    )
 
     def __init__(self, config: Any, inner: Method, model: nn.Module) -> None:
         super().__init__(config, inner)

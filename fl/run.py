@@ -57,7 +57,7 @@ class Federated:
     history: list[dict[str, Any]]
     bytes_up: int
     bytes_down: int
-    privacy: dict[str, Any] | None = None
+    privacy: dict[str, Any] | None
 
 
 class InProcess:

@@ -10,6 +10,7 @@ from torch import nn
 
 import fl
 from fl import composition
+from fl.bits import PhasesConfig
 from fl.compression import CompressionConfig
 from fl.leaves import what_leaves
 from fl.method import Client, Progress
@@ -21,6 +22,8 @@ from fl.run import InProcess
 from fl.setting import Setting
 from fl.store import Store
 from sdq import plugins
+from sdq.config import QuantConfig
+from sdq.cost import Budget
 from sdq.errors import RequestError
 
 Clients = Callable[..., list[fl.ClientData]]
@@ -132,3 +135,25 @@ def test_the_documentation_has_the_table(tiny: Make) -> None:
     for name, cells in composition.table().items():
         for reason in filter(None, cells.values()):
             assert reason in text, (name, reason)
+
+
+@pytest.mark.parametrize("feature", list(OPTIONS))
+def test_bits_are_learned_with_few_bytes_and_nothing_else(
+    feature: composition.Feature, tiny: Make, hospitals: Clients, refuses: Any
+) -> None:
+    def go(**over: Any) -> fl.Federated:
+        config = fl.FederationConfig(rounds=1, batch_size=8, evaluate_every=9, **over)
+        return fl.run(
+            tiny(), clients=hospitals(), num_classes=3, config=config,
+            quant=QuantConfig(bit_choices=(1, 2, 4), first_last_bits=None),
+            budget=Budget(avg_weight_bits=2.0),
+            phases=PhasesConfig(search_rounds=1, tune_rounds=2),
+        )  # fmt: skip
+
+    if feature == "compression":
+        few, plain = go(**OPTIONS[feature]), go()
+        assert few.bytes_up < 0.75 * plain.bytes_up
+        assert all(t.isfinite().all() for t in few.state.values())
+    else:
+        with refuses(f"fedavg: must go without {feature}: scales", "leave it out"):
+            go(**OPTIONS[feature])
