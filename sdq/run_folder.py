@@ -185,6 +185,7 @@ class RunFolder:
         path = self.path / "log.jsonl"
         try:
             records = [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()]
+            json.dumps(records, allow_nan=False)  # Python reads NaN, which is no JSON
         except FileNotFoundError:
             return []
         except (ValueError, RecursionError) as error:
