@@ -207,6 +207,8 @@ def change_npy(rng: random.Random, data: bytes) -> bytes:
 
 
 def _other_array(rng: random.Random, array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind == "U":  # of numbers, what follows can be made
+        array = np.arange(6, dtype=np.uint8).reshape(2, 3)
     with np.errstate(all="ignore"):
         found: np.ndarray = rng.choice((
             lambda: array.astype(np.float32) / 0, lambda: array.astype(np.int64) - 3,
@@ -228,7 +230,7 @@ def change_npz(rng: random.Random, data: bytes) -> bytes:
     name = rng.choice(list(members))
     way = rng.randrange(7)
     if way == 0:
-        members[rng.choice(("x.npy", "é.npy", "../../x.npy", "images.npy", "a" * 300, ""))] = (
+        members[rng.choice(("x.npy", "é.npy", "../../x.npy", "images.npy", "a" * 300, " "))] = (
             members.pop(name)
         )
     elif way == 1:

@@ -183,7 +183,7 @@ class Splits:
             empty = [self.class_names[int(c)] for c in (counts == 0).nonzero()]
             raise RequestError(
                 f"{where}: every class must have a training image, got none of "
-                f"{', '.join(empty)}; remove the class or add images"
+                f"{', '.join(empty):.200}; remove the class or add images"
             )
         return self
 

@@ -95,7 +95,7 @@ def read_tables(
     if class_names is not None:
         if unknown := sorted(set(names) - set(class_names)):
             raise RequestError(
-                f"{folder}: classes must be {', '.join(class_names)}, got {unknown[0]!r}"
+                f"{folder}: classes must be {', '.join(class_names)}, got {unknown[0]!r:.100}"
             )
         return build(str(folder), rows, class_names, options)
     one_hot = set(names) <= set(ISIC_CLASSES)
@@ -221,7 +221,7 @@ class _Index:
         files = self.by_stem.get(_stem(name), [])
         if len(files) > 1:
             raise RequestError(
-                f"{where}: image {name!r} must be one file, got "
+                f"{where}: image {name!r:.100} must be one file, got "
                 f"{', '.join(str(f.relative_to(self.folder)) for f in files[:3])}; "
                 "write the path inside the folder into the CSV"
             )
@@ -256,7 +256,7 @@ def _table_rows(
     if missing:
         raise RequestError(
             f"{table}: every row must have an image file under {index.folder}, got none for "
-            f"{missing[0]!r} ({len(missing)} of {len(lines)} rows); "
+            f"{missing[0]!r:.100} ({len(missing)} of {len(lines)} rows); "
             "add the images or remove the rows"
         )
     labels, names = _table_labels(table, header, lines)
@@ -275,7 +275,8 @@ def _split_of(table: Path, line: Mapping[str, str]) -> str:
         return SPLIT_NAMES[line["split"].lower()]
     except KeyError:
         raise RequestError(
-            f"{table}: split must be train, val or test, got {line['split']!r}; mend the column"
+            f"{table}: split must be train, val or test, got {line['split']!r:.100}; "
+            "mend the column"
         ) from None
 
 

@@ -45,7 +45,7 @@ def read_npz(path: Path, options: DataOptions) -> Splits:
         raise
     except Exception as error:  # zipfile and numpy have many for archives that are damaged
         raise RequestError(
-            f"{path}: must be a complete .npz (zip) archive of arrays that fit in memory, got "
+            f"{path}: must be a complete .npz (zip) archive, got "
             f"{type(error).__name__}: {error!s:.200}; copy it again"
         ) from error
 

@@ -43,7 +43,7 @@ class LayerBits:
         if type(self.num_weights) is not int or self.num_weights < 1:
             raise RequestError(
                 f"policy: layer {self.name}: num_weights must be a positive integer, "
-                f"got {self.num_weights!r}"
+                f"got {self.num_weights!r:.100}"
             )
         if self.channel_bits is not None:
             for bits in self.channel_bits:
@@ -72,7 +72,7 @@ def _check_bits(name: str, what: str, bits: object, allowed: Collection[int]) ->
         wide = " or 16," if 16 in allowed else ","
         raise RequestError(
             f"policy: layer {name}: {what} must be {min(allowed)} to 8{wide} or 32 for float, "
-            f"got {bits!r}"
+            f"got {bits!r:.100}"
         )
 
 
@@ -93,7 +93,7 @@ class BitwidthPolicy:
         names = [layer.name for layer in self.layers]
         if len(set(names)) != len(names):
             twice = next(n for n in names if names.count(n) > 1)
-            raise RequestError(f"policy: layer {twice!r} must stand once, got it twice")
+            raise RequestError(f"policy: layer {twice!r:.100} must stand once, got it twice")
 
     def __iter__(self) -> Iterator[LayerBits]:
         return iter(self.layers)
@@ -166,7 +166,7 @@ class BitwidthPolicy:
         schema = document.get("schema")
         if schema != SCHEMA:
             raise RequestError(
-                f"{where}: schema must be {SCHEMA!r}, got {schema!r}; "
+                f"{where}: schema must be {SCHEMA!r}, got {schema!r:.100}; "
                 "it was written by another version of sdq: use that one, or search again"
             )
         return cls(

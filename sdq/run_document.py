@@ -96,6 +96,9 @@ def checked_layers(text: str) -> tuple[LayerSpec, ...]:
             for name in ("weight_shape", "in_shape", "out_shape", "kernel", "stride", "dilation"):
                 if any(size < 1 for size in getattr(part, name, ())):
                     raise ValueError(f"{name} of {layer.name} must be positive")
+        shapes = (layer.in_shape, layer.out_shape, *(part.in_shape for part in layer.before))
+        if layer.kind != "float" and not all(shapes):  # what stays in float may take no tensor
+            raise ValueError(f"in_shape and out_shape of {layer.name} must have channels")
         if not layer.weight_shape or layer.macs < 0 or any(size < 0 for size in layer.padding):
             raise ValueError(f"sizes of {layer.name} must be of a layer")
     return layers

@@ -178,6 +178,24 @@ class RunFolder:
         """Write ``layers.json``."""
         self.write_json("layers.json", {"layers": [asdict(layer) for layer in layers]})
 
+    def read_log(self) -> list[dict[str, Any]]:
+        """Return the records of ``log.jsonl``, none if there is no such file.
+
+        Raises:
+            RequestError: a line is no JSON object.
+        """
+        path = self.path / "log.jsonl"
+        try:
+            records = [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()]
+            json.dumps(records, allow_nan=False)  # Python reads NaN, which is no JSON
+        except FileNotFoundError:
+            return []
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{path}: must have JSON in every line, {error!s:.200}") from None
+        if not all(isinstance(record, dict) for record in records):
+            raise RequestError(f"{path}: must have a JSON object in every line; remove the file")
+        return records
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Add one epoch's record to ``log.jsonl``, in place of an earlier one of that epoch.
 
@@ -188,18 +206,6 @@ class RunFolder:
         kept = [x for x in self.read_log() if (x.get("phase"), x.get("epoch")) != of]
         texts = [json.dumps(x, allow_nan=False) for x in (*kept, dict(record))]
         self.write_text("log.jsonl", "\n".join(texts) + "\n")
-
-    def read_log(self) -> list[dict[str, Any]]:
-        """Return the records of ``log.jsonl``, none without it; RequestError if it is damaged."""
-        path = self.path / "log.jsonl"
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            records = [json.loads(line) for line in lines]
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"{path}: must have JSON in every line, {error}") from None
-        if not all(isinstance(record, dict) for record in records):
-            raise RequestError(f"{path}: must have a JSON object in every line; remove the file")
-        return records
 
     def checkpoint(self, phase: str, identity: Mapping[str, Any]) -> Checkpoint:
         """Return the checkpoint of a phase."""

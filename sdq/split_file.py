@@ -33,7 +33,7 @@ def apply_split_file(path: Path, splits: Splits) -> Splits:
     if key is None or "client" not in header:
         raise RequestError(
             f"{path}: must have the columns 'file' or 'index', and 'client', got "
-            f"{', '.join(header)}; add them"
+            f"{', '.join(header):.200}; add them"
         )
     places = _places(path, splits, key)
     clients = sorted_names(row["client"] for row in rows if row.get("client"))
@@ -43,9 +43,13 @@ def apply_split_file(path: Path, splits: Splits) -> Splits:
         name = row.get(key, "")
         place = places.get(_stem(name))
         if place is None:
-            raise RequestError(f"{path}: row {number}: {key} must be of the data, got {name!r}")
+            raise RequestError(
+                f"{path}: row {number}: {key} must be of the data, got {name!r:.100}"
+            )
         if place in taken:
-            raise RequestError(f"{path}: row {number}: {name!r} must have one row, got a second")
+            raise RequestError(
+                f"{path}: row {number}: {name!r:.100} must have one row, got a second"
+            )
         if not row.get("client"):
             raise RequestError(f"{path}: row {number}: client must be named, got none")
         taken[place] = number
@@ -97,7 +101,9 @@ def _part(path: Path, number: int, split: str | None, own: str) -> str:
     if not split:
         return own
     if split.lower() not in SPLIT_NAMES:
-        raise RequestError(f"{path}: row {number}: split must be train, val or test, got {split!r}")
+        raise RequestError(
+            f"{path}: row {number}: split must be train, val or test, got {split!r:.100}"
+        )
     return SPLIT_NAMES[split.lower()]
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,9 @@ SPECS = (
 )
 
 
+SPEC = json.loads(json.dumps(asdict(SPECS[0])))
+
+
 def test_layers_round_trip(tmp_path: Path) -> None:
     RunFolder(tmp_path).write_layers(SPECS)
     assert read_layers(tmp_path / "layers.json") == SPECS
@@ -210,6 +214,9 @@ def test_layers_round_trip(tmp_path: Path) -> None:
         {}, {"layers": 3}, {"layers": [3]}, {"layers": [{"name": "conv"}]},
         {"layers": [{"name": "a", "weight_shape": 3, "in_shape": [], "out_shape": []}]},
         {"layers": [{"name": "a", "weight_shape": [], "in_shape": [], "out_shape": [], "x": 1}]},
+        {"layers": [{**SPEC, "macs": "7"}]}, {"layers": [{**SPEC, "in_shape": []}]},
+        {"layers": [{**SPEC, "macs": -7}]}, {"layers": [{**SPEC, "weight_shape": [4, 0]}]},
+        {"layers": [{**SPEC, "has_bias": 1}]}, {"layers": [{**SPEC, "stride": "22"}]},
     ],
 )  # fmt: skip
 def test_damaged_layers_are_refused(tmp_path: Path, document: Any) -> None:
@@ -250,3 +257,29 @@ def test_the_fingerprint_changes_with_labels_pixels_shapes_and_parts() -> None:
         splits(test=None),
     ]
     assert len({first, *map(fingerprint, others)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [
+        ("status", 3, "status: input should be a valid string, got 3"),
+        ("request", [], "request: input should be a valid dictionary"),
+        ("data", {}, "data.reference: field required"),
+        ("methods", "fca", "methods: input should be a valid list, got 'fca'"),
+        ("quant", 4, "quant: input should be a valid dictionary, got 4"),
+    ],
+)
+def test_a_damaged_run_document_is_refused(
+    tmp_path: Path, part: str, value: object, words: str
+) -> None:
+    with RunFolder.create(tmp_path / "run", {"verb": "train"}, resume=False) as run:
+        run.update(**{part: value})
+    with refuses("run.json: ", words, "copy the run anew"):
+        RunFolder.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize("log", ["{", "[1]\n", "3\n", "\n{}\n", "[" * 100_000, '{"a": NaN}'])
+def test_a_damaged_log_is_refused(tmp_path: Path, log: str) -> None:
+    (tmp_path / "log.jsonl").write_text(log)
+    with refuses("log.jsonl: must have"):
+        RunFolder(tmp_path).read_log()
