@@ -28,13 +28,14 @@ def tampered(run: Path, copy: Path, **changes: int) -> Path:
 
 
 @needs_onnx
+@pytest.mark.parametrize("verb", ["export", "evaluate"])
 @pytest.mark.parametrize("changes", [{"weight_bits": 1}, {"act_bits": 2}])
-def test_a_policy_that_is_not_the_runs_is_refused(sdq, files, tmp_path, changes):
+def test_a_policy_that_is_not_the_runs_is_refused(sdq, files, tmp_path, changes, verb):
     run = tampered(files / "quantized", tmp_path / "run", **changes)
-    done = sdq(f"export {run}")
+    done = sdq(f"{verb} {run}")
     assert done.code == 2, done.out
-    assert "policy.json" in done.err
-    assert "was trained with" in done.err
+    assert f"{run / 'policy.json'}: must be the policy that the run was trained with" in done.err
+    assert "`sdq quantize --policy`" in done.err
     assert not (run / "export").exists()
 
 
@@ -49,8 +50,9 @@ def test_without_finn_the_rest_still_works(sdq, files, tmp_path, monkeypatch):
     assert finn["verified"]
     assert onnx["verified"]
     assert (finn["runtimes"], len(onnx["runtimes"])) == ([], 3)
-    assert "FINN after conversion: not run: FINN+ needs packages that are not installed" in (
-        finn["warnings"][1]
+    assert (
+        "FINN after conversion: not run: FINN+ needs packages that are not installed"
+        in (finn["warnings"][1])
     )
     done = sdq(f"{command} --overwrite --build --json")
     assert done.code == 1
