@@ -33,13 +33,16 @@ def data_parser(description: str | None, model: str | None = "resnet20") -> argp
     return found
 
 
-def untrained(name: str, splits: Splits, seed: int) -> nn.Module:
-    """Return a model by name for a data set, with first weights that follow from the seed."""
+def untrained(name: str, splits: Splits, seed: int, **sizes: int) -> nn.Module:
+    """Return a model by name for a data set, with first weights that follow from the seed.
+
+    ``sizes`` are for models that take them.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(generator(seed, "weights").initial_seed())
         network: nn.Module = call_with_known(
             load("sdq.models", name).build, num_classes=len(splits.class_names),
-            in_channels=splits.image_shape[0], image_size=splits.image_shape[-1],
+            in_channels=splits.image_shape[0], image_size=splits.image_shape[-1], **sizes,
         )  # fmt: skip
     return network
 

@@ -42,8 +42,10 @@ def main() -> None:
             file = options.out / f"{name}-{format_}.json"
             if not file.exists():
                 qmodel = qmodel or prepared(name, splits, options)
-                found = stages(qmodel, format_, test_images(splits, options.images), options.out)
-                file.write_text(json.dumps([{"model": name, **row} for row in found]))
+                images = test_images(splits, options.images)
+                found = stages(qmodel, format_, images, options.out)
+                known = {"model": name, "images": len(images), "shape": splits.image_shape}
+                file.write_text(json.dumps([{**known, **row} for row in found]))
             rows += json.loads(file.read_text())
             print(file.read_text(), flush=True)
     write(options, rows)
@@ -57,6 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--train-images", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=int, default=64, help="channels of unet at full size")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", type=Path, required=True)
@@ -66,6 +69,7 @@ def arguments() -> argparse.Namespace:
 def test_images(splits: Splits, count: int) -> Tensor:
     """Return normalised images of the test split, evenly spread over it."""
     assert splits.test is not None
+    count = min(count, len(splits.test))
     places = torch.linspace(0, len(splits.test) - 1, count).long()
     images: Tensor = Normalization.of(splits.train)(splits.test.images.take(places))
     return images
@@ -73,7 +77,7 @@ def test_images(splits: Splits, count: int) -> Tensor:
 
 def prepared(name: str, splits: Splits, options: argparse.Namespace) -> sdq.QuantModel:
     """Return a quantized network with a random policy, trained where it gives a class an image."""
-    network = _reports.untrained(name, splits, options.seed)
+    network = _reports.untrained(name, splits, options.seed, width=options.width)
     order = torch.randperm(len(splits.train), generator=generator(options.seed, "part"))
     part = splits.train.subset(order[: options.train_images].sort().values)
     train = Batches(
@@ -128,7 +132,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "",
         f"`{_reports.command()}`",
         "",
-        f"{options.images} test images; networks prepared for {options.prepare_for}, weights of "
+        f"Test images; networks prepared for {options.prepare_for}, weights of "
         f"{', '.join(map(str, CHOICES))} bits at random, 4-bit activations, first and last layer 8 "
         "bits. Each stage is compared with PyTorch: in float64 where it says so, else with "
         "PyTorch's float32. `codes` are the integers of all activation quantizers (in float64 of "
@@ -137,15 +141,15 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "difference over the largest output.",
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
         lines += [
             "",
-            f"## {model}",
+            f"## {model}: {own[0]['images']} images of {' x '.join(map(str, own[0]['shape']))}",
             "",
             "| format | stage | codes | differ | first | flipped | decisions agree | outputs |",
             "|---|---|---|---|---|---|---|---|",
         ]
-        own = [row for row in rows if row["model"] == model]
-        lines += [line(row, options.images) for row in own]
+        lines += [line(row) for row in own]
         lines += [
             f"\n{row['format']}: **not verified**: {row['reason']}"
             for row in own
@@ -154,7 +158,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     _reports.write(options.table, lines)
 
 
-def line(row: dict[str, Any], images: int) -> str:
+def line(row: dict[str, Any]) -> str:
     """Return one line of the table."""
     if "refused" in row:
         return f"| {row['format']} | refused: {row['refused']} | | | | | | |"
@@ -167,7 +171,7 @@ def line(row: dict[str, Any], images: int) -> str:
     agree, outputs = f"{row['agreement']:.2%}", f"{row['relative_difference']:.0e}"
     if row["flipped"] is None:
         return f"{start}| not readable | | | | {agree} | {outputs} |"
-    flipped = round(row["flipped"] * images)
+    flipped = round(row["flipped"] * row["images"])
     ties = f"{flipped} ({row['ties']} by a tie)" if flipped else "0"
     return (
         f"{start}| {row['codes']:,} | {row['different']} | {row['first_difference'] or ''} | "

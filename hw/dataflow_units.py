@@ -158,7 +158,7 @@ def matrix(
 def depthwise(view: Window, weight_bits: int, act_bits: int, interval: int) -> list[Unit]:
     """Return a vector-vector unit, which multiplies each channel by its own window, and its window.
 
-    ``pe`` grows first, then ``simd`` within the window.
+    ``pe`` grows first, then ``simd`` within the window. Single pixels need no window.
 
     Args:
         view: of the convolution.
@@ -175,15 +175,19 @@ def depthwise(view: Window, weight_bits: int, act_bits: int, interval: int) -> l
     simd = 1
     if cycles(pe, 1) > interval:
         simd = least(divisors(taps), lambda simd: cycles(pe, simd), interval)
-    sliding = window(view, act_bits, interval, at_least=pe, each_channel=True, parallel=simd > 1)
-    pe = max(pe, sliding.simd)
+    sliding = []
+    if (view.kernel, view.stride) != ((1, 1), (1, 1)):
+        parallel = simd > 1
+        sliding = [window(view, act_bits, interval, at_least=pe, each_channel=True,
+                          parallel=parallel)]  # fmt: skip
+        pe = max(pe, sliding[0].simd)
     words = channels * taps // (pe * simd)
     memory = 0 if words <= 128 else bram_18k(pe * simd * weight_bits, words, streamed=False)
     acc = accumulator_bits(taps, weight_bits, act_bits)
     inner = _multiply_luts(simd, weight_bits + act_bits, acc)
     lut = int(300 + 1.1 * pe * inner)
     unit = Unit("depthwise", cycles(pe, simd), lut, memory, 0, 0, pe, simd, "hls")
-    return [sliding, unit]
+    return [*sliding, unit]
 
 
 def unit_thresholds(acc_bits: int, pe: int, channels: int, out_bits: int) -> int:

@@ -38,6 +38,7 @@ from sdq.checkpoint import Checkpoint, load_tensors, save_tensors, write_bytes_a
 from sdq.data import ImageSet, Splits
 from sdq.errors import RequestError, RunError
 from sdq.layers import Between, LayerSpec
+from sdq.policy import BitwidthPolicy
 from sdq.run_document import check_document, checked_layers, first_of
 
 SCHEMA = "sdq.run/1"
@@ -173,6 +174,28 @@ class RunFolder:
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Read a safetensors file; RequestError if it is absent or damaged."""
         return load_tensors(self.path / name)[0]
+
+    def write_policy(self, policy: BitwidthPolicy) -> None:
+        """Write ``policy.json``, and to ``run.json`` its SHA-256."""
+        text = policy.to_json()
+        self.write_text("policy.json", text)
+        self.update(policy_sha256=hashlib.sha256(text.encode()).hexdigest())
+
+    def read_policy(self) -> BitwidthPolicy:
+        """Read ``policy.json``.
+
+        Raises:
+            RequestError: there is none, it is damaged, or it is another than the run wrote.
+        """
+        path = self.path / "policy.json"
+        policy = BitwidthPolicy.load(path)
+        wrote = self.read_json("run.json").get("policy_sha256")
+        if wrote not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+            raise RequestError(
+                f"{path}: must be the policy that the run was trained with, but was changed since; "
+                "put it back, or give the changed one to `sdq quantize --policy`"
+            )
+        return policy
 
     def write_layers(self, layers: tuple[LayerSpec, ...]) -> None:
         """Write ``layers.json``."""

@@ -16,15 +16,18 @@ WORK = "work"
 
 ESTIMATES = (
     "step_minimize_bit_width_initial",
+    "step_sdq_bipolar_weights",
     "step_create_dataflow_partition",
     "step_specialize_layers",
     "step_target_fps_parallelization",
     "step_apply_folding_config",
     "step_minimize_bit_width",
+    "step_sdq_bipolar_weights",
     "step_transpose_decomposition",
     "step_generate_estimate_reports",
 )
-"""From hardware layers to estimates of cycles and resources: needs no vendor tool."""
+"""From hardware layers to estimates of cycles and resources: needs no vendor tool. FINN+'s own
+steps, and one of :mod:`steps`."""
 
 SOURCES = ("step_hw_codegen",)
 """Writes HDL and HLS sources of every layer: needs no vendor tool either."""
@@ -81,7 +84,7 @@ def _build(folder: Path, results: Path, arguments: argparse.Namespace) -> int:
     )
     from finn.util.basic import alveo_part_map
 
-    from . import steps
+    from . import lookup, steps
 
     vendor = environment.has_vendor_tools() and not arguments.estimates_only
     tail: tuple[str, ...] = () if arguments.estimates_only else BITSTREAM if vendor else SOURCES
@@ -92,7 +95,7 @@ def _build(folder: Path, results: Path, arguments: argparse.Namespace) -> int:
     folding = folder / FOLDING
     config = DataflowBuildConfig(
         output_dir=str(results),
-        steps=[*steps.FRONT_END, *ESTIMATES, *tail],
+        steps=[*steps.FRONT_END, *(getattr(steps, name, name) for name in ESTIMATES), *tail],
         generate_outputs=outputs,
         board=arguments.board,
         shell_flow_type=shell if arguments.board else None,
@@ -102,7 +105,8 @@ def _build(folder: Path, results: Path, arguments: argparse.Namespace) -> int:
         folding_config_file=folding if json.loads(folding.read_text()) else None,
         standalone_thresholds=True,
     )
-    code = int(build_dataflow_cfg(str(folder / MODEL), config))
+    with lookup.indexed():
+        code = int(build_dataflow_cfg(str(folder / MODEL), config))
     if not vendor and not arguments.estimates_only:
         print("vivado and vitis_hls are not installed: estimates and sources, no bitstream")
     return code

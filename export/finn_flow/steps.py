@@ -26,6 +26,7 @@ from finn.transformation.streamline.remove import RemoveIdentityTranspose
 from finn.transformation.streamline.round_thresholds import RoundAndClipThresholds
 from onnx import NodeProto, helper
 from qonnx.core.modelwrapper import ModelWrapper
+from qonnx.custom_op.registry import getCustomOp
 from qonnx.transformation.base import Transformation
 from qonnx.transformation.batchnorm_to_affine import BatchNormToAffine
 from qonnx.transformation.general import ConvertDivToMul, ConvertSubToAdd
@@ -38,6 +39,7 @@ from qonnx.util.cleanup import cleanup_model
 
 from .origin import Origin, origin, set_origin_
 from .prepare import prepare_
+from .weights import BIPOLAR
 
 ROUNDS = 8
 """More than the depth of scales that any network here has had between two thresholds."""
@@ -178,6 +180,22 @@ def step_sdq_convert_to_hw(model: ModelWrapper, cfg: Any) -> ModelWrapper:
     # FINN's Python refuses thresholds below all codes; only hardware layers know their codes' range
     return _apply(model, (RoundAndClipThresholds,))
 
+
+def step_sdq_bipolar_weights(model: ModelWrapper, cfg: Any) -> ModelWrapper:
+    """Give weights of -1 and +1 their one bit back: FINN's narrowing makes them 2-bit integers.
+
+    Its HLS units multiply by such weights as they are, whatever the type of the input; its RTL
+    units do not take them.
+    """
+    for node in model.graph.node:
+        weights = model.get_initializer(node.input[1]) if node.op_type in MULTIPLIES else None
+        if weights is not None and np.all(np.abs(weights) == 1):
+            getCustomOp(node).set_nodeattr("weightDataType", BIPOLAR)
+    return model
+
+
+MULTIPLIES = ("MVAU", "MVAU_hls", "VVAU", "VVAU_hls")
+"""Units of C++, or that may yet become such."""
 
 Step = Callable[[ModelWrapper, Any], ModelWrapper]
 FRONT_END: tuple[Step, ...] = (step_sdq_qonnx_to_finn, step_sdq_streamline, step_sdq_convert_to_hw)

@@ -299,9 +299,14 @@ def _units(
         return (*found, *units.depthwise(view, weight_bits, act_bits, interval))
     if view.kernel != (1, 1) or view.stride != (1, 1):
         found.append(units.window(view, act_bits, interval))
-    rows, columns = spec.weight_shape[0], prod(spec.weight_shape[1:])
     matrix = units.matrix(
-        rows, columns, prod(view.out), weight_bits, act_bits, interval, dsp_slice=slices
+        spec.weight_shape[0],
+        _products(spec),
+        prod(view.out),
+        weight_bits,
+        act_bits,
+        interval,
+        dsp_slice=slices,
     )
     return (*found, matrix)
 
@@ -326,7 +331,7 @@ def _input_codes(
         )
         return
     channels, places = _map(before.out_shape)
-    products = prod(before.weight_shape[1:])
+    products = _products(before)
     # the weights of that layer are another layer's choice: taken as of 4 bits
     width = units.border_bits(products, 4, act_bits)
     if setting.standalone_thresholds:
@@ -348,6 +353,13 @@ def _map(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], prod(shape[1:])
 
 
+def _products(spec: LayerSpec) -> int:
+    """Return the products that one output is the sum of."""
+    if not spec.kind.startswith("conv"):
+        return spec.weight_shape[1]
+    return spec.weight_shape[1] * prod(_view(spec)[0].kernel)
+
+
 def _two(values: tuple[int, ...], missing: int) -> tuple[int, int]:
     return (values[0], values[1]) if len(values) == 2 else (values[0], missing)
 
@@ -364,6 +376,12 @@ def _view(spec: LayerSpec) -> tuple[Window, bool]:
     else:
         padding = spec.padding or (0,) * len(kernel)
         padded = tuple(side + pad for side, pad in zip(sides, padding, strict=True))
+        # of a map's only row or column, the other taps meet nothing but padding: they are left out
+        lone = tuple(side == out == 1 for side, out in zip(sides, outs, strict=True))
+        kernel, stride, dilation, padded = (
+            tuple(1 if only else x for only, x in zip(lone, values, strict=True))
+            for values in (kernel, stride, dilation, padded)
+        )
     view = Window(
         _two(padded, 1), _two(outs, 1), _two(kernel, 1), _two(stride, 1), _two(dilation, 1),
         spec.in_shape[0],

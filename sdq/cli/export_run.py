@@ -10,7 +10,7 @@ import typer
 
 import export
 from export.findings import refuse
-from export.format import VERIFICATION
+from export.format import VERIFICATION, ToolMissing
 from sdq import plugins
 from sdq.batches import Normalization
 from sdq.cli import completion, options
@@ -135,8 +135,12 @@ def export_run(
             overwrite, opset, wishes,
         )  # fmt: skip
         if build and hasattr(plugin, "build"):
-            document["build"] = plugin.build(place)
-        if simulate_layer is not None and inputs is not None and name in hardware:
+            try:
+                document["build"] = plugin.build(place)
+            except ToolMissing as error:  # the other formats need no such tool
+                wrong.append(f"{place}: written, not built: {error}")
+        built = "build" in document
+        if simulate_layer is not None and inputs is not None and name in hardware and built:
             pixels = _pixels(inputs, simulate_samples)
             document |= simulate(
                 qmodel, place, name, simulate_layer,

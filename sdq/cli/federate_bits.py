@@ -261,5 +261,5 @@ def _write_model(run: RunFolder, qmodel: QuantModel, float_state: dict[str, torc
     run.update(quant=qmodel.config.model_dump())
     run.write_tensors("float.safetensors", float_state)
     run.write_tensors("model.safetensors", qmodel.state_dict())
-    run.write_text("policy.json", qmodel.policy.to_json())
+    run.write_policy(qmodel.policy)
     run.write_layers(qmodel.layers)

@@ -21,7 +21,6 @@ from sdq.cli.weights import load_weights_
 from sdq.config import QuantConfig
 from sdq.data import DataOptions, ImageSet, Splits, open_data
 from sdq.errors import RequestError
-from sdq.policy import BitwidthPolicy
 from sdq.quant_model import QuantModel, quantize
 from sdq.run_document import first_of
 from sdq.run_folder import RunFolder, fingerprint
@@ -339,7 +338,7 @@ def load_quantized(run: RunFolder) -> QuantModel:
         QuantConfig(**document["quant"]),
         sample=torch.zeros(1, *document["data"]["image_shape"]),
     )
-    apply_policy_(qmodel, BitwidthPolicy.load(run.path / "policy.json"))
+    apply_policy_(qmodel, run.read_policy())
     load_weights_(qmodel, run.read_tensors("model.safetensors"), str(run.path))
     return qmodel
 

@@ -101,7 +101,7 @@ def find_policy(
 ) -> BitwidthPolicy:
     """Return the policy: given, already found, or found now."""
     if (run.path / "policy.json").exists():
-        return BitwidthPolicy.load(run.path / "policy.json")
+        return run.read_policy()
     if plan.given_policy is not None:
         policy = BitwidthPolicy.load(Path(plan.given_policy))
     else:
@@ -115,7 +115,7 @@ def find_policy(
             checkpoint=run.checkpoint("search", identity),
         )  # fmt: skip
     apply_policy_(copy.deepcopy(qmodel), policy)  # raises if it does not fit the network
-    run.write_text("policy.json", policy.to_json())
+    run.write_policy(policy)
     return policy
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 import export
 from export import finn_folder, graph
 from export.finn_flow import environment
+from export.finn_flow.graph_edits import attribute
+from export.finn_runtime import Executor
 from export.formats import finn
 from sdq.batches import Normalization
 from sdq.errors import RequestError, RunError
@@ -47,6 +50,22 @@ class Separable(nn.Module):
         return self.head(self.pool(x + self.body(x)).flatten(1))
 
 
+def to_one_pixel() -> nn.Module:
+    """Padded 3x3 convolutions on a single pixel, dense, depthwise and strided."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 4), nn.ReLU(),
+        nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, groups=6),
+        nn.ReLU(), nn.Conv2d(6, 5, 3, 2, 1), nn.Flatten(),
+    )  # fmt: skip
+
+
+def to_one_row() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, (8, 1)), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(4, 4, 3, 1, 2, dilation=2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 5),
+    )  # fmt: skip
+
+
 class PooledResidual(nn.Module):
     """A max pooling that a convolution and an addition read, and a projection."""
 
@@ -76,6 +95,8 @@ CASES = {
     "averages": ("plain", {}),
     "separable": (Separable, {"bits": 4}),
     "perceptron": ("perceptron", {}),
+    "map of one pixel": (to_one_pixel, {}),
+    "map of one row": (to_one_row, {}),
 }
 
 
@@ -126,6 +147,34 @@ def test_several_images_at_a_time_are_one_by_one(tmp_path, network, sample, imag
     for name, codes in together.codes.items():
         assert torch.equal(codes, torch.cat([trace.codes[name] for trace in alone])), name
     torch.testing.assert_close(together.output, torch.cat([trace.output for trace in alone]))
+
+
+@needs_finn
+def test_one_bit_stays_one_bit(tmp_path, network, sample, images):
+    exported(tmp_path, network, sample, plain, bits=1)
+    path = tmp_path / finn.FILE
+    model = finn._front_end(path, graph.load(path), finn.CONVERTED)
+
+    def types(model):
+        units = [node for node in model.graph.node if node.op_type in ("MVAU", "VVAU")]
+        return [attribute(node, "weightDataType", b"").decode() for node in units]
+
+    with environment.finn_environment() as folder:
+        from finn.builder import build_dataflow_steps
+        from finn.builder.build_dataflow_config import DataflowBuildConfig
+
+        from export.finn_flow import steps
+
+        settings = DataflowBuildConfig(output_dir=str(folder), generate_outputs=[])
+        widened = build_dataflow_steps.step_minimize_bit_width_initial(model, settings)
+        before = types(widened)
+        found = steps.step_sdq_bipolar_weights(widened, settings)
+        outputs = [
+            Executor(x.model, [x.graph.output[0].name])(images[:3].numpy()) for x in (model, found)
+        ]
+    assert before == ["INT8", "INT2", "INT8"]
+    assert types(found) == ["INT8", "BIPOLAR", "INT8"]
+    np.testing.assert_array_equal(*(next(iter(values.values())) for values in outputs))
 
 
 @needs_finn

@@ -49,6 +49,35 @@ def test_matrix_units_are_finn_s(layer, dsp_slice, finn) -> None:
     assert unit.lut == pytest.approx(finn[1], abs=2 * 1.1 * unit.pe + 1)
 
 
+@pytest.mark.parametrize(
+    ("layer", "finn"),  # as MATRIX, at 4000 samples a second, with weights of -1 and +1 (BIPOLAR)
+    [
+        ((32, 144, 196, 1, 4), (18_816, 1099, 2)),
+        ((64, 288, 49, 1, 4), (18_816, 1100, 2)),
+        ((64, 576, 49, 1, 4), (12_544, 2715, 4)),
+    ],
+)
+def test_units_of_one_bit_are_finn_s(layer, finn) -> None:
+    unit = units.matrix(*layer, 25_000, dsp_slice=None)
+    assert (unit.cycles, unit.bram_18k) == (finn[0], finn[2])
+    assert unit.lut == pytest.approx(finn[1], abs=2 * 1.1 * unit.pe + 1)
+
+
+def test_taps_that_meet_nothing_but_padding_cost_nothing() -> None:
+    layers = quantize(
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.ReLU(), nn.Conv2d(6, 5, 1), nn.Flatten(),
+        ),
+        QuantConfig(integer_datapath=True), sample=torch.zeros(1, 3, 3, 3),
+    ).layers  # fmt: skip
+    target = replace(TARGET, network=tuple(layers))
+    dense, each = (target.units(spec, 4, 4) for spec in layers[1:3])
+    assert [unit.kind for unit in dense] == ["thresholds", "matrix"]
+    assert [unit.kind for unit in each] == ["thresholds", "depthwise"]
+    assert (dense[-1].cycles, each[-1].cycles) == (4 * 6, 6)
+
+
 def test_a_matrix_unit_by_hand() -> None:
     # simd 9 is the first divisor of 27 with 16 * 27 / simd * 1024 <= 100,000 cycles; its products
     # have 16 bits: 9 * (2 ceil(16 / 6) - 1) * 16 = 720 for them, 16 * 17 = 272 for the adder tree,
