@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fl.composition import refusals
 from fl.config import FederationConfig
 from fl.method import Method, Progress, Server
 from fl.network import Network, Outputs
@@ -123,6 +124,7 @@ class QuantRounds(Wrapper):
 
     config_type: ClassVar[type[Config]] = QuantRoundsConfig
     client_type = QuantClient
+    refuses = refusals(noise="bits and scales leave the client beside the model")
 
     def __init__(self, config: Any, inner: Method, model: nn.Module) -> None:
         super().__init__(config, inner)
