@@ -32,13 +32,13 @@ from fl.method import ClientData, Method
 from fl.method import method as method_of
 from fl.quant_network import SCALES, float_name, set_act_scales_
 from fl.quant_rounds import TEACHER, TOLD_BYTES, Merge, QuantRounds
-from fl.record import Record, Tensors, picked
+from fl.record import Record, Reply, Tensors, picked
 from fl.rounds import Listener
 from fl.run import STATE, Federated, InProcess, Run, Watcher
 from fl.search_rounds import GROUP, SearchRounds, SearchRoundsConfig
 from fl.setting import Setting
 from fl.store import Store
-from fl.tune_rounds import TuneRounds, TuneRoundsConfig, personal_model, policies_as_json
+from fl.tune_rounds import TuneRounds, TuneRoundsConfig, policies_as_json
 from sdq import plugins
 from sdq.apply_policy import apply_policy_
 from sdq.batches import Augmentation, Normalization
@@ -124,7 +124,7 @@ class PersonalModel:
     evaluation: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FederatedBits(Federated):
     """What such a federation gives; ``state`` is the quantized server model's.
 
@@ -134,7 +134,8 @@ class FederatedBits(Federated):
         float_state: the float model that it was tuned from, and by.
         phases: the result of each, by name; ``float`` and ``search`` only where they were run.
         course: of the search, a record a round.
-        personal: models of clients with a budget of their own, by number.
+        personal: models of clients with a budget of their own, by number; of all clients if the
+            federation's configuration says ``keep_clients``.
     """
 
     policy: BitwidthPolicy
@@ -223,8 +224,12 @@ class Learning:
 
     # --- what can be told before anything is trained
 
-    def check(self) -> None:
-        """Raise RequestError for whatever is wrong with the request, before a round is run."""
+    def check(self) -> dict[str, Setting]:
+        """Return the settings of the phases as far as they are known before a round is run.
+
+        Raises:
+            RequestError: something is wrong with the request.
+        """
         if (self.budget is None) == (self.policy is None):
             got = "neither" if self.budget is None else "both"
             raise RequestError(f"fl.run: must have a budget or a policy, got {got}")
@@ -244,12 +249,17 @@ class Learning:
             )  # fmt: skip
         for client in self.personal:
             check_reachable(self._personal_problem(client, space)[1])
+        found = {}
+        if self.rounds != 0:
+            config = self._float_config()
+            found["float"] = self._setting_of(copy.deepcopy(self.model), self.method, config)
         if self._learns:
-            self._setting(self._search_method(self.model, quantized), quantized, "search")
-        policy = self.policy or quantized.policy
-        self._setting(self._tune_method(self.model, policy, {}), quantized, "tune")
+            method = self._search_method(self.model, quantized)
+            found["search"] = self._setting(method, quantized, "search")
         if self.policy is not None:
             apply_policy_(quantized, self.policy)
+        tuning = self._tune_method(self.model, quantized.policy, {})
+        return found | {"tune": self._setting(tuning, quantized, "tune")}
 
     def _check_personal(self) -> None:
         if self.personal and self.policy is not None:
@@ -300,14 +310,15 @@ class Learning:
         network = copy.deepcopy(self.model)
         if self.rounds == 0:
             return network
-        config = self.config
-        if self.rounds is not None:
-            config = config.replaced(rounds=self.rounds)
-        setting = self._setting_of(network, self.method, config, self.head)
+        setting = self._setting_of(network, self.method, self._float_config())
         self._run(setting, "float", self.clients)
         network = copy.deepcopy(self.model)
         network.load_state_dict(self.results["float"].state)
         return network
+
+    def _float_config(self) -> FederationConfig:
+        rounds = self.config.rounds if self.rounds is None else self.rounds
+        return self.config.replaced(rounds=rounds, keep_clients=False)
 
     def _policies(self, network: nn.Module) -> tuple[BitwidthPolicy, dict[int, BitwidthPolicy]]:
         """Return the policy of all, and those of clients that have their own."""
@@ -369,27 +380,29 @@ class Learning:
     def _personal_models(
         self, ended: Run, own: Mapping[int, BitwidthPolicy]
     ) -> dict[int, PersonalModel]:
-        """Return each such client's model: it trains on the final one for a round more."""
+        """Return clients' own models: each trains on the final one for a round more."""
         found = {}
-        store = _store(ended)
-        for client, policy in own.items():
+        store, method = _store(ended), ended.setting.method
+        assert isinstance(method, TuneRounds)
+        for client in range(len(self.clients)) if self.config.keep_clients else sorted(own):
             (request,) = ended.rounds.requests("train", [client], None, evaluate=True)
             reply, _ = answer(ended.setting, self.clients[client], request, store.get(client))
-            _, qmodel = personal_model(ended.setting.network)
-            state = picked(qmodel.state_dict(), qmodel.state_dict())
+            assert isinstance(reply, Reply)
+            state = method.personal(ended.setting.network)
             evaluation = reply.record.values["evaluations"].get(str(client), {})
-            found[client] = PersonalModel(policy, state, evaluation)
+            found[client] = PersonalModel(
+                method.policy_of(client), picked(state, state), evaluation
+            )
         return found
 
     # --- parts
 
-    def _setting_of(
-        self, model: nn.Module, method: Method, config: FederationConfig, head: str | None
-    ) -> Setting:
+    def _setting_of(self, model: nn.Module, method: Method, config: FederationConfig) -> Setting:
+        quantized = isinstance(model, QuantModel) and self.head is not None
         return Setting.of(
             model, method, config, num_classes=self.num_classes,
             image_shape=self.clients[0].train.images.shape[1:], normalization=self.normalization,
-            augment=self.augment, head=head,
+            augment=self.augment, head=f"net.{self.head}" if quantized else self.head,
         )  # fmt: skip
 
     def _setting(self, method: QuantRounds, quantized: QuantModel, phase: str) -> Setting:
@@ -397,17 +410,16 @@ class Learning:
         config, phases = self.config, self.phases
         rounds = phases.search_rounds if phase == "search" else phases.tune_rounds
         changes: dict[str, Any] = {
-            "rounds": rounds, "geometric": (*config.geometric, *SCALES),
+            "rounds": rounds, "geometric": (*config.geometric, *SCALES), "keep_clients": False,
         }  # fmt: skip
         if phase == "search":
             changes |= {"evaluate_every": rounds, "select": "last", "evaluate_absent": False}
         elif not config.lr_decay_rounds and config.lr_decay_every is None:
             at = (-(-rounds // 2), -(-3 * rounds // 4))
             changes |= {"lr_decay": phases.tune_lr_decay, "lr_decay_rounds": at}
-        head = None if self.head is None else f"net.{self.head}"
         model = copy.deepcopy(quantized)
         set_act_scales_(model, {})  # until the clients tell theirs
-        return self._setting_of(model, method, config.replaced(**changes), head)
+        return self._setting_of(model, method, config.replaced(**changes))
 
     def _common(self) -> dict[str, Any]:
         inner = self.method.config.model_dump(mode="json")

@@ -73,7 +73,8 @@ def robust_mean(
     for name, first in states[0].items():
         values = torch.stack([s[name] for s in states])  # (clients, ...)
         if not first.is_floating_point():
-            found[name] = values.median(0).values
+            # torch has no median of truth values
+            found[name] = values.long().median(0).values.to(first.dtype)
             continue
         in_log = any(fnmatchcase(name, pattern) for pattern in geometric)
         values = values.double().log() if in_log else values.double()

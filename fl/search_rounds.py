@@ -33,7 +33,6 @@ from fl.network import Network, Outputs
 from fl.quant_network import distinct_acts, set_act_scales_
 from fl.quant_rounds import QuantClient, QuantRounds, QuantRoundsConfig
 from fl.record import Record, Reply, Tensors
-from fl.state import weighted_mean
 from sdq.config import Config, SearchConfig
 from sdq.cost import Constraint
 from sdq.errors import RequestError
@@ -219,7 +218,7 @@ class SearchRounds(QuantRounds):
             {n: t for n, t in reply.record.tensors[GROUP].items() if n != "level"}
             for reply in replies
         ]
-        mean = weighted_mean(sent, weights)
+        mean = server.mean(sent, weights)
         level = server.memory.tensors[GROUP]["level"]  # a client has no say in it
         self.load_bits_({**mean, "level": level})
         self._decide_(server)

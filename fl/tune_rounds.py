@@ -23,7 +23,6 @@ from fl.network import Network, Outputs
 from fl.quant_network import by_bits, distinct_acts, quant_models, set_bits_
 from fl.quant_rounds import QuantClient, QuantRounds, QuantRoundsConfig
 from fl.record import Reply, Tensors
-from fl.state import weighted_mean
 from sdq.config import BinReduction, Config, TrainConfig
 from sdq.finetune import FineTuning
 from sdq.policy import BitwidthPolicy
@@ -97,11 +96,11 @@ class TuneRounds(QuantRounds):
         personal: Mapping[int, BitwidthPolicy],
     ) -> None:
         super().__init__(config, inner, model)
-        self.policy, self.personal = policy, dict(personal)
+        self.policy, self.own = policy, dict(personal)
 
     def policy_of(self, client: int) -> BitwidthPolicy:
         """Return a client's policy."""
-        return self.personal.get(client, self.policy)
+        return self.own.get(client, self.policy)
 
     def set_bits_(self, network: Network, client: int | None) -> None:
         """Give the network a client's bits, or the server's.
@@ -109,7 +108,7 @@ class TuneRounds(QuantRounds):
         A personal model that stands beside the shared one has the client's; the shared one, which
         travels, then has everyone's.
         """
-        if not self.personal:
+        if not self.own:
             return
         own = self.policy if client is None else self.policy_of(client)
         models = quant_models(network)
@@ -119,7 +118,7 @@ class TuneRounds(QuantRounds):
     def views(self, side: Side) -> dict[str, View]:
         """Return the inner views; the server's have the server's bits."""
         found = super().views(side)
-        if side == "client" or not self.personal:
+        if side == "client" or not self.own:
             return found
 
         def at_own_bits(view: View) -> View:
@@ -136,7 +135,7 @@ class TuneRounds(QuantRounds):
         assert self.template is not None
         found = {path: {int(q.bits)} for path, q in distinct_acts(self.template).items()}  # type: ignore[arg-type]
         for path, readers in self.template.searched_acts().items():
-            found[path] |= {p[readers[0]].act_bits for p in self.personal.values()}
+            found[path] |= {p[readers[0]].act_bits for p in self.own.values()}
         return {path: tuple(sorted(bits)) for path, bits in found.items()}
 
     # --- server
@@ -144,7 +143,7 @@ class TuneRounds(QuantRounds):
     def start_server(self, server: Server) -> None:
         """Prepare a set of scales for each bitwidth that someone has."""
         super().start_server(server)
-        if self.personal:
+        if self.own:
             server.memory.tensors[GROUP] = self._first_scales(server)
         self.set_bits_(server.network, None)
 
@@ -154,7 +153,7 @@ class TuneRounds(QuantRounds):
         qmodel = network.model
         assert isinstance(qmodel, QuantModel)
         found: Tensors = {}
-        for policy in (self.policy, *self.personal.values()):
+        for policy in (self.policy, *self.own.values()):
             set_bits_(qmodel, policy)
             for bits in policy:
                 if bits.searched:
@@ -209,7 +208,7 @@ class TuneRounds(QuantRounds):
     def state_for(self, server: Server, client: int) -> Tensors:
         """Return the inner state with the scales of the client's bits."""
         state = super().state_for(server, client)
-        if not self.personal:
+        if not self.own:
             return state
         return {**state, **self._scales_for(server, self._shared_policy(server, client))}
 
@@ -221,7 +220,7 @@ class TuneRounds(QuantRounds):
     def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
         """Average masters as the method does, and scales among those of equal bits."""
         found = super().aggregate(server, replies)
-        if not self.personal:
+        if not self.own:
             return found
         known = dict(server.memory.tensors[GROUP])
         weights = self.weights(server, replies)
@@ -238,19 +237,11 @@ class TuneRounds(QuantRounds):
                 if not server.routes[full].goes_up:
                     continue
                 states = [{full: replies[i].model[full]} for i in members]
-                mean = weighted_mean(states, [weights[i] for i in members], (full,))
+                mean = server.mean(states, [weights[i] for i in members])
                 known[f"{bits}@{full}"] = mean[full]
         server.memory.tensors[GROUP] = known
         model = {**found.model, **self._scales_for(server, self.policy)}
         return Aggregated(model, found.clients)
-
-
-def personal_model(network: Network) -> tuple[str, QuantModel]:
-    """Return the quantized network that a client predicts with, and its path."""
-    models = quant_models(network)
-    beside = [path for path in models if path != "model"]
-    path = beside[0] if beside else "model"
-    return path, models[path]
 
 
 def policies_as_json(policies: Mapping[int, BitwidthPolicy]) -> dict[str, Any]:
