@@ -24,7 +24,7 @@ from sdq.cli.federation_progress import FederationWatch
 from sdq.cli.plotting import draw_plots
 from sdq.cli.report import write_report
 from sdq.config import Config
-from sdq.metrics import evaluate
+from sdq.task import evaluate
 from sdq.run_folder import RunFolder
 
 
