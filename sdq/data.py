@@ -306,7 +306,7 @@ def open_data(reference: str, options: DataOptions, *, every_class: bool = True)
     Raises:
         RequestError: nothing of that name, or what is there does not hold together.
     """
-    from sdq import image_folder, npz_file  # here: they use the types above
+    from sdq import image_folder, mask_folder, npz_file  # here: they use the types above
 
     if plugins.is_file_reference(reference):
         function, _ = plugins.load_function(reference)
@@ -325,6 +325,8 @@ def open_data(reference: str, options: DataOptions, *, every_class: bool = True)
             )
     elif reference.endswith(".npz"):
         splits = npz_file.read_npz(Path(reference), options)
+    elif Path(reference).is_dir() and mask_folder.is_mask_folder(Path(reference)):
+        splits = mask_folder.read_mask_folder(Path(reference), options)
     elif Path(reference).is_dir():
         splits = image_folder.read_folder(Path(reference), options)
     elif "/" in reference or Path(reference).suffix:

@@ -279,7 +279,8 @@ def test_first_flip_distance_by_hand():
 def test_decisions():
     assert decisions(torch.tensor([[1.0, 3.0, 2.0]])).tolist() == [1]
     assert decisions(torch.tensor([[-1.0], [2.0]])).tolist() == [[False], [True]]
-    assert decisions(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5)
+    maps = torch.tensor([[[[1.0, -1.0]], [[3.0, 2.0]]]])  # a sigmoid each: both may be true
+    assert decisions(maps).tolist() == [[[[True, False]], [[True, True]]]]
 
 
 def nudged(ours, name, index, step):
