@@ -32,6 +32,12 @@ class Volume:
     mask: Path
     centre: str
 
+    @property
+    def name(self) -> str:
+        """One that no other volume of the set has: centre, folder and file."""
+        stem, folder = self.image.name.partition(".")[0], self.image.parent.name
+        return "-".join(dict.fromkeys((self.centre, folder, stem)))
+
 
 def read_volume(path: Path) -> np.ndarray:
     """Return a volume as slices ``(slices, H, W)``, of its own type.
@@ -70,7 +76,7 @@ def _nibabel() -> Any:
         import nibabel  # here: nothing else of this package needs it
     except ImportError:
         raise RequestError(
-            "NIfTI: nibabel must be installed to read it; pip install nibabel"
+            "NIfTI: nibabel must be installed to read it; pip install 'sdq[nifti]'"
         ) from None
     return nibabel
 
@@ -136,7 +142,7 @@ def volume_splits(
         for index, image, mask in _slices(volume, len(class_names), options.image_size, united):
             images.append(image)
             masks.append(mask)
-            names.append(f"{volume.image.name.partition('.')[0]}-{index}")
+            names.append(f"{volume.name}-{index}")
             owners.append(number)
         _check_size(where, volume, images)
     if not images:

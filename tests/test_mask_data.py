@@ -54,9 +54,8 @@ def test_sets_with_and_without_masks_are_not_joined(refuses: Refuses) -> None:
 
 def test_masks_move_with_their_images() -> None:
     zero = Normalization((0.0,), (1 / 255,))
-    batches = Batches(
-        a_set(), zero, batch_size=3, shuffle=True, augment=Augmentation(vertical_flip=True, shift=0.4)
-    )  # fmt: skip
+    moving = Augmentation(vertical_flip=True, shift=0.4)
+    batches = Batches(a_set(), zero, batch_size=3, shuffle=True, augment=moving)
     moved = 0
     for x, y in batches:
         assert y.dtype == torch.int64
@@ -171,11 +170,9 @@ def test_npz_masks_are_resized_to_the_nearest_pixel(tmp_path: Path) -> None:
 def test_npz_masks_that_do_not_fit(
     tmp_path: Path, refuses: Refuses, changed: dict[str, np.ndarray], fragments: tuple[str, ...]
 ) -> None:
+    arrays = {"images": pixels(3, 4, 4), "masks": pixels(3, 4, 4, top=2), **changed}
     with refuses(*fragments):
-        open_data(
-            save(tmp_path, **{"images": pixels(3, 4, 4), "masks": pixels(3, 4, 4, top=2), **changed}),
-            OPTIONS,
-        )  # fmt: skip
+        open_data(save(tmp_path, **arrays), OPTIONS)
 
 
 def write_image(path: Path, values: np.ndarray) -> None:
@@ -358,7 +355,7 @@ def test_retouch_slices_with_fluid(tmp_path: Path, refuses: Refuses) -> None:
         "retouch", DataOptions(root=tmp_path, image_size=8, split=(1, 0, 0))
     )  # fmt: skip
     assert splits.centre_names == ("Cirrus", "Spectralis", "Topcon")
-    assert splits.train.names[:3] == ("oct-1", "oct-2", "oct-3")
+    assert splits.train.names[:3] == tuple(f"Cirrus-TRAIN001-oct-{i}" for i in (1, 2, 3))
     cirrus = np.fromfile(tmp_path / "retouch/Cirrus/TRAIN001/oct.raw", np.uint8).reshape(5, 8, 8)
     assert torch.equal(splits.train.images.take(torch.tensor([0]))[0, 0], torch.tensor(cirrus[1]))
     assert [int(m.max()) for m in the_masks(splits.train)] == [1, 2, 3] * 3

@@ -385,6 +385,8 @@ def quantize(
     asked = asked_for("quantize", model, weights, from_, source.inputs.request, plan)
     asked |= {"devices": devices, "precision": precision}
     # whatever is wrong with the request shows before a folder is made
+    if plan.train is not None:
+        source.inputs.task.selection(plan.train.select)
     network = open_teacher(plan.teacher, source.inputs) if plan.teacher else None
     qmodel = prepare(source, plan)
     run = processes.begin(fabric, out, asked, resume=resume)
