@@ -102,7 +102,7 @@ class Tally:
                 if exception:
                     self.tie_distance = max(self.tie_distance or 0.0, distance)
             else:
-                tie = _near_tie(output[one], differing[index])
+                tie = near_tie(output[one], differing[index])
             if exception:
                 self.exceptions += 1
                 self.explained += tie
@@ -180,7 +180,7 @@ def first_flip_distance(
     return None
 
 
-def _near_tie(output: Tensor, differing: Tensor) -> bool:
+def near_tie(output: Tensor, differing: Tensor) -> bool:
     """Tell whether all those decisions of one image that differ stand on a boundary."""
     if _by_sign(output):
         margins = output.abs()
