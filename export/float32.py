@@ -56,6 +56,7 @@ class Tally:
         """
         readable = bool(theirs.codes) and torch.equal(output, theirs.output)
         same = (decisions(ours.output) == decisions(output)).reshape(len(images), -1)
+        differing = ~same
         self.readable &= readable
         self.equal += int(same.sum())
         self.decisions += same.numel()
@@ -64,12 +65,12 @@ class Tally:
         self.largest = max(self.largest, float(ours.output.abs().max()))
         self.differences.append((ours.output - output).abs().reshape(-1))
         flipped = self._count(ours, theirs)
-        exceptions = ~same.all(dim=1)
+        exceptions = differing.any(dim=1)
         odd = (exceptions | (flipped & readable)).nonzero().reshape(-1)
         for some in odd.split(8) if len(odd) else ():  # in float64, so few at a time
             mine = _of_images(ours, some)
             others = _of_images(theirs, some) if readable else mine
-            self._explain(images[some], mine, others, exceptions[some])
+            self._explain(images[some], mine, others, differing[some])
 
     def _count(self, ours: Trace, theirs: Trace) -> Tensor:
         """Count codes that differ, by quantizer; return ``(N,)``: the images that have one."""
@@ -87,11 +88,11 @@ class Tally:
         images: Tensor,
         ours: dict[str, Tensor],
         theirs: dict[str, Tensor],
-        exceptions: Tensor,
+        differing: Tensor,
     ) -> None:
-        """Find what the differences of images began with; ``exceptions`` differ in decisions."""
+        """Find what the differences of images began with; ``differing`` are their decisions."""
         output, before = self.reference.replay(images, ours)
-        for index, exception in enumerate(exceptions.tolist()):
+        for index, exception in enumerate(differing.any(dim=1).tolist()):
             one = torch.tensor([index])
             mine, other, values = (_rows(x, len(images), one) for x in (ours, theirs, before))
             distance = first_flip_distance(self.reference.bits, mine, other, values)
@@ -101,7 +102,7 @@ class Tally:
                 if exception:
                     self.tie_distance = max(self.tie_distance or 0.0, distance)
             else:
-                tie = _near_tie(output[one])
+                tie = near_tie(output[one], differing[index])
             if exception:
                 self.exceptions += 1
                 self.explained += tie
@@ -126,14 +127,20 @@ class Tally:
 
 
 def decisions(output: Tensor) -> Tensor:
-    """Return the class of each image (or pixel): the largest output, or the sign of a single one.
+    """Return the class of each image: the largest output, or the sign of a single one.
+
+    Of maps, each of which has a sigmoid of its own, the sign at every pixel of every map.
 
     Args:
         output: ``(N, K)`` or ``(N, K, H, W)``.
     """
-    if output.dim() < 2 or output.shape[1] == 1:
+    if _by_sign(output):
         return output > 0
     return output.argmax(dim=1)
+
+
+def _by_sign(output: Tensor) -> bool:
+    return output.dim() in (1, 4) or output.shape[1] == 1
 
 
 def first_flip_distance(
@@ -173,14 +180,14 @@ def first_flip_distance(
     return None
 
 
-def _near_tie(output: Tensor) -> bool:
-    """Tell whether the decision of one image stands on a boundary."""
-    if output.dim() > 1 and output.shape[1] > 1:
-        top = output.topk(2, dim=1).values
-        margin = (top[:, 0] - top[:, 1]).min()
+def near_tie(output: Tensor, differing: Tensor) -> bool:
+    """Tell whether all those decisions of one image that differ stand on a boundary."""
+    if _by_sign(output):
+        margins = output.abs()
     else:
-        margin = output.abs().min()
-    return bool(margin <= OUTPUT_TIE * output.abs().max())
+        top = output.topk(2, dim=1).values
+        margins = top[:, 0] - top[:, 1]
+    return bool(margins.reshape(-1)[differing].max() <= OUTPUT_TIE * output.abs().max())
 
 
 def _of_images(trace: Trace, indices: Tensor) -> dict[str, Tensor]:

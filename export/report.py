@@ -43,7 +43,7 @@ class RuntimeStage:
 
     Args:
         name: of the runtime.
-        agreement: share of equal decisions (the class of an image, or of each pixel).
+        agreement: share of equal decisions (the class of an image, or each pixel of each map).
         flipped: share of the images with a code that differs; None where reading the codes would
             change how the runtime computes, and flips show in the outputs alone.
         codes: integer codes of activations that were compared: of the quantizers that the runtime

@@ -33,6 +33,10 @@ OUTPUT_TOLERANCE = 1e-9
 """For the outputs in float64, relative to the largest: its 1e-16 leaves seven digits for sums and
 batch normalisation, and one float32 rounding (6e-8) would show."""
 
+CODES_AT_A_TIME = 30_000_000
+"""Activation codes of the images that are compared together: in float64, with what is computed
+from them, some gigabytes."""
+
 
 def verify(
     qmodel: QuantModel,
@@ -50,7 +54,8 @@ def verify(
         format: plugin name, or such a module.
         inputs: normalised float images ``(N, C, H, W)``; or, for a file that holds the
             preprocessing, uint8 pixels ``(N, C, H, W)``. A few hundred images will do.
-        batch_size: images at a time; bounds the memory, and changes no result in float64.
+        batch_size: images at a time, fewer where they have many codes; bounds the memory, and
+            changes no result in float64.
 
     Returns:
         The report. A file that differs, was changed or cannot be run is ``verified=False`` with
@@ -68,7 +73,8 @@ def verify(
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     reasons = _check_sha256(Path(folder), name, sha256)
     reference = Reference(qmodel)
-    _check_inputs(reference, prepare(inputs[:1])[0])
+    codes = _check_inputs(reference, prepare(inputs[:1])[0])
+    batch_size = max(1, min(batch_size, CODES_AT_A_TIME // max(codes, 1)))
     exact: ExactStage | None = None
     runtimes: list[RuntimeStage] = []
     warnings: list[str] = []
@@ -148,9 +154,10 @@ def preparation(path: Path, metadata: dict[str, str], inputs: Tensor) -> Prepara
     )
 
 
-def _check_inputs(reference: Reference, image: Tensor) -> None:
+def _check_inputs(reference: Reference, image: Tensor) -> int:
+    """Return how many activation codes one image has; RequestError if it does not fit."""
     try:
-        reference.float32(image)
+        return sum(codes.numel() for codes in reference.float32(image).codes.values())
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise RequestError(
             f"verify: inputs must fit the network, got shape {tuple(image.shape)} (N, C, H, W): "

@@ -39,8 +39,8 @@ from fl.wrapper import Wrapper, WrapperClient, WrapperConfig
 from sdq.batches import Loader
 from sdq.config import Config, QuantConfig
 from sdq.errors import RequestError, RunError
-from sdq.losses import Teacher
 from sdq.quant_model import QuantModel
+from sdq.task import Teacher
 
 ACTS, TEACHER, FITTED, TOLD_BYTES = "act_scales", "teacher", "scales_fitted", "told_bytes"
 Merge = Literal["geometric", "max"]

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from sdq.errors import RequestError, RunError
     from sdq.finetune import finetune_
     from sdq.layers import LayerSpec
-    from sdq.metrics import evaluate
     from sdq.outcome import Trained
     from sdq.parallel import open_fabric
     from sdq.policy import BitwidthPolicy, LayerBits
     from sdq.ptq import ptq_
     from sdq.quant_model import QuantModel, quantize
     from sdq.search import search, uniform_policy
+    from sdq.task import evaluate
     from sdq.train import train_
 
 _HOMES = {
@@ -41,13 +41,13 @@ _HOMES = {
     "errors": ("RequestError", "RunError"),
     "finetune": ("finetune_",),
     "layers": ("LayerSpec",),
-    "metrics": ("evaluate",),
     "outcome": ("Trained",),
     "parallel": ("open_fabric",),
     "policy": ("BitwidthPolicy", "LayerBits"),
     "ptq": ("ptq_",),
     "quant_model": ("QuantModel", "quantize"),
     "search": ("search", "uniform_policy"),
+    "task": ("evaluate",),
     "train": ("train_",),
 }
 """Module -> what of it is ``sdq.NAME``. Each is imported when it is first asked for: torch takes

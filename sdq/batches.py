@@ -15,7 +15,7 @@ from sdq.data import ImageSet
 from sdq.errors import RequestError
 
 Loader = Iterable[tuple[Tensor, Tensor]]
-"""Of ``(images, labels)``."""
+"""Of ``(images, labels)``; in segmentation the labels are masks, int64 ``(B, H, W)``."""
 
 
 def generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
@@ -105,6 +105,8 @@ class Augmentation:
 class Batches:
     """An iterable of ``(images, labels)``: float32 ``(B, C, H, W)`` and int64 ``(B,)``.
 
+    Of images with masks the labels are the masks: int64 ``(B, H, W)``, 0 for background.
+
     Args:
         data: the images.
         normalization: applied to every batch.
@@ -157,9 +159,14 @@ class Batches:
             if len(chunk) == 1 and self._leaves_one_out():
                 continue
             pixels = self.data.images.take(chunk)
+            if self.data.masks is not None:  # as one more channel: a mask moves with its image
+                pixels = torch.cat((pixels, self.data.masks.take(chunk)), 1)
             if self.augment is not None:
                 pixels = self.augment(pixels, rng)
-            yield self.normalization(pixels), self.data.labels[chunk]
+            if self.data.masks is None:
+                yield self.normalization(pixels), self.data.labels[chunk]
+            else:
+                yield self.normalization(pixels[:, :-1]), pixels[:, -1].long()
 
     def _leaves_one_out(self) -> bool:
         """Tell whether training drops a last batch of one: batch norm cannot learn from it."""

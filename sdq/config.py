@@ -160,7 +160,7 @@ class QuantConfig(Config):
 
 
 Schedule = Literal["cosine", "linear", "step", "constant"]
-Selection = Literal["last", "loss", "accuracy", "balanced_accuracy", "auc"]
+Selection = Literal["last", "loss", "accuracy", "balanced_accuracy", "auc", "dice", "iou"]
 
 
 class TrainConfig(Config):
@@ -186,9 +186,10 @@ class TrainConfig(Config):
         bn_batches: after training, batch normalisation's statistics are estimated anew from so
             many batches of the training set (without augmentation, where the loader can be
             asked for that). 0: the running statistics of the training.
-        select: which epoch's network is kept: of least ``loss`` (cross-entropy with the hard
-            labels) or greatest ``accuracy``, ``balanced_accuracy`` or ``auc`` on the validation
-            data, the later one of equals; ``last`` without any, or if that is asked for.
+        select: which epoch's network is kept: of least ``loss`` (the task's, with the hard labels)
+            or greatest ``accuracy``, ``balanced_accuracy`` or ``auc`` (of maps ``dice`` or ``iou``)
+            on the validation data, the later one of equals; ``last`` without any, or if that is
+            asked for. None: ``auc``, of maps ``dice``.
         seed: of batch order, augmentation and dropout.
     """
 
@@ -204,7 +205,7 @@ class TrainConfig(Config):
     distill: bool = True
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     bn_batches: Annotated[int, Field(ge=0)] = 0
-    select: Selection = "auc"
+    select: Selection | None = None
     seed: int = 0
 
 

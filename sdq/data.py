@@ -1,14 +1,16 @@
 """Image sets: what a data plugin returns, and how ``--data`` is resolved.
 
+A set is for classification (a class an image) or for segmentation (a mask an image).
+
 A data plugin ``sdq/datasets/NAME.py`` has one function, ``load(options) -> Splits``. Pixels stay
 ``uint8`` until a batch is made; scaling to [0, 1] and normalisation belong to the batch
 (:mod:`sdq.batches`), so that one place defines what the network sees.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from sdq import plugins
 from sdq.errors import RequestError
+
+TaskName = Literal["classification", "segmentation"]
 
 
 class Images(Protocol):
@@ -50,21 +54,25 @@ class ArrayImages:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images with one class each.
+    """Images with one class each, and perhaps a mask.
 
     Args:
         images: read when asked for.
-        labels: int64 ``(N,)`` in ``[0, num_classes)``.
+        labels: int64 ``(N,)`` in ``[0, num_classes)``; of images with masks those of the splits'
+            ``label_names``, or zeros.
         centres: int64 ``(N,)``, which of the splits' ``centre_names`` each image is from, -1 where
             that is not known; None where the set says nothing of centres.
         names: of the images' files, or their places in the set before it was divided; empty where
             the images have no other name than their place here.
+        masks: uint8 ``(N, 1, H, W)``, 0 for background, c for the foreground class of that number,
+            from 1 on.
     """
 
     images: Images
     labels: Tensor
     centres: Tensor | None = None
     names: tuple[str, ...] = ()
+    masks: Images | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,18 +84,20 @@ class ImageSet:
             self.labels[indices],
             None if self.centres is None else self.centres[indices],
             tuple(self.names[i] for i in indices.tolist()) if self.names else (),
+            None if self.masks is None else _Subset(self.masks, indices),
         )
 
     def plain(self) -> "ImageSet":
-        """Return the images and labels alone, without centres and names."""
-        return ImageSet(self.images, self.labels)
+        """Return the images, labels and masks alone, without centres and names."""
+        return ImageSet(self.images, self.labels, masks=self.masks)
 
     @classmethod
     def joined(cls, sets: Sequence["ImageSet"]) -> "ImageSet":
         """Return a view on the images of several sets, one after the other, read when asked for.
 
         Raises:
-            RequestError: their images differ in shape, or there is no set.
+            RequestError: their images differ in shape, some have masks and others none, or there
+                is no set.
         """
         shapes = {s.images.shape[1:] for s in sets}
         if len(shapes) != 1:
@@ -95,7 +105,17 @@ class ImageSet:
                 f"image sets: those that are joined must have one shape, got {sorted(shapes)}; "
                 "resize them"
             )
-        return cls(_Joined(tuple(s.images for s in sets)), torch.cat([s.labels for s in sets]))
+        masks = tuple(s.masks for s in sets if s.masks is not None)
+        if masks and len(masks) < len(sets):
+            raise RequestError(
+                f"image sets: those that are joined must all have masks or none, got {len(masks)} "
+                f"with masks of {len(sets)}; leave the others out, or drop the masks"
+            )
+        return cls(
+            _Joined(tuple(s.images for s in sets)),
+            torch.cat([s.labels for s in sets]),
+            masks=_Joined(masks) if masks else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -143,6 +163,22 @@ class Splits:
     vertical_flip: bool = False
     centre_names: tuple[str, ...] = ()
     """The hospitals or devices the images come from; empty where that is not known."""
+    task: TaskName = "classification"
+    """In segmentation ``class_names`` are those of the foreground."""
+    label_names: tuple[str, ...] = ()
+    """In segmentation, what ``labels`` mean (a diagnosis, say); empty where they mean nothing."""
+
+    def classifying(self) -> "Splits":
+        """Return the same images to be classified by their ``label_names``, without masks."""
+        parts = (
+            None if p is None else replace(p, masks=None) for p in (self.train, self.val, self.test)
+        )
+        train, val, test = parts
+        assert train is not None
+        return replace(
+            self, train=train, val=val, test=test, class_names=self.label_names,
+            task="classification", label_names=(),
+        )  # fmt: skip
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -154,9 +190,11 @@ class Splits:
 
         Every class must occur in ``train``: a network cannot learn a class it never sees, and
         the per-class figures would be meaningless. ``every_class=False`` lets it be so: what one
-        hospital lacks another may have.
+        hospital lacks another may have. In segmentation every image has a mask of its size, whose
+        values are at most the number of classes.
         """
-        classes = len(self.class_names)
+        segmenting = self.task == "segmentation"
+        names = self.label_names or ("",) if segmenting else self.class_names
         for name, part in (("train", self.train), ("val", self.val), ("test", self.test)):
             if part is None:
                 continue
@@ -168,9 +206,9 @@ class Splits:
                     f"{part.images.shape[0]} images and {len(part)} labels"
                 )
             low, high = int(part.labels.min()), int(part.labels.max())
-            if low < 0 or high >= classes:
+            if low < 0 or high >= len(names):
                 raise RequestError(
-                    f"{where}: {name} labels must be in 0..{classes - 1}, got {low}..{high}; "
+                    f"{where}: {name} labels must be in 0..{len(names) - 1}, got {low}..{high}; "
                     "number the classes from 0 without gaps, or name all of them"
                 )
             if part.images.shape[1:] != self.image_shape:
@@ -178,14 +216,57 @@ class Splits:
                     f"{where}: {name} images must be {self.image_shape} (C, H, W) like train's, "
                     f"got {part.images.shape[1:]}"
                 )
-        counts = torch.bincount(self.train.labels, minlength=classes)
-        if every_class and (counts == 0).any():
-            empty = [self.class_names[int(c)] for c in (counts == 0).nonzero()]
+            if segmenting:
+                check_masks(f"{where}: {name}", part, len(self.class_names))
+        present = self._classes_in_train()
+        if every_class and present is not None and not bool(present.all()):
+            empty = [self.class_names[int(c)] for c in (~present).nonzero()]
             raise RequestError(
                 f"{where}: every class must have a training image, got none of "
                 f"{', '.join(empty):.200}; remove the class or add images"
             )
         return self
+
+    def _classes_in_train(self) -> Tensor | None:
+        """Return which classes occur in ``train``; None where that would mean to read all masks."""
+        classes = len(self.class_names)
+        if self.task == "classification":
+            return torch.bincount(self.train.labels, minlength=classes) > 0
+        if self.train.masks is None or not _in_memory(self.train.masks):
+            return None
+        everything = self.train.masks.take(torch.arange(len(self.train)))
+        return torch.bincount(everything.flatten(), minlength=classes + 1)[1:] > 0
+
+
+def check_masks(where: str, part: ImageSet, classes: int) -> None:
+    """Raise RequestError unless every image has a mask of its size, with values in 0..classes.
+
+    Masks that are read when asked for have their values checked then.
+    """
+    if part.masks is None:
+        raise RequestError(f"{where} must have a mask an image, got none; add masks")
+    wanted = (part.images.shape[0], 1, *part.images.shape[2:])
+    if part.masks.shape != wanted:
+        raise RequestError(
+            f"{where} masks must be {wanted} (N, 1, H, W) like the images, got "
+            f"{part.masks.shape}; save both at one size and from one list"
+        )
+    if not _in_memory(part.masks):
+        return
+    highest = part.masks.take(torch.arange(len(part))).flatten(1).amax(1)
+    if bool((wrong := highest > classes).any()):
+        index = int(wrong.nonzero()[0])
+        name = f" ({part.names[index]})" if part.names else ""
+        raise RequestError(
+            f"{where} masks must have values in 0..{classes}, got {int(highest[index])} in mask "
+            f"{index}{name}; number the classes from 1, 0 is background"
+        )
+
+
+def _in_memory(images: Images) -> bool:
+    while isinstance(images, _Subset):
+        images = images.images
+    return isinstance(images, ArrayImages)
 
 
 @dataclass(frozen=True)
@@ -225,7 +306,7 @@ def open_data(reference: str, options: DataOptions, *, every_class: bool = True)
     Raises:
         RequestError: nothing of that name, or what is there does not hold together.
     """
-    from sdq import image_folder, npz_file  # here: they use the types above
+    from sdq import image_folder, mask_folder, npz_file  # here: they use the types above
 
     if plugins.is_file_reference(reference):
         function, _ = plugins.load_function(reference)
@@ -244,6 +325,8 @@ def open_data(reference: str, options: DataOptions, *, every_class: bool = True)
             )
     elif reference.endswith(".npz"):
         splits = npz_file.read_npz(Path(reference), options)
+    elif Path(reference).is_dir() and mask_folder.is_mask_folder(Path(reference)):
+        splits = mask_folder.read_mask_folder(Path(reference), options)
     elif Path(reference).is_dir():
         splits = image_folder.read_folder(Path(reference), options)
     elif "/" in reference or Path(reference).suffix:

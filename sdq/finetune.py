@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdq import losses
@@ -12,6 +11,7 @@ from sdq.checkpoint import Checkpoint
 from sdq.config import TrainConfig
 from sdq.outcome import Trained
 from sdq.quant_model import QuantModel
+from sdq.task import Teacher, task_of
 from sdq.train import Forward, Loader, Watcher, fit, weight_groups
 
 if TYPE_CHECKING:  # it imports half of torch: only who trains waits for it
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # it imports half of torch: only who trains waits for it
 
 
 class FineTuning:
-    """The objective of phase 2: distillation (or cross-entropy) plus bin regularization.
+    """The objective of phase 2: distillation (or the task's loss) plus bin regularization.
 
     Source: Huang et al., SDQ, ICML 2022, equations 9 and 10.
     """
@@ -29,7 +29,7 @@ class FineTuning:
     ) -> None:
         self.module: nn.Module = qmodel
         self.qmodel, self.config = qmodel, config
-        self.teacher = losses.Teacher(teacher) if teacher is not None and config.distill else None
+        self.teacher = Teacher(teacher) if teacher is not None and config.distill else None
         self.names = [bits.name for bits in qmodel.policy if bits.searched]
         self.bin_weight = 0.0
 
@@ -43,7 +43,7 @@ class FineTuning:
         if self.teacher is not None:
             loss = self.teacher.loss(logits, images)
         else:
-            loss = F.cross_entropy(logits, labels)
+            loss = task_of(logits).loss(logits, labels)
         if self.bin_weight:
             loss = loss + self.bin_weight * self.bin_loss()
         return loss

@@ -5,14 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdq.batches import generator
 from sdq.calibration import calibrate_acts
 from sdq.config import TrainConfig
 from sdq.expected_cost import ExpectedCost
-from sdq.losses import Teacher
 from sdq.search_problem import SearchProblem
 from sdq.stochastic import (
     BitwidthParameters,
@@ -21,6 +19,7 @@ from sdq.stochastic import (
     StochasticWeightQuantizer,
     logit,
 )
+from sdq.task import Teacher, task_of
 from sdq.train import Forward, fit, number_of_steps, weight_groups
 
 LOG_PRICE_RANGE = (math.log(1e-4), math.log(1e2))
@@ -180,7 +179,7 @@ class BitwidthSearch:
         if self.teacher is not None:
             task = self.teacher.loss(logits, images)
         else:
-            task = F.cross_entropy(logits, labels)
+            task = task_of(logits).loss(logits, labels)
         self.task_losses.append(float(task.detach()))
         return task + self.regularizer()
 

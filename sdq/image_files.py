@@ -78,12 +78,12 @@ class FileImages:
         try:
             with file.open() as image:
                 pixels = image.convert("L" if self.channels == 1 else "RGB")
-        except _UNDECODABLE as error:
+        except UNDECODABLE as error:
             raise _undecodable(file, error) from error
         return planes(fit_side(pixels, self.size[0]) if self.fit else pixels)
 
 
-_UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def _undecodable(file: ImageFile, error: BaseException) -> RequestError:
@@ -93,12 +93,14 @@ def _undecodable(file: ImageFile, error: BaseException) -> RequestError:
     )
 
 
-def fit_side(image: Image.Image, side: int) -> Image.Image:
+def fit_side(
+    image: Image.Image, side: int, resampling: Image.Resampling = Image.Resampling.BILINEAR
+) -> Image.Image:
     """Resize the shorter side to ``side``, then cut out the centre square."""
     width, height = image.size
     scale = side / min(width, height)
     width, height = max(side, round(width * scale)), max(side, round(height * scale))
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    image = image.resize((width, height), resampling)
     left, top = (width - side) // 2, (height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
@@ -118,7 +120,7 @@ def common_format(
         try:
             with file.open() as image:
                 mode, (width, height) = image.mode, image.size
-        except _UNDECODABLE as error:
+        except UNDECODABLE as error:
             raise _undecodable(file, error) from error
         if mode.startswith(("I", "F")):
             raise RequestError(

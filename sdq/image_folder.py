@@ -192,6 +192,20 @@ def by_image(table: Path, column: str) -> dict[str, str]:
     }
 
 
+def found_column(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return what images have in the first such column of the folder's CSV files.
+
+    By name without suffix; empty where there is no such column.
+    """
+    found: dict[str, str] = {}
+    for table in _csv_files(folder):
+        header = _header(table)
+        column = _first(names, header)
+        if column is not None and _first(IMAGE_COLUMNS, header):
+            found |= by_image(table, column)
+    return found
+
+
 def _column(
     folder: Path, tables: Iterable[Path], index: "_Index", names: Sequence[str]
 ) -> dict[Path, str]:

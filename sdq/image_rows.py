@@ -11,6 +11,7 @@ from torch import Tensor
 from sdq.data import ArrayImages, DataOptions, Images, ImageSet, Splits, divide
 from sdq.errors import RequestError
 from sdq.image_files import SUFFIXES, FileImages, ImageFile, common_format
+from sdq.mask_files import FileMasks, check_sizes
 
 EAGER_BYTES = 512 * 2**20
 """Decoded sets up to this size stay in memory; larger ones are read when asked for."""
@@ -35,7 +36,8 @@ class Row:
     """One labelled image: ``split`` is train, val, test or empty (to be divided).
 
     Images of one ``group`` (a lesion, a patient) stay in one part; empty is a group of its own.
-    ``centre`` names where the image was taken; empty where that is not known.
+    ``centre`` names where the image was taken; empty where that is not known. ``masks`` are files
+    that are united to its mask.
     """
 
     file: ImageFile
@@ -43,6 +45,7 @@ class Row:
     split: str = ""
     group: str = ""
     centre: str = ""
+    masks: tuple[Path, ...] = ()
 
 
 def class_folder_rows(path: Path) -> tuple[list[Row], tuple[str, ...]]:
@@ -64,18 +67,34 @@ def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def build(
-    where: str, rows: Sequence[Row], class_names: tuple[str, ...], options: DataOptions
+    where: str,
+    rows: Sequence[Row],
+    class_names: tuple[str, ...],
+    options: DataOptions,
+    *,
+    foreground: tuple[str, ...] = (),
 ) -> Splits:
-    """Turn rows into splits: decoded at once where they fit in EAGER_BYTES, else when asked for."""
+    """Turn rows into splits: decoded at once where they fit in EAGER_BYTES, else when asked for.
+
+    Args:
+        where: of the set, for messages.
+        rows: one an image.
+        class_names: of the rows' labels.
+        options: see :class:`sdq.data.DataOptions`.
+        foreground: of a set for segmentation, the classes of its masks' values from 1 on; the
+            labels may then be empty.
+    """
     if not rows:
         raise RequestError(f"{where}: the set must have at least one image, got none; {LAYOUTS}")
     files = [r.file for r in rows]
     channels, size = common_format(where, files, options.image_size)
     lazy = FileImages(tuple(files), channels, size, fit=options.image_size is not None)
-    images: Images = lazy
-    if len(files) * channels * size[0] * size[1] <= EAGER_BYTES:
-        images = ArrayImages(lazy.take(torch.arange(len(files))))
-    number = {name: c for c, name in enumerate(class_names)}
+    images, masks = _in_memory(lazy), None
+    if foreground:
+        check_sizes([f.path for f in files], [r.masks for r in rows])
+        found = tuple(r.masks for r in rows)
+        masks = _in_memory(FileMasks(found, len(foreground), size, options.image_size))
+    number = {name: c for c, name in enumerate(class_names or ("",))}
     centre_names = sorted_names(r.centre for r in rows if r.centre)
     centre = {"": -1} | {name: c for c, name in enumerate(centre_names)}
     whole = ImageSet(
@@ -83,18 +102,35 @@ def build(
         torch.tensor([number[r.label] for r in rows]),
         torch.tensor([centre[r.centre] for r in rows]) if centre_names else None,
         tuple(r.file.path.name for r in rows),
+        masks,
     )
     if not any(r.split for r in rows):
         splits = divided(whole, class_names, options, [r.group for r in rows])
-        return replace(splits, centre_names=centre_names)
-    parts = {
-        name: whole.subset(torch.tensor([i for i, r in enumerate(rows) if r.split == name]).long())
-        for name in ("train", "val", "test")
-    }
-    return Splits(
-        parts["train"], _or_none(parts["val"]), _or_none(parts["test"]), class_names,
-        centre_names=centre_names,
+    else:
+        train, val, test = (
+            whole.subset(torch.tensor([i for i, r in enumerate(rows) if r.split == name]).long())
+            for name in ("train", "val", "test")
+        )
+        splits = Splits(train, _or_none(val), _or_none(test), class_names)
+    splits = replace(splits, centre_names=centre_names)
+    return segmenting(splits, foreground) if foreground else splits
+
+
+def segmenting(splits: Splits, foreground: tuple[str, ...]) -> Splits:
+    """Return splits of images with masks for segmentation; their classes become label names."""
+    labels = splits.class_names
+    return replace(
+        splits, task="segmentation", class_names=foreground,
+        label_names=labels if len(labels) > 1 else (),
     )  # fmt: skip
+
+
+def _in_memory(lazy: Images) -> Images:
+    """Return images decoded at once if they fit in EAGER_BYTES."""
+    n, channels, height, width = lazy.shape
+    if n * channels * height * width > EAGER_BYTES:
+        return lazy
+    return ArrayImages(lazy.take(torch.arange(n)))
 
 
 def _or_none(part: ImageSet) -> ImageSet | None:

@@ -1,10 +1,8 @@
 """Losses of phase 2: distillation from the float model, and entropy-aware bin regularization."""
 
-import copy
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdq.config import BinReduction
 
@@ -24,19 +22,6 @@ def distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """
     targets = F.softmax(teacher_logits.detach(), dim=1)
     return F.cross_entropy(student_logits, targets)
-
-
-class Teacher:
-    """A frozen copy of a float network, asked for soft labels."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
-
-    def loss(self, student_logits: Tensor, images: Tensor) -> Tensor:
-        """Return the distillation loss of a batch ``(N, C, H, W)``."""
-        with torch.no_grad():
-            targets = self.network.to(images.device)(images)
-        return distillation(student_logits, targets)
 
 
 def bin_regularization(position: Tensor, level: Tensor, reduction: BinReduction = "mean") -> Tensor:

@@ -14,6 +14,8 @@ from sdq.errors import RunError
 def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
     """Return logits ``(N, classes)`` and labels ``(N,)`` of a whole set, on the CPU.
 
+    Of a segmenter they are maps: ``(N, C, H, W)`` and ``(N, H, W)``.
+
     Raises:
         RunError: an output is NaN or infinite.
     """
@@ -69,11 +71,6 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         "ece": float(tm.multiclass_calibration_error(below_one, labels, classes, n_bins=15)),
         "num_examples": len(labels),
     }
-
-
-def evaluate(model: nn.Module, loader: Loader) -> dict[str, Any]:
-    """Return :func:`classification_metrics` of a model on a set of batches."""
-    return classification_metrics(*predict(model, loader))
 
 
 def agreement(logits: Tensor, other: Tensor) -> float:

@@ -15,15 +15,20 @@ from torch import Tensor
 from sdq.data import ArrayImages, DataOptions, ImageSet, Splits
 from sdq.errors import RequestError, nearest
 from sdq.image_files import fit_side, planes
-from sdq.image_rows import divided
+from sdq.image_rows import divided, segmenting
+from sdq.mask_files import class_indices, fit_mask
 
 
 def read_npz(path: Path, options: DataOptions) -> Splits:
     """Read an ``.npz`` in MedMNIST's layout, or ``images`` with ``labels`` to be divided.
 
+    With ``masks`` it is a set for segmentation, whose labels may be missing.
+
     Args:
         path: the file. Images are uint8 N x H x W or N x H x W x C with C 1 or 3; labels are
-            integers, N or N x 1. ``class_names`` (text) may name the classes.
+            integers, N or N x 1. ``class_names`` (text) may name the classes. Masks are integers
+            N x H x W or N x H x W x 1, 0 for background; ``mask_names`` may name the values from
+            1 on (without labels ``class_names`` may as well).
         options: ``image_size`` resizes; ``split`` and ``seed`` divide a set without splits.
 
     Raises:
@@ -55,20 +60,29 @@ def _npz_splits(path: Path, arrays: Mapping[str, np.ndarray], options: DataOptio
     prefixes = ["train_"] if has_splits else [""]
     prefixes += [p for p in ("val_", "test_") if any(k.startswith(p) for k in arrays)]
     parts = {p: _npz_part(path, arrays, p, options.image_size) for p in prefixes}
-    names = _npz_class_names(path, arrays, list(parts.values()))
+    first = parts[prefixes[0]]
+    labelled = first.masks is None or f"{prefixes[0]}labels" in arrays
+    names = _npz_class_names(path, arrays, list(parts.values())) if labelled else ()
     if has_splits:
-        return Splits(parts["train_"], parts.get("val_"), parts.get("test_"), names)
-    return divided(parts[""], names, options)
+        splits = Splits(parts["train_"], parts.get("val_"), parts.get("test_"), names)
+    else:
+        splits = divided(first, names, options)
+    if first.masks is None:
+        return splits
+    return segmenting(splits, _npz_mask_names(path, arrays, parts, labelled))
 
 
 def _npz_part(
     path: Path, arrays: Mapping[str, np.ndarray], prefix: str, side: int | None
 ) -> ImageSet:
-    if f"{prefix}labels" not in arrays and f"{prefix}masks" in arrays:
-        raise RequestError(
-            f"{path}: classification needs labels, got masks only; add an array {prefix}labels"
-        )
-    images, labels = (_member(path, arrays, f"{prefix}{k}") for k in ("images", "labels"))
+    images = _member(path, arrays, f"{prefix}images")
+    masks = None
+    if any(key.endswith("masks") for key in arrays):
+        masks = _npz_masks(path, arrays, prefix, images.shape[:3], side)
+    if masks is not None and f"{prefix}labels" not in arrays:
+        labels = np.zeros(len(images), np.int64)
+    else:
+        labels = _member(path, arrays, f"{prefix}labels")
     if len(images) != len(labels):
         raise RequestError(
             f"{path}: {prefix}labels must have one entry an image, got {len(labels)} for "
@@ -77,7 +91,63 @@ def _npz_part(
     return ImageSet(
         ArrayImages(_npz_pixels(f"{path}: {prefix}images", images, side)),
         _npz_labels(f"{path}: {prefix}labels", labels),
+        masks=masks,
     )
+
+
+def _npz_masks(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    prefix: str,
+    shape: tuple[int, ...],
+    side: int | None,
+) -> ArrayImages:
+    """Return masks uint8 ``(N, 1, H, W)`` for images ``(N, H, W)``."""
+    where = f"{path}: {prefix}masks"
+    masks = _member(path, arrays, f"{prefix}masks")
+    if masks.ndim == 4 and masks.shape[3] == 1:
+        masks = masks[..., 0]
+    if masks.shape != shape:
+        raise RequestError(
+            f"{where} must be {' x '.join(map(str, shape))} (N x H x W) like the images, got shape "
+            f"{masks.shape}; save one mask an image at the image's size"
+        )
+    indices = class_indices(where, masks, _named_masks(path, arrays))
+    fitted = np.stack([fit_mask(mask, side) for mask in indices]) if len(indices) else indices
+    return ArrayImages(torch.from_numpy(np.ascontiguousarray(fitted[:, None])))
+
+
+def _named_masks(path: Path, arrays: Mapping[str, np.ndarray]) -> int | None:
+    """Return how many foreground classes have a name; None if they have none."""
+    key = "mask_names" if "mask_names" in arrays else "class_names"
+    if key not in arrays or (key == "class_names" and any(k.endswith("labels") for k in arrays)):
+        return None
+    return len(_names(path, arrays, key, 1))
+
+
+def _npz_mask_names(
+    path: Path, arrays: Mapping[str, np.ndarray], parts: Mapping[str, ImageSet], labelled: bool
+) -> tuple[str, ...]:
+    """Return the names of the foreground classes; their numbers where they have none."""
+    classes = 1
+    for part in parts.values():
+        assert part.masks is not None
+        classes = max(classes, int(part.masks.take(torch.arange(len(part))).max()))
+    if "mask_names" in arrays:
+        return _names(path, arrays, "mask_names", classes)
+    if "class_names" in arrays and not labelled:
+        return _names(path, arrays, "class_names", classes)
+    return ("foreground",) if classes == 1 else tuple(str(c + 1) for c in range(classes))
+
+
+def _names(path: Path, arrays: Mapping[str, np.ndarray], key: str, classes: int) -> tuple[str, ...]:
+    names = _member(path, arrays, key)
+    if names.dtype.kind != "U" or names.ndim != 1 or len(names) < classes:
+        raise RequestError(
+            f"{path}: {key} must be {classes} or more texts, got {names.dtype} of shape "
+            f"{names.shape}; save np.array([name of the first class, ...])"
+        )
+    return tuple(str(n) for n in names)
 
 
 def _member(path: Path, arrays: Mapping[str, np.ndarray], key: str) -> np.ndarray:
@@ -141,13 +211,7 @@ def _npz_class_names(
 ) -> tuple[str, ...]:
     classes = 1 + max((int(p.labels.max()) for p in parts if len(p)), default=0)
     if "class_names" in arrays:
-        names = _member(path, arrays, "class_names")
-        if names.dtype.kind != "U" or names.ndim != 1 or len(names) < classes:
-            raise RequestError(
-                f"{path}: class_names must be {classes} or more texts, got {names.dtype} of shape "
-                f"{names.shape}; save np.array([name of class 0, ...])"
-            )
-        return tuple(str(n) for n in names)
+        return _names(path, arrays, "class_names", classes)
     if classes > sum(len(p) for p in parts):
         raise RequestError(
             f"{path}: labels must be numbered from 0 without gaps, got {classes - 1} in a set of "

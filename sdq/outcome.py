@@ -13,14 +13,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from sdq.batches import Loader, generator
 from sdq.config import TrainConfig
-from sdq.metrics import classification_metrics, predict
+from sdq.metrics import predict
+from sdq.task import task_of
 
 if TYPE_CHECKING:  # it imports half of torch: only who trains waits for it
     from lightning_fabric import Fabric
@@ -131,6 +131,8 @@ class Outcome:
             )
         self.best: dict[str, Tensor] = {}
         self.best_epoch, self.best_score = 0, -math.inf
+        # the first output says which task it is, and so what None stands for
+        self.selected_by: str = config.select or "last"
 
     @property
     def selects(self) -> bool:
@@ -157,10 +159,10 @@ class Outcome:
             if not self.selects:
                 self.best_epoch = epoch
                 return metrics
-            found = metrics[f"val_{self.config.select}"]
+            found = metrics[f"val_{self.selected_by}"]
             # of a single class there is no AUC; the network may be as good as any
             score = -math.inf if found is None else found
-            score = -score if self.config.select == "loss" else score
+            score = -score if self.selected_by == "loss" else score
             # processes must not part over a rounding
             score = self.fabric.broadcast(score)
             if score >= self.best_score:
@@ -174,10 +176,9 @@ class Outcome:
             return Trained(0, "last")
         if self.selects:
             self.module.load_state_dict(self.best)
-            loss = self.config.select == "loss"
-            score = -self.best_score if loss else self.best_score
+            score = -self.best_score if self.selected_by == "loss" else self.best_score
             return Trained(
-                self.best_epoch, self.config.select, score if math.isfinite(score) else None
+                self.best_epoch, self.selected_by, score if math.isfinite(score) else None
             )
         if self.average is None and not self.config.bn_batches:
             return Trained(self.best_epoch, "last")
@@ -192,7 +193,8 @@ class Outcome:
         if self.average is not None:
             tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         if math.isfinite(self.best_score):
-            tensors["best_score"] = torch.tensor(self.best_score, dtype=torch.float64)
+            score = torch.tensor(self.best_score, dtype=torch.float64)
+            tensors[f"best_score.{self.selected_by}"] = score
         return {**tensors, "best_epoch": torch.tensor(self.best_epoch)}
 
     def load_state_dict(self, tensors: dict[str, Any]) -> None:
@@ -201,12 +203,13 @@ class Outcome:
         if "best_epoch" not in tensors:
             raise RuntimeError("no best epoch in the checkpoint")
         self.best_epoch = int(tensors.pop("best_epoch"))
-        self.best_score = float(tensors.pop("best_score", -math.inf))
-        parts: dict[str, dict[str, Tensor]] = {"best": {}, "average": {}}
+        parts: dict[str, dict[str, Tensor]] = {"best": {}, "average": {}, "best_score": {}}
         for name, tensor in tensors.items():
             part, _, path = name.partition(".")
             parts[part][path] = tensor
         self.best = parts["best"]
+        for metric, score in parts["best_score"].items():
+            self.selected_by, self.best_score = metric, float(score)
         if self.average is not None:
             self.average.load_state_dict(parts["average"])
 
@@ -236,8 +239,9 @@ class Outcome:
 
     def _measure(self, network: nn.Module, validation: Loader) -> dict[str, Any]:
         logits, labels = predict(network, validation)
-        metrics = classification_metrics(logits, labels)
+        task = task_of(logits)
+        self.selected_by = task.selection(self.config.select)
         return {
-            "val_loss": float(F.cross_entropy(logits, labels)),
-            **{f"val_{k}": metrics[k] for k in ("accuracy", "balanced_accuracy", "auc")},
+            "val_loss": float(task.loss(logits, labels)),
+            **{f"val_{name}": score for name, score in task.scores(logits, labels).items()},
         }

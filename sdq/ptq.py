@@ -26,6 +26,7 @@ from sdq.outcome import reestimate_statistics_
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 from sdq.rounding import SoftRounding, annealed_beta, rounding_regularizer
+from sdq.task import task_of
 from sdq.train import StepReport, Watcher
 
 CHUNK = 64
@@ -117,20 +118,21 @@ def check_ptq(qmodel: QuantModel, config: PtqConfig) -> None:
 def soft_labelled(
     network: nn.Module, images: Tensor, batch_size: int = 32
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return images as batches with a float network's class probabilities for labels.
+    """Return images as batches with a float network's probabilities for labels.
 
     What a search, which takes ``(images, labels)``, is given where there are no labels: every
     method then measures against the float network.
 
     Args:
-        network: maps ``(N, C, H, W)`` to logits ``(N, classes)``; its mode is kept.
+        network: maps ``(N, C, H, W)`` to logits, of classes or of pixels; its mode is kept.
         images: ``(N, C, H, W)``.
         batch_size: of the batches.
     """
     training, device = network.training, next(network.parameters()).device
     network.eval()
     try:
-        return [(x, network(x.to(device)).softmax(1).cpu()) for x in images.split(batch_size)]
+        answers = [(x, network(x.to(device))) for x in images.split(batch_size)]
+        return [(x, task_of(logits).soft_labels(logits).cpu()) for x, logits in answers]
     finally:
         network.train(training)
 

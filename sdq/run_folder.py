@@ -303,7 +303,7 @@ def versions() -> dict[str, str]:
 
 
 def fingerprint(splits: Splits, sample: int = 256) -> str:
-    """Return a hash of labels, shapes and evenly spaced images of every split."""
+    """Return a hash of labels, shapes and evenly spaced images and masks of every split."""
     digest = hashlib.sha256()
     for part in (splits.train, splits.val, splits.test):
         if part is not None:
@@ -316,3 +316,5 @@ def _add(digest: "hashlib._Hash", part: ImageSet, sample: int) -> None:
     digest.update(part.labels.numpy().tobytes())
     indices = torch.linspace(0, len(part) - 1, min(sample, len(part))).long()
     digest.update(part.images.take(indices).contiguous().numpy().tobytes())
+    if part.masks is not None:
+        digest.update(part.masks.take(indices).contiguous().numpy().tobytes())

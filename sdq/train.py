@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdq import parallel
@@ -23,6 +22,7 @@ from sdq.diagnosis import LOWER, origin, weight_not_finite
 from sdq.errors import RequestError, RunError
 from sdq.outcome import Outcome, Trained
 from sdq.schedules import learning_rate
+from sdq.task import task_of
 
 if TYPE_CHECKING:  # it imports half of torch: only who trains waits for it
     from lightning_fabric import Fabric
@@ -229,7 +229,7 @@ def is_weight(parameter: Tensor) -> bool:
 
 @dataclass
 class FloatTraining:
-    """Plain supervised training with cross-entropy."""
+    """Plain supervised training."""
 
     module: nn.Module
     config: TrainConfig
@@ -239,8 +239,9 @@ class FloatTraining:
         return weight_groups(self.module, self.config)
 
     def loss(self, forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy."""
-        return F.cross_entropy(forward(images), labels)
+        """Return the task's loss: of classes the cross-entropy."""
+        logits = forward(images)
+        return task_of(logits).loss(logits, labels)
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Nothing to prepare."""
@@ -263,7 +264,7 @@ def train_(
     checkpoint: Checkpoint | None = None,
     watch: Watcher | None = None,
 ) -> Trained:
-    """Train a float network in place with cross-entropy; see :func:`fit` for the arguments.
+    """Train a float network in place with its task's loss; see :func:`fit` for the arguments.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     >>> batch = (torch.zeros(2, 1, 2, 2), torch.tensor([0, 1]))

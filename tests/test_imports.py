@@ -16,7 +16,7 @@ from sdq.errors import RequestError
 from sdq.extras import missing_extra
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL = {"flwr", "onnx", "onnxruntime", "qonnx", "hls4ml", "pydicom", "finn"}
+OPTIONAL = {"flwr", "onnx", "onnxruntime", "qonnx", "hls4ml", "pydicom", "nibabel", "finn"}
 HEAVY = OPTIONAL | {"brevitas", "matplotlib", "scipy", "torchmetrics", "lightning_fabric"}
 
 
@@ -85,7 +85,8 @@ def missing(module: str) -> ModuleNotFoundError:
     ("module", "extra"),
     [
         ("onnx", "export"), ("onnx.helper", "export"), ("qonnx", "export"), ("flwr.app", "fl"),
-        ("hls4ml", "hls4ml"), ("pydicom", "dicom"), ("cffi", "finn"),
+        ("hls4ml", "hls4ml"), ("pydicom", "dicom"), ("nibabel", "nifti"),
+        ("cffi", "finn"),
     ],
 )  # fmt: skip
 def test_the_extra_of_a_missing_package_is_named(

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from sdq.batches import Batches, Normalization
 from sdq.checkpoint import load_tensors
 from sdq.data import DataOptions, open_data
-from sdq.metrics import agreement, classification_metrics, evaluate, predict
+from sdq.metrics import agreement, classification_metrics, predict
 from sdq.models import resnet20
+from sdq.task import evaluate
 
 sk = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the reference")
 

@@ -60,7 +60,7 @@ def test_npz_train_alone_grey_and_any_integer(
 def test_npz_without_splits_is_divided(tmp_path: Path, all_of: Callable[..., torch.Tensor]) -> None:
     images = pixels(40, 4, 4)
     labels = np.arange(40) % 2
-    path = save(tmp_path, images=images, labels=labels, masks=images)
+    path = save(tmp_path, images=images, labels=labels)
     splits = open_data(str(path), DataOptions(split=(0.5, 0.25, 0.25), seed=4))
     expected = divide(torch.from_numpy(labels), (0.5, 0.25, 0.25), 4)
     for part, indices in zip(("train", "val", "test"), expected, strict=True):
@@ -128,13 +128,6 @@ def test_npz_missing_keys(tmp_path: Path, refuses: Callable[..., Any]) -> None:
         read_npz(save(tmp_path, x=images), OPTIONS)
     with refuses("no array 'labels'", "did you mean 'label'?"):
         read_npz(save(tmp_path, images=images, label=labels), OPTIONS)
-
-
-@pytest.mark.parametrize("prefix", ["", "train_"])
-def test_npz_masks_only(tmp_path: Path, prefix: str, refuses: Callable[..., Any]) -> None:
-    arrays = {f"{prefix}images": pixels(3, 4, 4), f"{prefix}masks": pixels(3, 4, 4)}
-    with refuses("classification needs labels, got masks only", f"array {prefix}labels"):
-        read_npz(save(tmp_path, **arrays), OPTIONS)
 
 
 def test_npz_damaged(tmp_path: Path, refuses: Callable[..., Any]) -> None:

@@ -31,7 +31,7 @@ from fl.network import Network, Outputs
 from fl.record import Tensors
 from fl.state import Route
 from fl.wrapper import Wrapper, WrapperClient, WrapperConfig
-from sdq.metrics import evaluate
+from sdq.task import evaluate
 
 PERSONAL = "det"
 RECOVER, EXCHANGE, SUBLIMATE = 1, 2, 3

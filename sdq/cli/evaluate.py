@@ -11,8 +11,9 @@ from sdq.cli.progress import show_json, show_table
 from sdq.cli.run_data import run_inputs
 from sdq.cli.train import summary
 from sdq.errors import RequestError
-from sdq.metrics import agreement, classification_metrics, predict
+from sdq.metrics import predict
 from sdq.run_folder import RunFolder
+from sdq.task import task_of
 
 
 def evaluate(
@@ -57,19 +58,20 @@ def evaluate(
                 "sdq evaluate: must have a run folder, or --model, --weights and --data"
             )
         request = inp.DataRequest(data, root, image_size, mean, std, split, batch_size, seed)
-        inputs = inp.open_inputs(request)
+        inputs = inp.open_inputs(request).for_model(model)
         network = inp.load_float_file(model, weights, inputs)
         logits, labels = predict(network, inputs.held_out())
-        metrics = {"float": classification_metrics(logits, labels)}
+        metrics = {"float": task_of(logits).metrics(logits, labels)}
     else:
         folder = RunFolder.open(run)
         inputs = run_inputs(folder, data, root, image_size, mean, std, split, batch_size)
         logits, labels = predict(inp.load_float(folder), inputs.held_out())
-        metrics = {"float": classification_metrics(logits, labels)}
+        task = task_of(logits)
+        metrics = {"float": task.metrics(logits, labels)}
         if folder.read_json("run.json").get("quant"):
             quantized, _ = predict(inp.load_quantized(folder), inputs.held_out())
-            metrics["quantized"] = classification_metrics(quantized, labels)
-            metrics["agreement"] = agreement(quantized, logits)
+            metrics["quantized"] = task.metrics(quantized, labels)
+            metrics["agreement"] = task.agreement(quantized, logits)
     rows = [summary(k, v) for k, v in metrics.items() if isinstance(v, dict)]
     show_table(str(run or model), rows, quiet=quiet)
     if json_:

@@ -256,7 +256,7 @@ def federate(
     else:
         assert model is not None
         described = inp.describe_model(model)
-        inputs = _open_inputs(request)
+        inputs = _open_inputs(request).for_model(model)
         network = _network(model, weights, inputs, seed)
     hospitals = asked_clients.divide(inputs.splits, seed)
     network = network.to(place)
@@ -346,5 +346,5 @@ def _network(model: str, weights: Path | None, inputs: inp.Inputs, seed: int) ->
         network = inp.build_model(model, inputs.splits.image_shape, classes)
     if weights is not None:
         network = inp.load_float_file(model, weights, inputs)
-    inp.check_logits(network, inputs.sample, classes)
+    inputs.task.check_logits(network, inputs.sample, classes)
     return network

@@ -24,8 +24,8 @@ from sdq.cli.federation_progress import FederationWatch
 from sdq.cli.plotting import draw_plots
 from sdq.cli.report import write_report
 from sdq.config import Config
-from sdq.metrics import evaluate
 from sdq.run_folder import RunFolder
+from sdq.task import evaluate
 
 
 @dataclass(frozen=True)

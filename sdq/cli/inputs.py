@@ -25,6 +25,7 @@ from sdq.quant_model import QuantModel, quantize
 from sdq.run_document import first_of
 from sdq.run_folder import RunFolder, fingerprint
 from sdq.split_file import apply_split_file
+from sdq.task import TASKS, Task, answer_to, task_of
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,29 @@ class Inputs:
         return torch.zeros(1, *self.splits.image_shape)
 
     @property
+    def task(self) -> Task:
+        """What a network of these data is for."""
+        return TASKS[self.splits.task]
+
+    def for_model(self, reference: str) -> "Inputs":
+        """Return the inputs for what a ``--model`` answers, where images have masks and labels.
+
+        A network that gives maps learns the masks, another one the labels.
+        """
+        if not self.splits.label_names:
+            return self
+        with torch.random.fork_rng():
+            network = build_model(reference, self.splits.image_shape, len(self.splits.class_names))
+        if task_of(answer_to(network, self.sample)) is self.task:
+            return self
+        return self.classifying()
+
+    def classifying(self) -> "Inputs":
+        """Return the inputs for a network that tells the images' labels."""
+        splits = self.splits.classifying().checked(self.request.reference)
+        return open_batches(splits, self.normalization, self.request)
+
+    @property
     def validation(self) -> Batches | None:
         """The validation set, where there is one besides the test set.
 
@@ -140,6 +164,7 @@ class Inputs:
         return {
             "reference": self.request.reference,
             "fingerprint": fingerprint(splits),
+            "task": splits.task,
             "class_names": list(splits.class_names),
             "image_shape": list(splits.image_shape),
             "num_examples": {k: len(v) for k, v in parts.items() if v is not None},
@@ -185,6 +210,8 @@ def open_inputs(
         splits = apply_split_file(path, splits).checked(str(path))
     if request.client is not None:
         splits = of_client(splits, **request.client)
+    if recorded is not None:
+        splits = _as_recorded(request.reference, splits, recorded)
     channels = splits.image_shape[0]
     if (request.mean is None) != (request.std is None):
         raise RequestError("--mean, --std: must be given together")
@@ -193,12 +220,14 @@ def open_inputs(
             numbers(request.mean, "--mean"), numbers(request.std, "--std"), channels
         )
     elif recorded is not None:
-        _check_fits(request.reference, splits, recorded)
         normalization = Normalization(tuple(recorded["mean"]), tuple(recorded["std"]))
     else:
         normalization = Normalization.of(splits.train)
-    if recorded is not None:
-        _check_fits(request.reference, splits, recorded)
+    return open_batches(splits, normalization, request)
+
+
+def open_batches(splits: Splits, normalization: Normalization, request: DataRequest) -> Inputs:
+    """Prepare batches of data that are open."""
     augment = (
         Augmentation(splits.horizontal_flip, splits.vertical_flip) if request.augment else None
     )
@@ -209,7 +238,16 @@ def open_inputs(
     return Inputs(splits, normalization, train, request)
 
 
-def _check_fits(reference: str, splits: Splits, recorded: dict[str, Any]) -> None:
+def _as_recorded(reference: str, splits: Splits, recorded: dict[str, Any]) -> Splits:
+    """Return data for the task of a run; RequestError if they do not fit its network."""
+    task = recorded.get("task", "classification")
+    if task == "classification" and splits.label_names:
+        splits = splits.classifying()
+    if splits.task != task:
+        raise RequestError(
+            f"{reference}: must be data for {task} as in the run, got {splits.task}; give data "
+            f"with {'masks' if task == 'segmentation' else 'labels'}"
+        )
     before = tuple(recorded["image_shape"])
     if splits.image_shape != before:
         same_channels = splits.image_shape[0] == before[0]
@@ -223,6 +261,7 @@ def _check_fits(reference: str, splits: Splits, recorded: dict[str, Any]) -> Non
             f"{reference}: must have the run's {len(recorded['class_names'])} classes, "
             f"got {len(splits.class_names)}; give data with the same classes"
         )
+    return splits
 
 
 def _builder(reference: str) -> tuple[Callable[..., Any], str | None]:
@@ -366,26 +405,3 @@ def describe_model(reference: str) -> dict[str, Any]:
         path, _, function = reference.rpartition(":")
         reference = f"{Path(path).resolve()}:{function}"
     return {"reference": reference, "sha256": digest}
-
-
-def check_logits(network: nn.Module, sample: Tensor, classes: int) -> None:
-    """Raise RequestError unless the network maps the sample to one logit a class."""
-    training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            out = network(sample)
-    except Exception as error:  # the user's code may raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise RequestError(
-            f"model: must accept images of shape {tuple(sample.shape[1:])} (C, H, W), "
-            f"but: {reason}; pass --image-size, or another model"
-        ) from error
-    finally:
-        network.train(training)
-    if not isinstance(out, Tensor) or out.shape != (1, classes):
-        got = tuple(out.shape[1:]) if isinstance(out, Tensor) else type(out).__name__
-        raise RequestError(
-            f"model: must return one logit for each of {classes} classes, got {got}; "
-            "check the number of classes"
-        )

@@ -100,8 +100,11 @@ BnBatches = Annotated[
     typer.Option(min=0, help="Batches to estimate batch norm's statistics anew from; 0: not anew."),
 ]
 Select = Annotated[
-    config.Selection,
-    typer.Option(help="Validation metric that chooses the epoch to keep; last: none."),
+    config.Selection | None,
+    typer.Option(
+        help="Validation metric that chooses the epoch to keep (last: none); default: auc, of "
+        "segmentation dice."
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1)]
 ImageSize = Annotated[

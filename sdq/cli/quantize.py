@@ -25,7 +25,7 @@ from sdq.cli.train import summary
 from sdq.config import PtqConfig, SearchConfig, TrainConfig
 from sdq.errors import RequestError
 from sdq.finetune import finetune_
-from sdq.metrics import agreement, classification_metrics, predict
+from sdq.metrics import predict
 from sdq.parallel import open_fabric
 from sdq.policy import FLOAT_BITS, BitwidthPolicy
 from sdq.ptq import check_ptq
@@ -35,6 +35,7 @@ from sdq.report.predictions import Predictions
 from sdq.run_folder import RunFolder, check_new
 from sdq.search import check_search, search
 from sdq.search_space import SearchSpace
+from sdq.task import task_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -70,7 +71,7 @@ def open_source(
             "--weights: must name the float weights of --model; train some with `sdq train`"
         )
     described = inp.describe_model(model)
-    inputs = inp.open_inputs(request)
+    inputs = inp.open_inputs(request).for_model(model)
     return Source(inp.load_float_file(model, weights, inputs), described, inputs)
 
 
@@ -125,7 +126,7 @@ def prepare(source: Source, plan: Plan) -> QuantModel:
     What it is prepared for must be able to take it.
     """
     network, inputs = source.network, source.inputs
-    inp.check_logits(network, inputs.sample, len(inputs.splits.class_names))
+    inputs.task.check_logits(network, inputs.sample, len(inputs.splits.class_names))
     qmodel = quantize_model(network, plan.quant, sample=inputs.sample)
     if plan.target is not None:
         legal = layers_on_target(qmodel, plan.target)
@@ -217,10 +218,11 @@ def measure(qmodel: QuantModel, source: Source, run: RunFolder) -> dict[str, Any
     float_logits, labels = predict(source.network.cpu(), held_out)
     logits, _ = predict(qmodel, held_out)
     Predictions(labels, float_logits, logits).save(run)
+    task = task_of(logits)
     return {
-        "float": classification_metrics(float_logits, labels),
-        "quantized": classification_metrics(logits, labels),
-        "agreement": agreement(logits, float_logits),
+        "float": task.metrics(float_logits, labels),
+        "quantized": task.metrics(logits, labels),
+        "agreement": task.agreement(logits, float_logits),
         **sizes(qmodel),
     }
 
@@ -391,6 +393,8 @@ def quantize(
     asked = asked_for("quantize", model, weights, from_, source.inputs.request, plan)
     asked |= {"devices": devices, "precision": precision}
     # whatever is wrong with the request shows before a folder is made
+    if plan.train is not None:
+        source.inputs.task.selection(plan.train.select)
     network = open_teacher(plan.teacher, source.inputs) if plan.teacher else None
     qmodel = prepare(source, plan)
     run = processes.begin(fabric, out, asked, resume=resume)

@@ -33,6 +33,8 @@ def run_inputs(
     if data is None:
         request = replace(before, root=root or before.root)
         inputs = inp.open_inputs(request, every_class=every_class)
+        if inputs.splits.label_names and recorded.get("task") != "segmentation":
+            inputs = inputs.classifying()
         if inputs.describe()["fingerprint"] != recorded["fingerprint"]:
             raise RequestError(
                 f"{before.reference}: must be the data the run was made with, but it changed "

@@ -86,7 +86,7 @@ def open_teacher(request: TeacherRequest, inputs: inp.Inputs) -> nn.Module | Non
     else:
         return None
     try:
-        inp.check_logits(network, inputs.sample, len(inputs.splits.class_names))
+        inputs.task.check_logits(network, inputs.sample, len(inputs.splits.class_names))
     except RequestError as error:
         raise RequestError(f"teacher {request.run or request.model}: {error}") from None
     return network

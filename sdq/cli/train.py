@@ -11,10 +11,11 @@ from sdq.cli import options, processes
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.report import write_report
 from sdq.config import TrainConfig
-from sdq.metrics import classification_metrics, predict
+from sdq.metrics import predict
 from sdq.parallel import open_fabric
 from sdq.report.predictions import Predictions
 from sdq.run_folder import check_new
+from sdq.task import task_of
 from sdq.train import train_
 
 
@@ -63,7 +64,7 @@ def train(
     check_new(out, resume=resume)
     fabric = open_fabric(device, devices, precision)
     described = inp.describe_model(model)
-    inputs = inp.open_inputs(request)
+    inputs = inp.open_inputs(request).for_model(model)
     classes = len(inputs.splits.class_names)
     # fresh weights follow from the seed, without touching the caller's generator
     with torch.random.fork_rng():
@@ -71,7 +72,8 @@ def train(
         network = inp.build_model(model, inputs.splits.image_shape, classes)
     if weights is not None:
         network = inp.load_float_file(model, weights, inputs)
-    inp.check_logits(network, inputs.sample, classes)
+    inputs.task.check_logits(network, inputs.sample, classes)
+    inputs.task.selection(config.select)
     asked: dict[str, Any] = {
         "verb": "train",
         "model": model,
@@ -94,7 +96,7 @@ def train(
         network.cpu()
         run.write_tensors("model.safetensors", network.state_dict())
         logits, labels = predict(network, inputs.held_out())
-        metrics: dict[str, Any] = {"float": classification_metrics(logits, labels)}
+        metrics: dict[str, Any] = {"float": task_of(logits).metrics(logits, labels)}
         Predictions(labels, logits).save(run)
         metrics |= trained.to_json()
         run.write_json("metrics.json", metrics)
@@ -108,5 +110,5 @@ def train(
 
 def summary(name: str, metrics: dict[str, Any]) -> dict[str, object]:
     """Return the figures of a table row."""
-    keys = ("accuracy", "balanced_accuracy", "macro_f1", "auc")
-    return {"network": name, **{key: metrics[key] for key in keys}}
+    keys = ("accuracy", "balanced_accuracy", "macro_f1", "auc", "dice", "iou", "hd95")
+    return {"network": name, **{key: metrics[key] for key in keys if key in metrics}}

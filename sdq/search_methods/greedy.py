@@ -9,12 +9,12 @@ come up for the least (the lazy form of the greedy algorithm): they rarely fall 
 import heapq
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sdq.apply_policy import apply_policy_
 from sdq.calibration import in_float
 from sdq.search_problem import SearchProblem
+from sdq.task import task_of
 
 CHOOSES_ACTS, CHOOSES_CHANNELS = False, False
 
@@ -69,7 +69,7 @@ class _Divergence:
         device = next(self.qmodel.parameters()).device
         self.images = [images.to(device) for images, _ in problem.batches(BATCHES)]
         with in_float(self.qmodel):
-            self.targets = [F.log_softmax(self.qmodel(x), dim=1) for x in self.images]
+            self.targets = [self.qmodel(x) for x in self.images]
         self.known: dict[tuple[int, ...], float] = {}
 
     @torch.no_grad()
@@ -81,5 +81,4 @@ class _Divergence:
         return self.known[key]
 
     def _one(self, images: Tensor, targets: Tensor) -> float:
-        logits = F.log_softmax(self.qmodel(images), dim=1)
-        return float(F.kl_div(logits, targets, log_target=True, reduction="batchmean"))
+        return float(task_of(targets).divergence(self.qmodel(images), targets))

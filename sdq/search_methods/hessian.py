@@ -8,12 +8,12 @@ the integer program: Yao et al., "HAWQ-V3", ICML 2021, https://arxiv.org/abs/201
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sdq.batches import generator
 from sdq.calibration import in_float
 from sdq.search_problem import SearchProblem
+from sdq.task import task_of
 
 CHOOSES_ACTS, CHOOSES_CHANNELS = False, True
 
@@ -66,7 +66,8 @@ def hessian_diagonals(problem: SearchProblem) -> dict[int, Tensor]:
         found = [torch.zeros_like(weight) for weight in weights]
         count = 0
         for images, labels in problem.batches(BATCHES):
-            loss = F.cross_entropy(qmodel(images.to(device)), labels.to(device))
+            logits = qmodel(images.to(device))
+            loss = task_of(logits).loss(logits, labels.to(device))
             gradients = torch.autograd.grad(loss, weights, create_graph=True)
             for _ in range(PROBES):
                 probes = [

@@ -20,7 +20,8 @@ def check(splits: Splits) -> None:
     channels, height, width = splits.image_shape
     assert channels in (1, 3)
     assert min(height, width) >= 8
-    assert len(splits.class_names) == len(set(splits.class_names)) >= 2
+    segmenting = splits.task == "segmentation"
+    assert len(splits.class_names) == len(set(splits.class_names)) >= (1 if segmenting else 2)
     for part in (splits.train, splits.val, splits.test):
         assert part is not None
         pixels = part.images.take(torch.tensor([0, len(part) - 1, 0]))
@@ -30,6 +31,12 @@ def check(splits: Splits) -> None:
         assert part.labels.dtype == torch.int64
         assert part.labels.shape == (len(part),)
         assert part.images.shape[0] == len(part)
+        assert (part.masks is not None) is segmenting
+        if part.masks is not None:
+            masks = part.masks.take(torch.tensor([0, len(part) - 1]))
+            assert masks.dtype == torch.uint8
+            assert masks.shape == (2, 1, height, width)
+            assert int(masks.max()) <= len(splits.class_names)
         if part.centres is not None:
             assert part.centres.shape == (len(part),)
             assert int(part.centres.max()) < len(splits.centre_names)
@@ -37,7 +44,7 @@ def check(splits: Splits) -> None:
 
 
 def test_there_is_a_built_in_set() -> None:
-    assert BUILT_IN == ["synthetic_derm", "synthetic_ich"]
+    assert BUILT_IN == ["synthetic_derm", "synthetic_ich", "synthetic_lesions_seg"]
     assert {"cifar10", "dermamnist", "ham10000", "isic2018", "isic2019", "rsna_ich"} <= set(ROOTED)
 
 
@@ -53,7 +60,8 @@ def test_a_built_in_set_needs_nothing_and_follows_from_its_seed(name: str) -> No
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_built_in_set_has_centres_with_mixes_of_their_own(name: str) -> None:
     splits = open_data(name, DataOptions(image_size=16))
-    classes, centres = len(splits.class_names), len(splits.centre_names)
+    classes = len(splits.label_names or splits.class_names)
+    centres = len(splits.centre_names)
     assert centres >= 4
     for part in (splits.train, splits.test):
         assert part is not None

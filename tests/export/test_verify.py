@@ -10,7 +10,7 @@ import torch
 from onnx import numpy_helper
 
 import export
-from export.float32 import Tally, decisions, first_flip_distance
+from export.float32 import Tally, decisions, first_flip_distance, near_tie
 from export.format import ToolMissing, Trace, load_format
 from export.reference import Reference
 from sdq.batches import Normalization
@@ -279,7 +279,21 @@ def test_first_flip_distance_by_hand():
 def test_decisions():
     assert decisions(torch.tensor([[1.0, 3.0, 2.0]])).tolist() == [1]
     assert decisions(torch.tensor([[-1.0], [2.0]])).tolist() == [[False], [True]]
-    assert decisions(torch.zeros(2, 3, 4, 5)).shape == (2, 4, 5)
+    maps = torch.tensor([[[[1.0, -1.0]], [[3.0, 2.0]]]])  # a sigmoid each: both may be true
+    assert decisions(maps).tolist() == [[[[True, False]], [[True, True]]]]
+
+
+def test_a_tie_is_judged_where_decisions_differ():
+    """Of thousands of pixels one always lies near zero: that excuses no other."""
+    maps = torch.tensor([[[[1e-7, 2.0]], [[-3.0, 1.0]]]])
+    where = torch.zeros(4, dtype=torch.bool)
+    where[0] = True
+    assert near_tie(maps, where)
+    where[3] = True
+    assert not near_tie(maps, where)
+    classes = torch.tensor([[1.0, 1.000001, -5.0]])
+    assert near_tie(classes, torch.tensor([True]))
+    assert not near_tie(torch.tensor([[1.0, 1.1, -5.0]]), torch.tensor([True]))
 
 
 def nudged(ours, name, index, step):

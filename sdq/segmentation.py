@@ -1,0 +1,95 @@
+"""Losses of a network that gives maps: one logit a pixel for each foreground class.
+
+A pixel may belong to several classes as far as the network says: each map has a sigmoid of its own,
+and none stands for the background.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SMOOTH = 1e-4
+"""Added to both sides of Dice's fraction: two empty masks agree. Source: FedMix's released code."""
+
+
+def class_maps(targets: Tensor, classes: int) -> Tensor:
+    """Return one map for each foreground class, float ``(N, classes, H, W)``.
+
+    Args:
+        targets: int64 ``(N, H, W)``, 0 is background; or such maps already, which are returned.
+        classes: number of foreground classes.
+
+    >>> class_maps(torch.tensor([[[0, 2]]]), 2).tolist()
+    [[[[0.0, 0.0]], [[0.0, 1.0]]]]
+    """
+    if targets.dim() == 4:
+        return targets
+    numbers = torch.arange(1, classes + 1, device=targets.device).view(1, -1, 1, 1)
+    return (targets[:, None] == numbers).float()
+
+
+def soft_dice(a: Tensor, b: Tensor) -> Tensor:
+    r"""Return the Dice coefficient of each image, over all its maps together.
+
+    .. math:: \frac{2 \sum ab + \epsilon}{\sum a + \sum b + \epsilon}, \qquad \epsilon = 10^{-4}
+
+    Args:
+        a: ``(N, ...)``, probabilities or 0 and 1.
+        b: of the same shape.
+
+    Returns:
+        ``(N,)``; two empty masks have 1.
+
+    Source: Wicaksana et al., FedMix, TMI 2023, https://arxiv.org/abs/2205.01840.
+
+    >>> soft_dice(torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]])).item()
+    0.6666777729988098
+    """
+    a, b = a.flatten(1).float(), b.flatten(1).float()
+    return (2 * (a * b).sum(1) + SMOOTH) / (a.sum(1) + b.sum(1) + SMOOTH)
+
+
+def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return one minus the mean Dice coefficient.
+
+    Args:
+        logits: ``(N, C, H, W)``.
+        targets: see :func:`class_maps`.
+    """
+    maps = class_maps(targets, logits.shape[1])
+    return 1 - soft_dice(logits.float().sigmoid(), maps).mean()
+
+
+def segmentation_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return :func:`dice_loss` plus the mean binary cross-entropy of the pixels.
+
+    Where a mask is empty Dice alone has next to no gradient, whatever the network shows there.
+
+    Args:
+        logits: ``(N, C, H, W)``.
+        targets: see :func:`class_maps`.
+    """
+    maps = class_maps(targets, logits.shape[1])
+    pixels = F.binary_cross_entropy_with_logits(logits.float(), maps)
+    return dice_loss(logits, maps) + pixels
+
+
+def map_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Return the binary cross-entropy of the student's pixels against the teacher's probabilities.
+
+    Args:
+        student_logits: ``(N, C, H, W)``.
+        teacher_logits: likewise; no gradient flows into them.
+    """
+    targets = teacher_logits.detach().float().sigmoid()
+    return F.binary_cross_entropy_with_logits(student_logits.float(), targets)
+
+
+def map_divergence(logits: Tensor, reference: Tensor) -> Tensor:
+    """Return the mean Kullback-Leibler divergence of the pixels from a reference's.
+
+    Args:
+        logits: ``(N, C, H, W)``.
+        reference: likewise, of the network that is to be matched.
+    """
+    return map_distillation(logits, reference) - map_distillation(reference, reference)
