@@ -217,6 +217,13 @@ class Learning:
     def __post_init__(self) -> None:
         if not self.clients:
             raise RequestError("clients: there must be at least one, got none")
+        for client in self.clients:
+            if client.supervision != "pixel":
+                raise RequestError(
+                    f"client {client.name!r}: supervision must be pixel where bits are learned, "
+                    f"got {client.supervision!r}; train the float model first, and quantize it "
+                    "with masks (sdq quantize --from)"
+                )
         self.clients = self.method.arrange(self.clients)
         self.done: dict[str, Run] = {}
         self.results: dict[str, Federated] = {}

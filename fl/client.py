@@ -5,6 +5,7 @@ Whoever carries the messages (the rounds in this process, or Flower) calls :func
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from fl.channel import ClientEnd, without_link
 from fl.evaluation import evaluate, primary
 from fl.local_training import train_
 from fl.losses import criterion
-from fl.method import ClientContext, ClientData
+from fl.method import ClientContext, ClientData, SitsOut
 from fl.personal import Personal
 from fl.privacy import privatised
 from fl.record import Failure, Record, Reply, Request, Tensors, misfit, not_finite, picked
 from fl.setting import Setting
 from fl.state import load_
 from sdq.batches import Batches, Loader, generator
+from sdq.data import ArrayImages
 from sdq.errors import RequestError
 
 CRASHES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, OSError, MemoryError)
@@ -77,7 +79,7 @@ def client_generator(seed: int, client: int, purpose: str, round: int = 0) -> to
 
 def _count(setting: Setting, data: ClientData, request: Request) -> Reply:
     setting.check(data)
-    counts = setting.counts(data.train.labels)
+    counts = setting.counts(data.train)
     if (epsilon := setting.config.count_epsilon) is not None:
         rng = client_generator(setting.config.seed, request.client, "counts")
         if setting.config.privacy is not None:
@@ -121,13 +123,19 @@ def _collect(setting: Setting, request: Request, kept: Record | None) -> Reply:
 
 def _train(
     setting: Setting, data: ClientData, request: Request, kept: Record | None
-) -> tuple[Reply, Record]:
+) -> tuple[Reply, Record | None]:
     setting.check(data)
     end = ClientEnd(setting, request, kept)
     _load_(setting, request.client, end.model, kept)
     context = _context(setting, data, request, kept)
     client = setting.method.client(context)
-    progress = train_(client)
+    try:
+        progress = train_(client)
+    except SitsOut as why:
+        values = {"sits_out": str(why), **_evaluations(setting, data, request)}
+        found = Record()
+        _put_own_model(setting, request, values, found)
+        return Reply(request.client, Record({}, values)), _own_model(kept, found)
     extra = client.finish(progress)
     state = setting.network.state_dict()
     shared = picked(state, setting.names(up=True))
@@ -140,28 +148,30 @@ def _train(
     if setting.config.privacy is not None:
         shared, values = _private(setting, shared, end.model, extra, context), {"num_examples": 1}
     groups, keeps = end.sent(shared)
-    up = Record({**groups, **extra.tensors}, values)
-    if request.record.values.get("evaluate") and setting.config.privacy is None:
-        measured = dict(enumerate(data.pooled)) or {request.client: data}
-        up.values["evaluations"] = {
-            str(k): _evaluate(setting, d, context.own_counts) for k, d in measured.items()
-        }
+    up = Record({**groups, **extra.tensors}, {**values, **_evaluations(setting, data, request)})
     memory = context.memory
     memory.tensors["model"] = picked(state, setting.names(down=False))
     memory.tensors.update(keeps.tensors)
     memory.values.update(keeps.values)
-    if setting.config.keep_clients and "evaluations" in up.values:
-        own = up.values["evaluations"].get(str(request.client), {})
+    _put_own_model(setting, request, up.values, memory)
+    return Reply(request.client, up), memory
+
+
+def _put_own_model(
+    setting: Setting, request: Request, values: dict[str, Any], memory: Record
+) -> None:
+    """Add the client's own model as it was measured, if clients are to keep theirs."""
+    if setting.config.keep_clients and "evaluations" in values:
+        own = values["evaluations"].get(str(request.client), {})
         figures = {part: primary(views) for part, views in own.items()}
         model = setting.method.personal(setting.network)
         number = min(request.round + 1, setting.config.rounds)  # adapting is after the last
         Personal(picked(model, model), number, figures).put(memory)
-    return Reply(request.client, up), memory
 
 
-def _own_model(kept: Record | None, keeps: Record) -> Record | None:
+def _own_model(kept: Record | None, keeps: Record | None) -> Record | None:
     """Return what a client kept before, with the model that it has now, if it is to keep it."""
-    personal = Personal.taken(keeps)
+    personal = None if keeps is None else Personal.taken(keeps)
     if personal is None:
         return None
     before = kept.copy() if kept is not None else Record()
@@ -203,7 +213,7 @@ def _context(
     setting: Setting, data: ClientData, request: Request, kept: Record | None
 ) -> ClientContext:
     seed, client, round = setting.config.seed, request.client, request.round
-    own = setting.counts(data.train.labels)
+    own = setting.counts(data.train)
     everyone = torch.tensor(request.record.values["class_counts"], dtype=torch.float32)
     memory = without_link(kept)
     memory.tensors.pop("model", None)
@@ -223,14 +233,21 @@ def _context(
         criterion=criterion(setting.loss, own, everyone, round / setting.config.rounds),
         batches=_batches(setting, data, client, round),
         generator=lambda purpose: client_generator(seed, client, purpose, round),
+        supervision=data.supervision,
+        where=data.where,
     )
 
 
 def _batches(setting: Setting, data: ClientData, client: int, round: int) -> Callable[..., Loader]:
     seed = client_generator(setting.config.seed, client, "batches", round).initial_seed()
 
-    def batches(epoch: int, *, augmented: bool = True, indices: Tensor | None = None) -> Loader:
+    def batches(
+        epoch: int, *, augmented: bool = True, indices: Tensor | None = None,
+        masks: Tensor | None = None,
+    ) -> Loader:  # fmt: skip
         images = data.train if indices is None else data.train.subset(indices)
+        if masks is not None:
+            images = replace(images, masks=ArrayImages(masks))
         made = Batches(
             images, setting.normalization, batch_size=setting.config.batch_size,
             shuffle=augmented, augment=setting.augment if augmented else None, seed=seed,
@@ -241,15 +258,24 @@ def _batches(setting: Setting, data: ClientData, client: int, round: int) -> Cal
     return batches
 
 
+def _evaluations(setting: Setting, data: ClientData, request: Request) -> dict[str, Any]:
+    """Return what a reply says of the network as it is now, if the request asks for it."""
+    if not request.record.values.get("evaluate") or setting.config.privacy is not None:
+        return {}
+    counts = setting.counts(data.train)
+    measured = dict(enumerate(data.pooled)) or {request.client: data}
+    return {"evaluations": {str(k): _evaluate(setting, d, counts) for k, d in measured.items()}}
+
+
 def _evaluate(setting: Setting, data: ClientData, counts: Tensor) -> dict[str, Any]:
     """Return metrics of the client's model on its own validation and test images."""
     views = setting.method.views("client")
     found = {}
     for part, images in (("val", data.val), ("test", data.test)):
         if images is not None and len(images):
-            batches = setting.test_batches(images)
+            batches = {0: setting.test_batches(images)}
             found[part] = evaluate(
-                setting.network, views, [batches], counts, adjust=setting.config.adjust
+                setting.network, views, batches, counts, adjust=setting.config.adjust
             )
     return found
 

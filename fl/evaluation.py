@@ -6,12 +6,11 @@ mean, and the worst client. Figures of the two kinds are never mixed.
 
 A client that never saw a class cannot have learned it, and its logit may win all the same. Masked
 figures leave out, at test time, the classes that a client never trained on; both are reported, and
-the plain ones count.
+the plain ones count. Segmentation has neither variants nor absent classes.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -21,9 +20,14 @@ from fl.losses import log_prior
 from fl.method import View
 from fl.network import Network
 from sdq.batches import Loader
-from sdq.metrics import classification_metrics, predict
+from sdq.data import TaskName
+from sdq.metrics import predict
+from sdq.task import CLASSIFICATION, task_of
 
-METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auc")
+MAIN: dict[TaskName, str] = {"classification": "balanced_accuracy", "segmentation": "dice"}
+"""The metric by which rounds and clients are compared."""
+MASK_METRICS = ("dice", "iou", "hd95")
+"""What is reported of each client in segmentation."""
 
 
 class _Viewed(nn.Module):
@@ -41,31 +45,39 @@ class _Viewed(nn.Module):
 def evaluate(
     network: Network,
     views: Mapping[str, View],
-    loaders: Sequence[Loader],
+    loaders: Mapping[int, Loader],
     counts: Tensor,
     *,
     adjust: float = 0.0,
+    by_client: bool = False,
 ) -> dict[str, Any]:
     """Return metrics of each view, in each variant.
 
     Args:
         network: as it is.
         views: ways to predict, the one that counts first.
-        loaders: of ``(images, labels)``; their images count together.
+        loaders: of ``(images, labels)``, by client; their images count together.
         counts: ``(classes,)``, the images of each class that the network was trained on: for the
             mask and the prior.
         adjust: see :func:`variants`.
+        by_client: in segmentation, report :data:`MASK_METRICS` of each client's images too.
 
     Returns:
-        ``{view: {variant: metrics}}``; the first view and its ``plain`` variant are the result.
+        ``{view: {variant: metrics}}``; the first view and its ``plain`` variant are the result. By
+        client, metrics have ``clients``, and ``client_mean`` over them.
     """
     found = {}
     for name, view in views.items():
-        logits, labels = predict(_Viewed(network, view), chain.from_iterable(loaders))
-        found[name] = {
-            variant: classification_metrics(changed, labels)
-            for variant, changed in variants(logits, counts, adjust).items()
-        }
+        parts = {k: predict(_Viewed(network, view), loader) for k, loader in loaders.items()}
+        logits, labels = (torch.cat(each) for each in zip(*parts.values(), strict=True))
+        task = task_of(logits)
+        classifying = task is CLASSIFICATION
+        changed = variants(logits, counts, adjust) if classifying else {"plain": logits}
+        found[name] = {variant: task.metrics(z, labels) for variant, z in changed.items()}
+        if by_client and not classifying:
+            each = {str(k): of_masks(task.metrics(*part)) for k, part in parts.items()}
+            mean = _means(list(each.values()))
+            found[name]["plain"] |= {"clients": each, "client_mean": mean}
     return found
 
 
@@ -109,14 +121,16 @@ def specialization(evaluations: Mapping[int, Mapping[str, Any]]) -> dict[str, An
 
     Returns:
         The primary view's plain metrics (means over the clients for which they exist),
-        ``per_class_recall`` likewise, ``worst_client`` and ``worst_balanced_accuracy``,
-        ``clients`` (number and balanced accuracy of each), and ``views``: means of every view and
-        variant. A client with no absent class counts with its plain figures where others have
-        masked ones.
+        lists likewise, ``worst_client`` and ``worst_balanced_accuracy``, ``clients`` (number and
+        balanced accuracy of each), and ``views``: means of every view and variant. A client with
+        no absent class counts with its plain figures where others have masked ones. In
+        segmentation it is ``worst_dice``, and ``clients`` has :data:`MASK_METRICS` of each.
     """
     clients = sorted(evaluations)
     plain = {k: primary(evaluations[k]) for k in clients}
-    worst = min(clients, key=lambda k: plain[k]["balanced_accuracy"])
+    segmenting = MAIN["segmentation"] in plain[clients[0]]
+    main = MAIN["segmentation" if segmenting else "classification"]
+    worst = min(clients, key=lambda k: plain[k][main])
     views: dict[str, dict[str, Any]] = {}
     for view in evaluations[clients[0]]:
         names = {v: None for k in clients for v in evaluations[k][view]}
@@ -128,20 +142,31 @@ def specialization(evaluations: Mapping[int, Mapping[str, Any]]) -> dict[str, An
     return {
         **_means(list(plain.values())),
         "worst_client": worst,
-        "worst_balanced_accuracy": plain[worst]["balanced_accuracy"],
-        "clients": {str(k): plain[k]["balanced_accuracy"] for k in clients},
+        f"worst_{main}": plain[worst][main],
+        "clients": {
+            str(k): of_masks(plain[k]) if segmenting else plain[k][main] for k in clients
+        },
         "views": views,
-    }
+    }  # fmt: skip
+
+
+def of_masks(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the metrics that are reported of each client in segmentation."""
+    return {name: metrics[name] for name in MASK_METRICS}
 
 
 def _means(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    recalls = zip(*(m["per_class_recall"] for m in metrics), strict=True)
-    return {
-        **{name: _mean([m[name] for m in metrics]) for name in METRICS},
-        "ece": _mean([m["ece"] for m in metrics]),
-        "per_class_recall": [_mean(list(values)) for values in recalls],
-        "num_examples": sum(m["num_examples"] for m in metrics),
-    }
+    """Return means of numbers and, place by place, of lists; images are added up."""
+    found: dict[str, Any] = {}
+    for name, first in metrics[0].items():
+        values = [m[name] for m in metrics]
+        if name == "num_examples":
+            found[name] = sum(values)
+        elif isinstance(first, list):
+            found[name] = [_mean(each) for each in zip(*values, strict=True)]
+        else:
+            found[name] = _mean(values)
+    return found
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

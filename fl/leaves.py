@@ -19,6 +19,7 @@ from fl.store import Store
 from sdq.batches import generator
 from sdq.data import ArrayImages, ImageSet
 from sdq.errors import RunError
+from sdq.task import SEGMENTATION
 
 Way = Literal["up", "down"]
 
@@ -38,11 +39,12 @@ LATER = "each round that asks the client, from the second on"
 UNKNOWN = "to a client whose last message the server does not know"
 
 MEANINGS = {
-    ("up", "class_counts"): "training images of each class",
+    ("up", "class_counts"): "training images of each class; of segmentation, their number",
     ("down", "class_counts"): "training images of each class, of all clients together",
     ("up", "num_examples"): "training images",
     ("up", "steps"): "steps of its training",
     ("up", "train_loss"): "mean loss of its training",
+    ("up", "sits_out"): "why it does not train in this round",
     ("up", "evaluations"): "metrics of its model on its own validation and test images",
     ("down", "evaluate"): "whether it is to send metrics",
     ("down", "reference"): "the round whose model the message is a change of",
@@ -153,6 +155,9 @@ def _noise(setting: Setting, client: int) -> ClientData:
     shape = (len(labels), *setting.image_shape)
     pixels = torch.randint(256, shape, dtype=torch.uint8, generator=rng)
     images = ImageSet(ArrayImages(pixels), labels)
+    if setting.task is SEGMENTATION:
+        values = torch.randint(setting.num_classes + 1, shape, dtype=torch.uint8, generator=rng)
+        images = replace(images, masks=ArrayImages(values[:, :1]))
     return ClientData(f"noise {client}", images, images, images)
 
 

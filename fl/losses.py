@@ -3,6 +3,9 @@ r"""Losses against class imbalance; any of them goes with any method.
 :math:`z` logits, :math:`y` the label, :math:`n_c` the client's images of class c, :math:`N_c` those
 of all clients. A class of which the client has none never pulls on the others: its prior is 0 (with
 1e-9 in the logarithm), its weight is never asked for, its margin is that of one image.
+
+Segmentation has two losses of its own, ``dice_bce``, the engine's, and ``dice``, which are no
+losses of classes.
 """
 
 from collections.abc import Callable
@@ -14,10 +17,20 @@ from pydantic import Field
 from torch import Tensor
 
 from sdq.config import Config
+from sdq.data import TaskName
+from sdq.errors import RequestError
+from sdq.segmentation import dice_loss, segmentation_loss
 
-LossName = Literal["ce", "weighted", "focal", "balanced_softmax", "ldam_drw", "cpa"]
+LossName = Literal[
+    "ce", "weighted", "focal", "balanced_softmax", "ldam_drw", "cpa", "dice", "dice_bce"
+]
+OF_TASK: dict[TaskName, tuple[LossName, ...]] = {
+    "classification": ("ce", "weighted", "focal", "balanced_softmax", "ldam_drw", "cpa"),
+    "segmentation": ("dice_bce", "dice"),
+}
+"""The losses of each task, its own choice first."""
 Criterion = Callable[[Tensor, Tensor], Tensor]
-"""Maps logits ``(N, classes)`` and labels ``(N,)`` to the mean loss."""
+"""Maps logits ``(N, classes)`` and labels ``(N,)``, or maps and masks, to the mean loss."""
 
 
 class LossConfig(Config):
@@ -26,7 +39,7 @@ class LossConfig(Config):
     Args:
         name: ``ce``; ``weighted``, by 1 / n_c; ``focal``; ``balanced_softmax``; ``ldam_drw``;
             ``cpa``, the conjoint prototype-aligned loss, without prototypes until a method gives
-            its weights.
+            its weights; of masks ``dice_bce``, Dice and binary cross-entropy, or ``dice`` alone.
         gamma: of ``focal``.
         max_margin: of ``ldam_drw``: of the rarest class.
         scale: of ``ldam_drw``: of the logits.
@@ -42,6 +55,23 @@ class LossConfig(Config):
     drw_start: Annotated[float, Field(ge=0, le=1)] = 0.8
     drw_beta: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     beta: Annotated[float, Field(ge=0)] = 0.8
+
+
+def loss_of(task: TaskName, asked: LossConfig | None) -> LossConfig:
+    """Return the loss asked for, or the task's own choice.
+
+    Raises:
+        RequestError: a loss of another task.
+    """
+    known = OF_TASK[task]
+    if asked is None:
+        return LossConfig(name=known[0])
+    if asked.name not in known:
+        raise RequestError(
+            f"--loss: must be one of {', '.join(known)} in {task}, got {asked.name!r}; choose one "
+            "of them, or leave it out"
+        )
+    return asked
 
 
 def criterion(
@@ -72,6 +102,10 @@ def criterion(
         case "cpa":
             mitigation = seesaw(all_counts, config.beta)
             return lambda z, y: prototype_aligned(z, y, mitigation)
+        case "dice":
+            return dice_loss
+        case "dice_bce":
+            return segmentation_loss
 
 
 def inverse_frequency(counts: Tensor) -> Tensor:

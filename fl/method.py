@@ -20,7 +20,7 @@ server, and nothing else of a method's objects survives a round.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -37,9 +37,13 @@ from fl.store import Store
 from sdq import plugins
 from sdq.batches import Loader
 from sdq.config import Config
-from sdq.data import ArrayImages, ImageSet
-from sdq.errors import RequestError
+from sdq.data import ArrayImages, ImageSet, TaskName
+from sdq.errors import RequestError, RunError
 
+Supervision = Literal["pixel", "box", "image", "none"]
+"""What a client knows of its training images in segmentation: where each class is, in which boxes,
+in which images, or nothing."""
+LEVELS: tuple[Supervision, ...] = get_args(Supervision)
 Side = Literal["server", "client"]
 View = Callable[[Network, Tensor], Tensor]
 """Maps the network and images to logits: one way to predict with it."""
@@ -56,6 +60,13 @@ class ClientData:
         test: what it is measured on, or None.
         pooled: the clients that it has the images of, where a method pools them: specialization is
             then measured on each one's images.
+        supervision: ``pixel``, or less in segmentation; the training images then have no masks.
+        where: bool, where each foreground class may be in each training image: the inside of its
+            boxes ``(N, classes, H, W)``, or whether it is there at all ``(N, classes, 1, 1)``; None
+            for ``pixel`` and ``none``.
+
+    Raises:
+        RequestError: there are masks where there must be none, or ``where`` does not fit.
     """
 
     name: str
@@ -63,6 +74,25 @@ class ClientData:
     val: ImageSet | None = None
     test: ImageSet | None = None
     pooled: tuple["ClientData", ...] = ()
+    supervision: Supervision = "pixel"
+    where: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        weak = self.supervision != "pixel"
+        if weak and self.train.masks is not None:
+            raise RequestError(
+                f"client {self.name!r}: training images must come without masks at supervision "
+                f"{self.supervision!r}, got masks; see fl.supervision.weakened"
+            )
+        n, _, h, w = self.train.images.shape
+        side = {"box": (h, w), "image": (1, 1)}.get(self.supervision)
+        got = None if self.where is None else tuple(self.where.shape)
+        if (side is None) != (got is None) or (got and (got[0], *got[2:]) != (n, *(side or ()))):
+            wanted = "nothing" if side is None else f"(N, classes, H, W) of {(n, '...', *side)}"
+            raise RequestError(
+                f"client {self.name!r}: where must be {wanted} at supervision "
+                f"{self.supervision!r}, got {got}; give boxes or image labels of every image"
+            )
 
 
 @dataclass
@@ -76,15 +106,19 @@ class ClientContext:
         network: loaded with what came and what was kept; trained in place.
         routes: of every tensor in the network's state.
         labels: ``(N,)``, of its training images, in their own order.
-        own_counts: ``(classes,)``, images of each class in its training set.
-        all_counts: ``(classes,)``, of all clients together, as they told (perhaps with noise).
+        own_counts: ``(classes,)``, images of each class in its training set; of segmentation
+            ``(1,)``, its images.
+        all_counts: likewise, of all clients together, as they told (perhaps with noise).
         received: what came with the request beside the network.
         memory: what it kept from its last round; what is in it after :meth:`Client.finish` is kept.
         criterion: the loss; a wrapper may put another in its place.
         batches: makes the loader of an epoch; ``batches(epoch, augmented=False)`` the same images
             unchanged and in their own order; ``batches(epoch, indices=...)`` (int64 ``(M,)``) of
-            some images, as often as they are named.
+            some images, as often as they are named; with ``masks=...`` (uint8 ``(M, L, H, W)``)
+            these are their masks, and batches have ``(B, L, H, W)`` of them.
         generator: makes a generator for a purpose, of this client and round.
+        supervision: what it knows of its training images.
+        where: see :class:`ClientData`.
     """
 
     client: int
@@ -100,6 +134,8 @@ class ClientContext:
     criterion: Criterion
     batches: Callable[..., Loader]
     generator: Callable[[str], torch.Generator]
+    supervision: Supervision = "pixel"
+    where: Tensor | None = None
 
     @property
     def lr(self) -> float:
@@ -123,6 +159,13 @@ class Phase:
     trains: Callable[[str], bool] = lambda name: True
 
 
+class SitsOut(RunError):
+    """Raised by :meth:`Client.start`: the client has nothing to learn from in this round.
+
+    It sends no model and keeps what it had; where the round is evaluated, so is what it received.
+    """
+
+
 @dataclass(frozen=True)
 class Progress:
     """What local training was: for :meth:`Client.finish`."""
@@ -143,7 +186,11 @@ class Client:
         return (Phase(self.context.config.local_epochs),)
 
     def start(self) -> None:
-        """Prepare the round: the network is as received."""
+        """Prepare the round: the network is as received.
+
+        Raises:
+            SitsOut: the client is to train in a later round; the network is still as received.
+        """
 
     def start_epoch(self, epoch: int) -> None:
         """Prepare an epoch, counted from 0 over all phases."""
@@ -253,8 +300,12 @@ class Method:
 
     batch_norm: BatchNormPolicy = "share_all"
     """The policy where the federation names none."""
-    loss: LossConfig = LossConfig()
-    """The loss where the federation names none."""
+    loss: LossConfig | None = None
+    """The loss where the federation names none; None: the task's own."""
+    tasks: tuple[TaskName, ...] = ("classification", "segmentation")
+    """What it can train."""
+    supervision: tuple[Supervision, ...] = ("pixel",)
+    """What its clients may know of their training images, beside masks or labels."""
     needs_head: bool = False
     """Whether the network must have a head that is known."""
     refuses: Refusals = refusals()

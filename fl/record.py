@@ -70,7 +70,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client sends back; ``values`` of a training has ``num_examples`` and ``steps``."""
+    """What a client sends back.
+
+    ``values`` of a training has ``num_examples`` and ``steps``, or ``sits_out``: why it did not
+    train.
+    """
 
     client: int
     record: Record
@@ -79,6 +83,11 @@ class Reply:
     def model(self) -> Tensors:
         """Return the tensors of the network."""
         return self.record.model
+
+    @property
+    def sits_out(self) -> str | None:
+        """Return why the client did not train, or None if it did."""
+        return self.record.values.get("sits_out")
 
     @property
     def num_examples(self) -> int:

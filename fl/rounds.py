@@ -66,6 +66,7 @@ class RoundReport:
     asked: list[int]
     replied: list[int] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    sat_out: list[Failure] = field(default_factory=list)
     train_loss: float | None = None
     bytes_up: int = 0
     bytes_down: int = 0
@@ -77,7 +78,8 @@ class RoundReport:
             "round": self.round,
             "asked": self.asked,
             "replied": self.replied,
-            "failures": [{"client": f.client, "reason": f.reason} for f in self.failures],
+            "failures": listed(self.failures),
+            "sat_out": listed(self.sat_out),
             "train_loss": self.train_loss,
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
@@ -156,7 +158,7 @@ class Rounds:
         return sorted(order[:count].tolist())
 
     def round(self, *, evaluate: bool) -> RoundReport:
-        """Run one round: ask, check, aggregate.
+        """Run one round: ask, check, aggregate. Where all sit out the model stays as it is.
 
         Raises:
             RunError: fewer clients replied than must; nothing of the server is changed.
@@ -171,16 +173,21 @@ class Rounds:
             checked = answer if isinstance(answer, Failure) else self._checked(answer)
             if isinstance(checked, Failure):
                 report.failures.append(checked)
+            elif checked.sits_out is not None:
+                report.sat_out.append(Failure(checked.client, checked.sits_out))
+                report.evaluations |= _evaluations(checked)
             else:
                 replies.append(checked)
         # the order in which replies come must not change a sum's last bit
         replies = self._screened(sorted(replies, key=lambda r: r.client), report)
-        report.failures.sort(key=lambda f: f.client)
+        for left_out in (report.failures, report.sat_out):
+            left_out.sort(key=lambda f: f.client)
         report.replied = [r.client for r in replies]
-        if len(replies) < self.setting.config.min_replies:
+        answers = len(replies) + len(report.sat_out)
+        if answers < self.setting.config.min_replies:
             raise RunError(
                 f"round {server.round + 1}: at least {self.setting.config.min_replies} clients "
-                f"must reply, got {len(replies)} of {len(report.asked)}: {_why(report.failures)}"
+                f"must reply, got {answers} of {len(report.asked)}: {_why(report.failures)}"
             )
         self._conclude(replies, report)
         return report
@@ -263,10 +270,13 @@ class Rounds:
 
     def _counts(self, reply: Reply) -> Tensor | None:
         counts = torch.tensor(reply.record.values.get("class_counts", []), dtype=torch.float32)
-        good = counts.shape == (self.setting.num_classes,) and bool((counts >= 0).all())
+        good = counts.shape == (self.setting.num_counts,) and bool((counts >= 0).all())
         return counts if good and bool(counts.isfinite().all()) else None
 
     def _checked(self, reply: Reply) -> Reply | Failure:
+        if reply.sits_out is not None:
+            name = not_finite(reply.record)
+            return reply if name is None else Failure(reply.client, f"{name!r} is not finite")
         try:
             reply = self.end.unpacked(reply, self._sent[reply.client])
         except RunError as error:
@@ -301,6 +311,22 @@ class Rounds:
 
     def _conclude(self, replies: list[Reply], report: RoundReport) -> None:
         server = self.server
+        if replies:
+            self._aggregate(replies)
+        told = [
+            (r.record.values["train_loss"], r.num_examples)
+            for r in replies
+            if "train_loss" in r.record.values
+        ]
+        if told:
+            report.train_loss = sum(loss * n for loss, n in told) / sum(n for _, n in told)
+        report.evaluations |= {k: e for r in replies for k, e in _evaluations(r).items()}
+        self.end.conclude(report.asked, report.replied, server.round)
+        self._sent.clear()
+        server.round += 1
+
+    def _aggregate(self, replies: list[Reply]) -> None:
+        server = self.server
         aggregated = self.setting.method.aggregate(server, replies)
         for name, tensor in aggregated.model.items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -311,17 +337,6 @@ class Rounds:
         server.model = aggregated.model
         for client, state in aggregated.clients.items():
             server.own.put(client, Record({"model": state}), server.round)
-        told = [
-            (r.record.values["train_loss"], r.num_examples)
-            for r in replies
-            if "train_loss" in r.record.values
-        ]
-        if told:
-            report.train_loss = sum(loss * n for loss, n in told) / sum(n for _, n in told)
-        report.evaluations = {k: e for r in replies for k, e in _evaluations(r).items()}
-        self.end.conclude(report.asked, report.replied, server.round)
-        self._sent.clear()
-        server.round += 1
 
     # --- state
 
@@ -367,6 +382,11 @@ def _taken_up(store: Store, index: dict[str, int]) -> Store:
 def _evaluations(reply: Reply) -> dict[int, Any]:
     """Return metrics by client: its own, or those of the clients that it pools."""
     return {int(k): e for k, e in reply.record.values.get("evaluations", {}).items()}
+
+
+def listed(failures: Iterable[Failure]) -> list[dict[str, Any]]:
+    """Return failures as JSON has them."""
+    return [{"client": f.client, "reason": f.reason} for f in failures]
 
 
 def _why(failures: Iterable[Failure]) -> str:

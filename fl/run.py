@@ -17,9 +17,10 @@ from fl.method import ClientData, Method
 from fl.method import method as method_of
 from fl.personal import Personal
 from fl.record import ANEW, Failure, Record, Reply, Request, Tensors, load
-from fl.rounds import Listener, RoundReport, Rounds, Transport
+from fl.rounds import Listener, RoundReport, Rounds, Transport, listed
 from fl.setting import Setting
 from fl.store import Store
+from fl.supervision import check_federation
 from sdq.batches import Augmentation, Normalization
 from sdq.config import QuantConfig
 from sdq.data import ImageSet
@@ -41,7 +42,8 @@ class Federated:
             ``assemble`` is off.
         round: the selected round, counted from 1.
         selected_by: ``last``, ``generalization`` or ``specialization`` (on validation images).
-        generalization: metrics of the server's model, or None where there is none.
+        generalization: metrics of the server's model, or None where there is none; in segmentation
+            with ``clients``, those on each of the test sets by its place, and ``client_mean``.
         specialization: of the clients' models, or None where no client has test images.
         history: one summary a round.
         bytes_up: of all rounds.
@@ -165,6 +167,7 @@ def run(
     method = method_of(method) if isinstance(method, str) else method
     if not clients:
         raise RequestError("clients: there must be at least one, got none")
+    check_federation(method, clients)
     clients = method.arrange(clients)
     setting = Setting.of(
         copy.deepcopy(model), method, config, num_classes=num_classes,
@@ -176,7 +179,7 @@ def run(
         setting,
         transport,
         len(clients),
-        [[c.name, len(c.train)] for c in clients],
+        [[c.name, len(c.train), c.supervision] for c in clients],
         test=[c.test for c in clients] if test is None else test,
         val=[c.val for c in clients] if val is None else val,
         folder=folder, watch=watch, hear=hear,
@@ -238,7 +241,7 @@ class Run:
         hear: Listener | None,
     ) -> None:
         self.setting, self.folder, self.watch = setting, folder, watch
-        self.test, self.val = _nonempty(test), _nonempty(val)
+        self.test, self.val = _with_images(test), _with_images(val)
         own, references = (
             Store(None if folder is None else folder / name) for name in ("own", "references")
         )
@@ -253,7 +256,7 @@ class Run:
         if not self._resume():
             failures = self.rounds.begin()
             if failures and self.watch:
-                self.watch({"counts": [{"client": f.client, "reason": f.reason} for f in failures]})
+                self.watch({"counts": listed(failures)})
         total = self.setting.config.rounds
         while self.rounds.server.round < total:
             number = self.rounds.server.round + 1
@@ -297,7 +300,7 @@ class Run:
             absent = [k for k in range(self.rounds.server.num_clients) if k not in report.asked]
             adapted, failures = self.rounds.adapt(absent)
             clients |= adapted
-            summary["failures"] += [{"client": f.client, "reason": f.reason} for f in failures]
+            summary["failures"] += listed(failures)
         summary["specialization"] = {
             part: evaluation.specialization(known)
             for part in ("val", "test")
@@ -315,9 +318,10 @@ class Run:
                 views = evaluation.evaluate(
                     setting.network,
                     setting.method.views("server"),
-                    [setting.test_batches(images) for images in sets],
+                    {k: setting.test_batches(images) for k, images in sets.items()},
                     self.rounds.server.all_counts,
                     adjust=setting.config.adjust,
+                    by_client=True,
                 )
                 found[part] = {**evaluation.primary(views), "views": views}
         return found
@@ -327,7 +331,8 @@ class Run:
         select = self.setting.config.select
         score = None
         if select != "last":
-            score = summary.get(select, {}).get("val", {}).get("balanced_accuracy")
+            main = evaluation.MAIN[self.setting.task.name]
+            score = summary.get(select, {}).get("val", {}).get(main)
         best = self.best["score"]
         if best is None or (score is not None and score >= best):
             self.best = {"round": summary["round"] + 1, "score": score}
@@ -369,5 +374,5 @@ class Run:
         return True
 
 
-def _nonempty(sets: Iterable[ImageSet | None]) -> list[ImageSet]:
-    return [s for s in sets if s is not None and len(s)]
+def _with_images(sets: Iterable[ImageSet | None]) -> dict[int, ImageSet]:
+    return {k: s for k, s in enumerate(sets) if s is not None and len(s)}

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from fl import composition
 from fl.config import FederationConfig
-from fl.losses import LossConfig
+from fl.losses import LossConfig, loss_of
 from fl.method import ClientData, Method, require_head
 from fl.network import Network
 from fl.record import Tensors, picked
 from fl.state import Route, routes
+from fl.supervision import check_client
 from sdq.batches import Augmentation, Batches, Normalization, generator
-from sdq.data import ImageSet
+from sdq.data import ImageSet, check_masks
 from sdq.errors import RequestError
+from sdq.task import SEGMENTATION, Task, task_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Setting:
         network: with the method's extras.
         routes: of every tensor of its state.
         initial: its state before the first round, which every client starts from.
+        task: what the network is for.
+        loss: what clients minimise.
         num_classes: of the task.
         image_shape: ``(C, H, W)``.
         normalization: of every image.
@@ -41,6 +45,8 @@ class Setting:
     network: Network
     routes: dict[str, Route]
     initial: Tensors
+    task: Task
+    loss: LossConfig
     num_classes: int
     image_shape: tuple[int, int, int]
     normalization: Normalization
@@ -77,6 +83,18 @@ class Setting:
         device = next(model.parameters()).device
         sample = torch.zeros(1, *image_shape, device=device)
         network = Network(model, sample, head)
+        task = task_of(network.eval()(sample))
+        task.check_logits(network, sample, num_classes)
+        if task.name not in method.tasks:
+            raise RequestError(
+                f"{method.name}: is for {' and '.join(method.tasks)}, got {task.name}; "
+                "choose another method (see docs/federation.md)"
+            )
+        if task is SEGMENTATION and config.adjust > 0:
+            raise RequestError(
+                f"--adjust: must be 0 in segmentation, got {config.adjust}; masks have no prior of "
+                "classes, leave it out"
+            )
         require_head(method, network)
         method.check(config)
         method.extend_(network, generator(config.seed, "extras"))
@@ -94,18 +112,14 @@ class Setting:
                 config.batch_norm or method.batch_norm,
             ),
             initial=picked(network.state_dict(), network.state_dict()),
+            task=task,
+            loss=loss_of(task.name, config.loss or method.loss),
             num_classes=num_classes,
             image_shape=image_shape,
             normalization=normalization or default,
             augment=augment,
         )
         composition.check(setting)
-        logits = network.eval()(sample)
-        if logits.dim() < 2 or logits.shape[1] != num_classes:
-            raise RequestError(
-                f"model: must give one logit for each of {num_classes} classes, got "
-                f"{tuple(logits.shape)}; build it for this data"
-            )
         return setting
 
     def identity(self) -> dict[str, Any]:
@@ -122,16 +136,12 @@ class Setting:
                 n: [*t.shape, str(t.dtype).removeprefix("torch.")] for n, t in self.initial.items()
             },
             "initial": digest.hexdigest(),
+            "task": self.task.name,
             "classes": self.num_classes,
             "pixels": [list(self.normalization.mean), list(self.normalization.std)],
         }
         agreed: dict[str, Any] = json.loads(json.dumps(found))  # lists for tuples
         return agreed
-
-    @property
-    def loss(self) -> LossConfig:
-        """Return the loss that clients minimise."""
-        return self.config.loss or self.method.loss
 
     def names(self, *, up: bool | None = None, down: bool | None = None) -> list[str]:
         """Return the tensors that do, or do not, go up or come down."""
@@ -143,6 +153,7 @@ class Setting:
 
     def check(self, data: ClientData) -> None:
         """Raise RequestError where a client's images or labels are not of this federation."""
+        check_client(self.method, data)
         for part, images in (("train", data.train), ("val", data.val), ("test", data.test)):
             if images is None or len(images) == 0:
                 if part == "train":
@@ -153,6 +164,10 @@ class Setting:
                     f"client {data.name!r}: {part} images must be {self.image_shape}, got "
                     f"{images.images.shape[1:]}; resize them"
                 )
+            if self.task is SEGMENTATION:
+                if part != "train" or data.supervision == "pixel":
+                    check_masks(f"client {data.name!r}: {part}", images, self.num_classes)
+                continue
             low, high = int(images.labels.min()), int(images.labels.max())
             if low < 0 or high >= self.num_classes:
                 raise RequestError(
@@ -160,9 +175,19 @@ class Setting:
                     f"{self.num_classes - 1}, got {low} to {high}; use the federation's classes"
                 )
 
-    def counts(self, labels: Tensor) -> Tensor:
-        """Return the images of each class, float32 ``(classes,)``."""
-        return torch.bincount(labels, minlength=self.num_classes).float()
+    @property
+    def num_counts(self) -> int:
+        """Return how many numbers :meth:`counts` gives."""
+        return 1 if self.task is SEGMENTATION else self.num_classes
+
+    def counts(self, images: ImageSet) -> Tensor:
+        """Return the images of each class, float32 ``(classes,)``; of segmentation all, ``(1,)``.
+
+        An image with a mask is of no one class, and without masks a client could not tell.
+        """
+        if self.task is SEGMENTATION:
+            return torch.tensor([float(len(images))])
+        return torch.bincount(images.labels, minlength=self.num_classes).float()
 
     def test_batches(self, images: ImageSet) -> Batches:
         """Return images for evaluation."""

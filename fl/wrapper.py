@@ -104,6 +104,12 @@ class Wrapper(Method):
         self._check_once()
         self.batch_norm = self.inner.batch_norm
         self.loss = self.inner.loss
+        self.tasks = tuple(task for task in self.tasks if task in self.inner.tasks)
+        if not self.tasks:
+            raise RequestError(
+                f"{self.name}.around: must be a method for {' or '.join(type(self).tasks)}, got "
+                f"{self.config.around!r}; it is for {' and '.join(self.inner.tasks)} alone"
+            )
         self.needs_head = self.needs_head or self.inner.needs_head
         self.has_server_model = self.inner.has_server_model
         self.refuses = {**self.inner.refuses, **type(self).refuses}

@@ -105,7 +105,8 @@ class Augmentation:
 class Batches:
     """An iterable of ``(images, labels)``: float32 ``(B, C, H, W)`` and int64 ``(B,)``.
 
-    Of images with masks the labels are the masks: int64 ``(B, H, W)``, 0 for background.
+    Of images with masks the labels are the masks: int64 ``(B, H, W)``, 0 for background. Masks of
+    several channels stay ``(B, L, H, W)``.
 
     Args:
         data: the images.
@@ -159,14 +160,16 @@ class Batches:
             if len(chunk) == 1 and self._leaves_one_out():
                 continue
             pixels = self.data.images.take(chunk)
-            if self.data.masks is not None:  # as one more channel: a mask moves with its image
+            channels = pixels.shape[1]
+            if self.data.masks is not None:  # as more channels: a mask moves with its image
                 pixels = torch.cat((pixels, self.data.masks.take(chunk)), 1)
             if self.augment is not None:
                 pixels = self.augment(pixels, rng)
             if self.data.masks is None:
                 yield self.normalization(pixels), self.data.labels[chunk]
             else:
-                yield self.normalization(pixels[:, :-1]), pixels[:, -1].long()
+                masks = pixels[:, channels:].long()
+                yield self.normalization(pixels[:, :channels]), masks.squeeze(1)
 
     def _leaves_one_out(self) -> bool:
         """Tell whether training drops a last batch of one: batch norm cannot learn from it."""

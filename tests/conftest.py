@@ -3,6 +3,9 @@
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from fl import ClientData
+from fl.method import LEVELS
+from fl.supervision import weakened
 from sdq.apply_policy import apply_policy_
 from sdq.calibration import calibrate_, in_float
 from sdq.config import QuantConfig
@@ -293,15 +298,38 @@ class Tiny(nn.Module):
         return self.head(F.relu(self.hidden(x)))
 
 
-def _hospital_images(labels: Sequence[int], seed: int) -> ImageSet:
-    """Class 0 is bright above, class 1 below, class 2 on the left, under noise."""
+class TinyMaps(nn.Module):
+    """Two convolutions and a map for each of three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 5, padding=2)
+        self.bn = nn.BatchNorm2d(6)
+        self.head = nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.bn(self.conv(x))))
+
+
+def _hospital_images(labels: Sequence[int], seed: int, masks: bool = False) -> ImageSet:
+    """Class 0 is bright above, class 1 below, class 2 on the left, under noise.
+
+    Masks have 1 to 3 where it is bright.
+    """
     rng = torch.Generator().manual_seed(seed)
     y = torch.tensor(labels, dtype=torch.int64)
     pixels = 90 + 30 * torch.randn(len(y), *HOSPITAL_SHAPE, generator=rng)
     pixels[y == 0, :, :3] += 90
     pixels[y == 1, :, 3:] += 90
     pixels[y == 2, :, :, :3] += 90
-    return ImageSet(ArrayImages(pixels.clamp(0, 255).to(torch.uint8)), y)
+    found = ImageSet(ArrayImages(pixels.clamp(0, 255).to(torch.uint8)), y)
+    if not masks:
+        return found
+    regions = torch.zeros(len(y), *HOSPITAL_SHAPE, dtype=torch.uint8)
+    regions[y == 0, :, :3] = 1
+    regions[y == 1, :, 3:] = 2
+    regions[y == 2, :, :, :3] = 3
+    return replace(found, masks=ArrayImages(regions))
 
 
 @pytest.fixture
@@ -320,23 +348,51 @@ def tiny() -> Callable[..., nn.Module]:
 
 
 @pytest.fixture
+def tiny_maps() -> Callable[..., nn.Module]:
+    def make(seed: int = 0) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return TinyMaps()
+
+    return make
+
+
+def _hospitals(*counts: tuple[int, int, int], masks: bool = False) -> list[ClientData]:
+    counts = counts or ((12, 5, 4), (3, 10, 6), (8, 0, 9))
+    clients = []
+    held_out = [0, 1, 2] * 3
+    for k, per_class in enumerate(counts):
+        labels = [c for c, n in enumerate(per_class) for _ in range(n)]
+        clients.append(
+            ClientData(
+                f"h{k}",
+                _hospital_images(labels, 10 * k + 1, masks),
+                _hospital_images(held_out, 10 * k + 2, masks),
+                _hospital_images(held_out, 10 * k + 3, masks),
+            )
+        )
+    return clients
+
+
+@pytest.fixture
 def hospitals() -> Callable[..., list[ClientData]]:
     """Return a function that makes clients from the images of each class that each has."""
+    return _hospitals
+
+
+@pytest.fixture
+def hospitals_with_masks() -> Callable[..., list[ClientData]]:
+    """Return the same function, of clients whose images have masks."""
+    return partial(_hospitals, masks=True)
+
+
+@pytest.fixture
+def mixed_hospitals() -> Callable[..., list[ClientData]]:
+    """Return the same function, of clients of which the first has masks and each other less."""
 
     def make(*counts: tuple[int, int, int]) -> list[ClientData]:
-        counts = counts or ((12, 5, 4), (3, 10, 6), (8, 0, 9))
-        clients = []
-        held_out = [0, 1, 2] * 3
-        for k, per_class in enumerate(counts):
-            labels = [c for c, n in enumerate(per_class) for _ in range(n)]
-            clients.append(
-                ClientData(
-                    f"h{k}",
-                    _hospital_images(labels, 10 * k + 1),
-                    _hospital_images(held_out, 10 * k + 2),
-                    _hospital_images(held_out, 10 * k + 3),
-                )
-            )
-        return clients
+        levels = cycle(LEVELS)
+        clients = _hospitals(*counts, masks=True)
+        return [weakened(c, level, 3, 0) for c, level in zip(clients, levels, strict=False)]
 
     return make

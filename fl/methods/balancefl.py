@@ -91,3 +91,4 @@ class BalanceFL(Method):
 
     config_type = BalanceFLConfig
     client_type = BalanceFLClient
+    tasks = ("classification",)

@@ -165,6 +165,7 @@ class CPA(Wrapper):
         aggregation="common prototypes are plain means",
         noise="mean features of its images leave the client by class",
     )
+    tasks = ("classification",)
     needs_head = True
 
     def __init__(self, config: Any = None) -> None:

@@ -144,6 +144,7 @@ class CReFF(Method):
         aggregation="the head is trained on plain means of gradients",
         noise="gradients of its images leave the client by class",
     )
+    tasks = ("classification",)
     needs_head = True
 
     def extend_(self, network: Network, generator: torch.Generator) -> None:

@@ -9,9 +9,10 @@ Before each epoch the macro-F1 of both on the client's training images, :math:`F
   P learns L(P) + KL(D to P), D learns L(D) + KL(P to D);
 - *sublimate*, else: P learns L(P) + KL(D to P), D learns L(D).
 
-KL(t to s) is :math:`KL(p_t \Vert p_s)`, without gradient to t. With one epoch a round the stage is
-always *exchange*; *sublimate* needs three. A client predicts with its personal model. As a wrapper
-the deputy is any method's network.
+KL(t to s) is :math:`KL(p_t \Vert p_s)`, without gradient to t. In segmentation Dice stands for
+macro-F1, and ten times the mean squared difference of probabilities for the divergence. With one
+epoch a round the stage is always *exchange*; *sublimate* needs three. A client predicts with its
+personal model. As a wrapper the deputy is any method's network.
 
 Source: Chen et al., "Personalized Retrogress-Resilient Framework for Real-World Medical Federated
 Learning", MICCAI 2021, section 2.3, https://arxiv.org/abs/2110.00394; and IEEE TMI 41(12), 2022.
@@ -31,7 +32,8 @@ from fl.network import Network, Outputs
 from fl.record import Tensors
 from fl.state import Route
 from fl.wrapper import Wrapper, WrapperClient, WrapperConfig
-from sdq.task import evaluate
+from sdq.mask_metrics import overlap
+from sdq.metrics import classification_metrics, predict
 
 PERSONAL = "det"
 RECOVER, EXCHANGE, SUBLIMATE = 1, 2, 3
@@ -67,7 +69,12 @@ def next_stage(stage: int, personal: float, deputy: float, alpha1: float, alpha2
 
 
 def transfer(teacher: Tensor, student: Tensor) -> Tensor:
-    """Return KL(teacher || student) of logits ``(N, C)``, mean over the batch."""
+    """Return KL(teacher || student) of logits ``(N, C)``, mean over the batch.
+
+    Of maps ``(N, C, H, W)`` it is ten times the mean squared difference of probabilities.
+    """
+    if student.dim() == 4:
+        return 10 * F.mse_loss(student.sigmoid(), teacher.detach().sigmoid())
     p = teacher.detach().softmax(1)
     return F.kl_div(student.log_softmax(1), p, reduction="batchmean")
 
@@ -98,12 +105,15 @@ class DETClient(WrapperClient):
             return
         network, config = self.context.network, self.method.config
 
-        def f1(model: nn.Module) -> float:
+        def score(model: nn.Module) -> float:
             batches = self.context.batches(epoch, augmented=config.augmented)
-            return float(evaluate(model, batches)["macro_f1"])
+            logits, labels = predict(model, batches)
+            if logits.dim() == 4:
+                return float(overlap(logits, labels)["dice"] or 0)
+            return float(classification_metrics(logits, labels)["macro_f1"])
 
         self.stage = next_stage(
-            self.stage, f1(network.extras[PERSONAL]), f1(network.model),
+            self.stage, score(network.extras[PERSONAL]), score(network.model),
             config.alpha1, config.alpha2,
         )  # fmt: skip
 

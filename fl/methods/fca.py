@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fl.composition import refusals
 from fl.config import FederationConfig
-from fl.losses import LossConfig, criterion
+from fl.losses import LossConfig, criterion, loss_of
 from fl.method import Client, Method, Side, View
 from fl.network import Network, Outputs
 from fl.record import Tensors
@@ -82,7 +82,7 @@ class FCAClient(Client):
         context, config = self.context, self.method.config
         self.federated = context.criterion
         if config.federated_prior == "global":
-            loss = context.config.loss or self.method.loss
+            loss = loss_of("classification", context.config.loss)
             progress = context.round / context.config.rounds
             counts = context.all_counts
             self.federated = criterion(loss, counts, counts, progress)
@@ -104,6 +104,7 @@ class FCA(Method):
     config_type = FCAConfig
     client_type = FCAClient
     refuses = refusals(noise="personal heads go up, and are no change of what came down")
+    tasks = ("classification",)
     loss = LossConfig(name="balanced_softmax")
     needs_head = True
 

@@ -54,6 +54,7 @@ class FedLC(Method):
 
     config_type = FedLCConfig
     client_type = FedLCClient
+    tasks = ("classification",)
 
     def check(self, config: FederationConfig) -> None:
         """Refuse a loss beside its own."""

@@ -189,6 +189,7 @@ class FedNPR(Wrapper):
 
     config_type = FedNPRConfig
     client_type = FedNPRClient
+    tasks = ("classification",)
     needs_head = True
 
     def __init__(self, config: Any = None) -> None:

@@ -35,6 +35,7 @@ class FedROD(Method):
     """FedAvg with a head beside."""
 
     client_type = FedRODClient
+    tasks = ("classification",)
     needs_head = True
 
     def extend_(self, network: Network, generator: torch.Generator) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fl.clients import Partition, clients_of
 from fl.method import ClientData
+from fl.supervision import parsed, weakened
 from sdq.data import Splits
 from sdq.errors import RequestError
 
@@ -79,8 +80,31 @@ def folder_names(names: Sequence[str]) -> list[str]:
     return found
 
 
-def describe_clients(clients: list[ClientData], classes: int) -> list[dict[str, Any]]:
+def supervised(
+    clients: list[ClientData], supervision: str, splits: Splits, seed: int
+) -> list[ClientData]:
+    """Return the clients with what ``--supervision`` leaves them of their masks.
+
+    Raises:
+        RequestError: the data have no masks, or it does not name a level for each client.
+    """
+    if splits.task != "segmentation":
+        raise RequestError(
+            f"--supervision: data must have masks, got {splits.task}; leave it out, or name a set "
+            "for segmentation and a model that gives maps"
+        )
+    levels = parsed(supervision, [client.name for client in clients])
+    classes = len(splits.class_names)
+    return [
+        weakened(client, level, classes, seed)
+        for client, level in zip(clients, levels, strict=True)
+    ]
+
+
+def describe_clients(clients: list[ClientData], splits: Splits) -> list[dict[str, Any]]:
     """Return what ``run.json`` says of the clients."""
+    classes = len(splits.class_names)
+    segmenting = splits.task == "segmentation"
     return [
         {
             "name": client.name,
@@ -89,7 +113,11 @@ def describe_clients(clients: list[ClientData], classes: int) -> list[dict[str, 
                 for part in ("train", "val", "test")
                 if (images := getattr(client, part)) is not None
             },
-            "class_counts": client.train.labels.bincount(minlength=classes).tolist(),
+            **(
+                {"supervision": client.supervision}
+                if segmenting
+                else {"class_counts": client.train.labels.bincount(minlength=classes).tolist()}
+            ),
         }
         for client in clients
     ]

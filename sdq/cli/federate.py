@@ -17,7 +17,7 @@ from fl.state import BatchNormPolicy
 from sdq.batches import Normalization, generator
 from sdq.cli import completion, options
 from sdq.cli import inputs as inp
-from sdq.cli.clients import ClientRequest
+from sdq.cli.clients import ClientRequest, supervised
 from sdq.cli.device import DeviceRequest
 from sdq.cli.federate_bits import BitsRequest, prepare
 from sdq.cli.federation import make_methods
@@ -183,7 +183,13 @@ def federate(
         float, typer.Option(callback=options.finite, help="lambda_E of bin regularization.")
     ] = PHASES.bin_weight,
     plots: options.Plots = True,
-    supervision: Annotated[str | None, typer.Option(hidden=True)] = None,
+    supervision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of segmentation, what each client knows of its training images, in the clients' "
+            "order: pixel (masks), box, image (which classes) or none; default: masks."
+        ),
+    ] = None,
     weights: options.Weights = None,
     from_: options.From = None,
     data_root: options.DataRoot = None,
@@ -205,8 +211,6 @@ def federate(
     Example: `sdq federate --method fedavg,fca --model resnet20 --data synthetic_derm
     --partition natural --rounds 20 --out fed`; with --bits 2 it ends in a quantized model.
     """
-    if supervision is not None:
-        raise RequestError("--supervision: segmentation with mixed labels is not built yet")
     limits = Limits(bits, weight_kb, bops_g, DeviceRequest.of(target, latency_ms, fps, budget))
     learns = limits.given or policy is not None
     parts = ("quant", "search", "phases") if learns else ()
@@ -259,6 +263,8 @@ def federate(
         inputs = _open_inputs(request).for_model(model)
         network = _network(model, weights, inputs, seed)
     hospitals = asked_clients.divide(inputs.splits, seed)
+    if supervision is not None:
+        hospitals = supervised(hospitals, supervision, inputs.splits, seed)
     network = network.to(place)
     if asked_bits is not None:
         asked_bits = prepare(network, inputs, asked_bits)
@@ -280,6 +286,7 @@ def federate(
         "data": vars(inputs.request),
         "clients": clients,
         "partition": vars(asked_clients.partition) | {"alpha": str(asked_clients.partition.alpha)},
+        "supervision": supervision,
         "federation": settings.model_dump(mode="json"),
         "head": head,
         "rounds": rounds,

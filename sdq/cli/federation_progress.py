@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fl.evaluation import MAIN
 from fl.record import Failure, Kind, Reply
 from fl.results import log_round
 from sdq.run_folder import RunFolder
@@ -90,5 +91,10 @@ class FederationWatch:
             )
         self.doing = ""
         g, s = (summary.get(k, {}).get("test", {}) for k in ("generalization", "specialization"))
-        figures = (f"{k} {v['balanced_accuracy']:.3f}" for k, v in (("G", g), ("S", s)) if v)
+        figures = (
+            f"{letter} {found[main]:.3f}"
+            for letter, found in (("G", g), ("S", s))
+            for main in MAIN.values()
+            if main in found
+        )
         self.progress.update(self.rounds, completed=summary["round"] + 1, note=" ".join(figures))

@@ -13,9 +13,11 @@ from fl import results
 from fl.bits import Learning
 from fl.client import share_of_clients
 from fl.config import FederationConfig
+from fl.evaluation import MAIN
 from fl.method import ClientData, Method
 from fl.personal import Personal
 from fl.setting import Setting
+from fl.supervision import check_federation
 from sdq.cli import inputs as inp
 from sdq.cli import options
 from sdq.cli.clients import describe_clients, folder_names
@@ -55,6 +57,7 @@ class Federation:
         Raises:
             RequestError: something is wrong with the request.
         """
+        check_federation(method, self.clients)
         if self.bits is not None:
             found = self.learning(method).check()
             return {f"{method.name}, {phase}": setting for phase, setting in found.items()}
@@ -128,7 +131,7 @@ def _run_one(run: RunFolder, method: Method, federation: Federation) -> dict[str
         data=inputs.describe(), model=federation.described, seed=config.seed,
         methods=[method.name], server_model=method.has_server_model,
         command=options.command_line(),
-        clients=describe_clients(clients, federation.classes),
+        clients=describe_clients(clients, federation.inputs.splits),
     )  # fmt: skip
     arranged = method.arrange(clients)
     names = [client.name for client in arranged]
@@ -214,7 +217,7 @@ def rows(metrics: dict[str, dict[str, Any]]) -> list[dict[str, object]]:
             "method": name,
             **_figures("G", found["generalization"]),
             **_figures("S", found["specialization"]),
-            "worst": (found["specialization"] or {}).get("worst_balanced_accuracy"),
+            "worst": _worst(found["specialization"] or {}),
             "worst client": found["worst_client"] or "-",
             "MB up": found["bytes_up"] / 1e6,
             "MB down": found["bytes_down"] / 1e6,
@@ -225,6 +228,15 @@ def rows(metrics: dict[str, dict[str, Any]]) -> list[dict[str, object]]:
     ]
 
 
+def _worst(special: dict[str, Any]) -> float | None:
+    """Return the worst client's figure, whatever the task compares clients by."""
+    return next((special[k] for k in map("worst_{}".format, MAIN.values()) if k in special), None)
+
+
 def _figures(letter: str, metrics: dict[str, Any] | None) -> dict[str, object]:
+    """Return a table's cells; a run of one task has no figures of the other's."""
+    known = metrics or {}
     names = {"balanced_accuracy": "balanced", "macro_f1": "F1", "auc": "AUC"}
-    return {f"{letter} {short}": (metrics or {}).get(key) for key, short in names.items()}
+    if MAIN["segmentation"] in known:
+        names = {"dice": "Dice", "iou": "IoU", "hd95": "HD95"}
+    return {f"{letter} {short}": known.get(key) for key, short in names.items()}

@@ -83,9 +83,25 @@ def failures(done: fl.Federated) -> list[tuple[int, str]]:
 
 
 METHODS = [name for name in plugins.names("fl.methods") if name != "centralized"]
+CLASSIFIERS = [name for name in METHODS if "classification" in fl.method(name).tasks]
+SEGMENTERS = [name for name in METHODS if name not in CLASSIFIERS]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SEGMENTERS)
+def test_apps_compute_what_the_rounds_do_with_mixed_labels(
+    method: str, tiny_maps: Make, mixed_hospitals: Clients
+) -> None:
+    done = Case(tiny_maps, mixed_hospitals(), method).run()
+    expected = fl.run(
+        tiny_maps(), method=method, clients=mixed_hospitals(), num_classes=3, config=CONFIG
+    )
+    assert all(torch.equal(done.state[n], expected.state[n]) for n in expected.state)
+    assert done.generalization == expected.generalization
+    assert done.specialization == expected.specialization
+    assert [r["sat_out"] for r in done.history] == [r["sat_out"] for r in expected.history]
+
+
+@pytest.mark.parametrize("method", CLASSIFIERS)
 def test_apps_compute_what_the_rounds_do(method: str, tiny: Make, hospitals: Clients) -> None:
     done = Case(tiny, hospitals(), method).run()
     expected = fl.run(tiny(), method=method, clients=hospitals(), num_classes=3, config=CONFIG)

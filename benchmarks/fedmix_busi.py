@@ -1,0 +1,214 @@
+r"""Mixed labels on BUSI: FedMix against what needs more masks, or uses fewer labels.
+
+The images with a lesion are divided at random among clients, of which each has what
+``--supervision`` says: masks (pixel), boxes (box), the class alone (image) or nothing (none); boxes
+are made from masks, and only from them. A client that has less than masks has no masks. Variants:
+
+    full        FedAvg, every client with its masks: what the others lack
+    local       every client alone, with its masks
+    labelled    FedAvg of the clients that have masks
+    fedst, fedrgd, fedmix_seg    what else is there, used
+
+``labelled``, ``fedst``, ``fedrgd`` and ``fedmix_seg`` take hyper-parameters as
+``fedmix_seg;loss_power=3``. Every variant has the same images, clients, first weights and test set.
+A seed is another division into training and test images, other clients and other first weights.
+Each finished run is kept in ``--out``; interrupted, the command goes on after the last whole round.
+
+    python benchmarks/fedmix_busi.py --data busi --data-root DIR --out runs/fedmix \
+        --table benchmarks/results/fedmix_busi.md
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import _reports
+import torch
+from federated_methods import settings
+from torch import nn
+
+import fl
+from fl.method import Supervision
+from fl.supervision import parsed, weakened
+from sdq.batches import Augmentation, generator
+from sdq.data import DataOptions, ImageSet, open_data
+from sdq.models.unet import UNet
+
+VARIANTS = "full,local,labelled,fedst,fedrgd,fedmix_seg"
+METHODS = {"full": "fedavg", "local": "local", "labelled": "fedavg_labelled"}
+MIXES = "pixel-box-image pixel-box-none"
+WITH_ALL_MASKS = ("full", "local")
+METRICS = ("dice", "iou", "hd95")
+
+
+def main() -> None:
+    """Run what is missing and write the table after every run."""
+    options = arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for seed in map(int, options.seeds.split(",")):
+        bench = Bench(options, seed)
+        for mix in options.supervision.split():
+            for variant in options.variants.split(","):
+                rows.append(bench.figures(mix, variant))
+                print(line(rows[-1]), flush=True)
+                write(options, rows)
+
+
+def arguments() -> argparse.Namespace:
+    parser = _reports.data_parser(__doc__, model=None)
+    parser.add_argument("--supervision", default=MIXES, help="one or several, A-B-C D-E-F")
+    parser.add_argument("--variants", default=VARIANTS)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--width", type=int, default=8, help="of the U-Net's first stage")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--local-epochs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--loss", default="dice", help="of every variant")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", type=Path)
+    return parser.parse_args()
+
+
+class Bench:
+    """Everything of one seed."""
+
+    def __init__(self, options: argparse.Namespace, seed: int) -> None:
+        self.options, self.seed = options, seed
+        opened = DataOptions(options.data_root, seed, options.image_size, (0.8, 0.0, 0.2))
+        splits = open_data(options.data, opened)
+        assert splits.test is not None
+        self.train, self.test = with_lesions(splits.train), with_lesions(splits.test)
+        self.augment = Augmentation(splits.horizontal_flip, splits.vertical_flip)
+        self.channels = splits.image_shape[0]
+        self.classes = len(splits.class_names)
+
+    def clients(self, levels: tuple[Supervision, ...]) -> list[fl.ClientData]:
+        """Deal the images out at random; each client then forgets what it is not to know."""
+        train, test = (
+            [part.subset(i) for i in fl.iid(part.labels, len(levels), self.seed)]
+            for part in (self.train, self.test)
+        )
+        return [
+            weakened(fl.ClientData(level, own, None, held), level, self.classes, self.seed)
+            for own, held, level in zip(train, test, levels, strict=True)
+        ]
+
+    def network(self) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(generator(self.seed, "weights").initial_seed())
+            found = UNet(self.classes, self.channels, self.options.width)
+        return found.to(self.options.device)
+
+    def config(self) -> fl.FederationConfig:
+        options = self.options
+        return fl.FederationConfig(
+            rounds=options.rounds, local_epochs=options.local_epochs, lr=options.lr,
+            batch_size=options.batch_size, weight_decay=1e-4, keep_optimizer=True,
+            loss=fl.LossConfig(name=options.loss), evaluate_every=options.rounds, seed=self.seed,
+        )  # fmt: skip
+
+    def figures(self, mix: str, variant: str) -> dict[str, Any]:
+        """Return a finished run's figures, or run it."""
+        method, hyper, _ = settings(variant)
+        levels = parsed(mix.replace("-", ","), mix.split("-"))
+        if method in WITH_ALL_MASKS:  # whatever the mix: these runs serve every one
+            levels, mix = ("pixel",) * len(levels), "-".join(["pixel"] * len(levels))
+        folder = self.options.out / f"{mix}-{variant.replace(';', '+')}-{self.seed}"
+        file = folder / "figures.json"
+        if file.exists():
+            known: dict[str, Any] = json.loads(file.read_text())
+            return known
+        start = time.perf_counter()
+        found = fl.run(
+            self.network(), method=fl.method(METHODS.get(method, method), **hyper),
+            clients=self.clients(levels), num_classes=self.classes, config=self.config(),
+            augment=self.augment, folder=folder,
+        )  # fmt: skip
+        row = {
+            "mix": mix, "variant": variant, "seed": self.seed,
+            "server": found.generalization, "own": found.specialization,
+            "train_loss": [r["train_loss"] for r in found.history],
+            "sat_out": [len(r["sat_out"]) for r in found.history],
+            # of what is left since an interruption
+            "seconds": time.perf_counter() - start,
+        }  # fmt: skip
+        file.write_text(json.dumps(row))
+        return row
+
+
+def with_lesions(images: ImageSet) -> ImageSet:
+    """Return the images whose mask is not empty."""
+    assert images.masks is not None
+    masks = images.masks.take(torch.arange(len(images)))
+    return images.subset(masks.flatten(1).any(1).nonzero()[:, 0])
+
+
+def figure(row: dict[str, Any], metric: str) -> float:
+    """Return the mean over clients: of the server's model, or of the clients' own without one."""
+    found: float = (row["server"]["client_mean"] if row["server"] else row["own"])[metric]
+    return found
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a run's progress line."""
+    cells = ", ".join(f"{metric} {figure(row, metric):.4f}" for metric in METRICS)
+    losses = row["train_loss"]
+    return (
+        f"{row['mix']} {row['variant']} {row['seed']}: {cells}; loss {losses[0]:.3f} to "
+        f"{losses[-1]:.3f}; sat out {sum(row['sat_out'])}; {row['seconds']:.0f} s"
+    )
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the table as Markdown."""
+    seeds = sorted({row["seed"] for row in rows})
+    lines = [
+        "# FedMix on BUSI",
+        "",
+        f"Lesion images at {options.image_size} x {options.image_size}, a fifth to test; U-Net of "
+        f"width {options.width}; {options.rounds} rounds of {options.local_epochs} epochs, Adam "
+        f"{options.lr:g}, kept over rounds, weight decay 1e-4, batches of {options.batch_size}, "
+        f"loss `{options.loss}`; last round; seeds {', '.join(map(str, seeds))}; mean ± standard "
+        f"deviation over seeds. torch {torch.__version__}, device {options.device}.",
+        "",
+        f"`{_reports.command()}`",
+        "",
+        "Figures are means over the clients' test images, of the server's model; of `local`, of "
+        "each client's own. Dice and IoU in percent, HD95 in pixels. `sat out`: rounds in which a "
+        "client found nothing to learn from, over all clients.",
+        "",
+        "| clients | variant | Dice | IoU | HD95 | Dice by client | sat out | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:  # full and local come once for every mix
+        group = groups.setdefault((row["mix"], row["variant"]), [])
+        if all(row["seed"] != other["seed"] for other in group):
+            group.append(row)
+    lines += [f"| {mix} | {variant} | {cells(group)} |" for (mix, variant), group in groups.items()]
+    _reports.write(options.table, lines)
+
+
+def cells(rows: list[dict[str, Any]]) -> str:
+    """Return a variant's figures over the seeds."""
+    found = [
+        _reports.spread([figure(row, metric) * (1 if metric == "hd95" else 100) for row in rows])
+        for metric in METRICS
+    ]
+    parts = [(row["server"] or row["own"])["clients"] for row in rows]
+    each = (statistics.mean(100 * part[k]["dice"] for part in parts) for k in parts[0])
+    found.append(", ".join(f"{value:.1f}" for value in each))
+    found.append(f"{statistics.mean(sum(row['sat_out']) for row in rows):.0f}")
+    found.append(f"{statistics.mean(row['seconds'] for row in rows):.0f}")
+    return " | ".join(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""``sdq federate`` with masks: what clients know, what is written of them, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+MODEL = """
+from torch import nn
+
+def build(num_classes, in_channels=1):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, num_classes, 1)
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """A network that gives maps, and images of a bright square with its mask."""
+    home = tmp_path_factory.mktemp("masks")
+    (home / "net.py").write_text(MODEL)
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 24), ("val", 6), ("test", 9)):
+        masks = np.zeros((count, 8, 8), np.uint8)
+        masks[:, 2:6, 3:7] = 1
+        images = rng.normal(60, 20, masks.shape) + 140 * masks
+        arrays[f"{part}_images"] = images.clip(0, 255).astype(np.uint8)
+        arrays[f"{part}_masks"] = masks
+    np.savez(home / "d.npz", **arrays)
+    return (
+        f"federate --rounds 2 --batch-size 8 --quiet --json --lr 0.01 --model {home}/net.py:build "
+        f"--data {home}/d.npz --clients 3"
+    )
+
+
+def test_a_run_says_what_clients_know(sdq, command, tmp_path):
+    found = sdq(
+        f"{command} --method fedmix_seg,fedst,fedavg_labelled --supervision pixel,box,none "
+        f"--hyper fedmix_seg.agreement=0.5 --out {tmp_path}/run"
+    )
+    assert found.code == 0, found.err
+    methods = json.loads(found.out.splitlines()[-1])["metrics"]["methods"]
+    for name, metrics in methods.items():
+        document = json.loads((tmp_path / "run" / name / "run.json").read_text())
+        known = [c["supervision"] for c in document["clients"]]
+        assert known == ["pixel", "box", "none"]
+        assert "class_counts" not in document["clients"][0]
+        # who has no masks chooses no round by them
+        assert ["val" in c["num_examples"] for c in document["clients"]] == [True, False, False]
+        assert document["request"]["supervision"] == "pixel,box,none"
+        server, own = metrics["generalization"], metrics["specialization"]
+        assert set(server["clients"]) == set(own["clients"]) == {"0", "1", "2"}
+        each = [c["dice"] for c in server["clients"].values()]
+        assert server["client_mean"]["dice"] == pytest.approx(np.mean(each))
+        assert own["worst_dice"] == min(c["dice"] for c in own["clients"].values())
+
+
+def test_masks_for_all_without_the_option(sdq, command, tmp_path):
+    found = sdq(f"{command} --method fedavg --out {tmp_path}/run")
+    assert found.code == 0, found.err
+    document = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [c["supervision"] for c in document["clients"]] == ["pixel"] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--method fedmix_seg --supervision pixel,box", "one level for each of 3 clients"),
+        ("--method fedmix_seg --supervision pixel,box,boxes", "got 'boxes'; did you mean 'box'?"),
+        ("--method fedmix_seg --supervision box,image,none", "must have supervision pixel, got"),
+        ("--method fedprox --supervision pixel,box,image", "got box at 'client 1'; use a method"),
+        ("--method fedmix --supervision pixel,box,image", "did you mean 'fedmix_seg'?"),
+        ("--method fca", "fca: is for classification, got segmentation"),
+        ("--method fedavg --loss focal", "--loss: must be one of dice_bce, dice in segmentation"),
+        ("--method fedavg --select specialization --adjust 1", "--adjust: must be 0"),
+    ],
+)
+def test_refusals(sdq, command, tmp_path, options, message):
+    found = sdq(f"{command} {options} --out {tmp_path}/run")
+    assert found.code == 2
+    assert message in found.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_supervision_is_of_masks(sdq, tmp_path):
+    found = sdq(
+        "federate --rounds 1 --model mlp --data synthetic_derm --method fedavg --partition natural "
+        f"--supervision pixel,box,image,none --out {tmp_path}/run --quiet"
+    )
+    assert found.code == 2
+    assert "--supervision: data must have masks, got classification" in found.err
