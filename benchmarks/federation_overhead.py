@@ -32,16 +32,17 @@ from torch import Tensor, nn
 
 import fl
 from fl.client import client_generator
+from fl.record import Record
 from fl.rounds import Rounds
 from fl.run import InProcess
 from fl.setting import Setting
 from fl.store import Store
 from sdq.batches import Batches
 from sdq.data import ArrayImages, ImageSet
+from sdq.models import resnet20
 
 CLASSES, SHAPE = 7, (3, 28, 28)
-METHODS = ("fedavg", "scaffold", "ditto")
-SAMPLED, IMAGES = 10, 64
+SAMPLED, IMAGES, BATCH = 10, 64, 32
 AIM_RATIO, AIM_MIB = 1.05, 2048
 
 
@@ -68,8 +69,6 @@ def network(name: str) -> nn.Module:
         torch.manual_seed(0)
         if name == "small":
             return SmallCNN()
-        from sdq.models import resnet20
-
         return resnet20.build(num_classes=CLASSES, in_channels=3, image_size=SHAPE[1])
 
 
@@ -132,7 +131,7 @@ def seconds(work: object, *args: object, **options: object) -> float:
 
 def ratios(name: str, method: str, images: int, turns: int) -> dict[str, float]:
     """Return what a round and its bare steps take."""
-    config = fl.FederationConfig(rounds=1000, batch_size=32)
+    config = fl.FederationConfig(rounds=1000, batch_size=BATCH)
     clients = hospitals(SAMPLED, images)
     whole, bare = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +156,7 @@ def ratios(name: str, method: str, images: int, turns: int) -> dict[str, float]:
 def many(count: int, method: str, on_disk: bool, rounds: int) -> dict[str, float]:
     """Return seconds a round and the process's highest memory in MiB."""
     config = fl.FederationConfig(
-        rounds=1000, batch_size=32, participation=SAMPLED / count, evaluate_every=1000
+        rounds=1000, batch_size=BATCH, participation=SAMPLED / count, evaluate_every=1000
     )
     clients = hospitals(count, IMAGES)
     with tempfile.TemporaryDirectory() as folder:
@@ -168,8 +167,6 @@ def many(count: int, method: str, on_disk: bool, rounds: int) -> dict[str, float
             begun = time.process_time()
             running.round(evaluate=False)
             if place is not None:
-                from fl.record import Record
-
                 running.save(place / "federation.safetensors", Record())
             took.append(time.process_time() - begun)
         kept = sum(p.stat().st_size for p in Path(folder).rglob("*.safetensors"))
@@ -235,12 +232,16 @@ def main() -> None:
         "| network | method | images a client | round s | steps s | ratio | quartiles |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    worst = 0.0
+    aims = []
     for name, method, images in (
-        ("small", "fedavg", 64), ("small", "fedavg", 512), ("resnet20", "fedavg", 512)
+        ("small", "fedavg", 64), ("small", "fedavg", 256), ("resnet20", "fedavg", 64)
     ):  # fmt: skip
         f = ratios(name, method, images, asked.turns)
-        worst = max(worst, f["ratio"])
+        steps = -(-images // BATCH)
+        aims.append(
+            f"| a round, {name}, {steps} steps a client | {AIM_RATIO} | {f['ratio']:.3f} | "
+            f"{'met' if f['ratio'] <= AIM_RATIO else 'missed'} |"
+        )
         lines.append(
             f"| {name} | {method} | {images} | {f['round']:.3f} | {f['bare']:.3f} | "
             f"{f['ratio']:.3f} | {f['low']:.3f} to {f['high']:.3f} |"
@@ -267,8 +268,7 @@ def main() -> None:
     peak = max(v["mib"] for values in found.values() for v in values)
     lines += [
         "", "| aim | at most | found | |", "|---|---|---|---|",
-        f"| a round against its steps | {AIM_RATIO} | {worst:.3f} | "
-        f"{'met' if worst <= AIM_RATIO else 'missed'} |",
+        *aims,
         f"| memory with {max(asked.clients)} clients | {AIM_MIB} MiB | {peak:.0f} MiB | "
         f"{'met' if peak <= AIM_MIB else 'missed'} |", "",
     ]  # fmt: skip

@@ -120,12 +120,12 @@ def _running_statistics(norms: list[_BatchNorm], needed: bool) -> Iterator[None]
 @contextlib.contextmanager
 def _flags_restored(network: nn.Module) -> Iterator[None]:
     """Restore which parameters are trained."""
-    before = {n: p.requires_grad for n, p in network.named_parameters()}
+    before = [(p, p.requires_grad) for p in network.parameters()]
     try:
         yield
     finally:
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(before[name])
+        for parameter, trained in before:
+            parameter.requires_grad_(trained)
             parameter.grad = None
 
 
