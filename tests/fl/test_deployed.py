@@ -21,7 +21,6 @@ pytest.importorskip("flwr")
 
 Deploy = Callable[..., Any]  # of conftest.Deployment
 EXAMPLE = Path(__file__).parents[2] / "examples" / "flower"
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
 class Without(InProcess):
