@@ -16,7 +16,7 @@ METRICS: dict[str, tuple[str, bool]] = {
     "hd95": ("boundary distance (HD95), pixels", False),
     "ece": ("calibration error (ECE)", True),
 }
-"""Known metrics: what they are called, and whether they are shares. ECE and HD95 are better if less."""
+"""Known metrics: what they are called, and whether they are shares."""
 
 MEANINGS = {
     "accuracy": "Accuracy: the share of images that are right.",

@@ -271,7 +271,7 @@ def test_a_server_that_does_not_know_its_clients(sdq, pages, tmp_path):
     shutil.copytree(pages["federated"].parent / "fca", run)
     document = read(run / "run.json")
     del document["clients"]
-    document["data"]["reference"] = None
+    document["data"] |= {"reference": None, "fingerprint": None}
     (run / "run.json").write_text(json.dumps(document))
     assert sdq(f"report {run} --quiet").code == 0
     root = parsed(run / "report.html")
@@ -440,7 +440,13 @@ def test_metrics_of_segmentation_are_shown(sdq, copied):
         (lambda run: (run / "log.jsonl").write_text("{\n"), None),
         (lambda run: (run / "log.jsonl").write_text("3\n"), None),
         (lambda run: (run / "predictions.safetensors").write_bytes(b"x"), "whole safetensors"),
-        (lambda run: (run / "run.json").write_text('{"schema": "sdq.run/1"}'), "must be a run of"),
+        (lambda run: (run / "run.json").write_text('{"schema": "sdq.run/1"}'), "field required"),
+        (
+            lambda run: (run / "run.json").write_text(
+                '{"schema": "sdq.run/1", "status": "done", "request": {"verb": "evaluate"}}'
+            ),
+            "must be a run of train, search, quantize, federate, got one of 'evaluate'",
+        ),
     ],
 )
 def test_damaged_runs(sdq, copied, change, message):
