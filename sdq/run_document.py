@@ -25,8 +25,8 @@ class _Part(BaseModel):
 
 
 class _Data(_Part):
-    reference: str
-    fingerprint: str
+    reference: str | None  # the server of a deployed federation may have no images
+    fingerprint: str | None
     class_names: Annotated[list[str], Field(min_length=1)]
     image_shape: Annotated[list[Size], Field(min_length=3, max_length=3)]
     mean: list[Finite]

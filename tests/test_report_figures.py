@@ -138,6 +138,15 @@ def test_a_loss_of_rare_classes_alone_shows_in_the_verdict():
     assert verdict.mood != "good"
 
 
+def test_classes_that_nobody_knows_are_told():
+    """A network that always answers the commonest class loses nothing by being compressed."""
+    found = answers((0, 0, 0, 900), (1, 0, 0, 50), (2, 2, 2, 9), (2, 0, 0, 41))
+    verdict = quantized_verdict({}, found, class_rows(found, ["a", "b", "c"]))
+    assert verdict.text.startswith("No loss beyond chance")
+    assert verdict.mood == "unsure"
+    assert verdict.notes[0].startswith("Hardly ever right even in float: b (0 of 50). ")
+
+
 def test_without_predictions_the_metrics_speak():
     metrics = {"float": {"dice": 0.9}, "quantized": {"dice": 0.85}}
     text = quantized_verdict(metrics, None, []).text.replace(NBSP, " ")

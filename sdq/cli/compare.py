@@ -13,7 +13,14 @@ from sdq.checkpoint import write_bytes_atomically
 from sdq.cli import options
 from sdq.cli.device import DeviceRequest
 from sdq.cli.progress import show_json, show_table
-from sdq.cli.run_networks import ACTS, SEARCHED, is_federation, method_folders, networks_of
+from sdq.cli.run_networks import (
+    ACTS,
+    SEARCHED,
+    as_written,
+    is_federation,
+    method_folders,
+    networks_of,
+)
 from sdq.errors import RequestError
 from sdq.report.classes import paired
 from sdq.report.intervals import Interval
@@ -108,19 +115,14 @@ def open_run(path: Path, device: DeviceRequest | None = None) -> list[Compared]:
 
 def _compared(run: RunFolder, name: str, device: DeviceRequest | None) -> Compared:
     document = run.read_json("run.json")
-    try:
+    with as_written(run):
         facts = {
             "verb": str(document["request"]["verb"]),
             "model": str(document["model"]["reference"]).rpartition("/")[2],
             "data": str(document["data"]["reference"]).rpartition("/")[2],
         }
         fingerprint = str(document["data"]["fingerprint"])
-    except (KeyError, TypeError) as error:
-        raise RequestError(
-            f"{run.path / 'run.json'}: must say what was run on which data, but has no {error}; "
-            "run it again"
-        ) from None
-    network = networks_of(run, device)[-1]
+        network = networks_of(run, device)[-1]
     named = replace(network, name=name, facts=facts | dict(network.facts))
     return Compared(named, fingerprint, Predictions.load(run.path))
 

@@ -17,7 +17,7 @@ from sdq.cli.device import DeviceRequest
 from sdq.cli.progress import show_json
 from sdq.cli.report_federated import federated_page
 from sdq.cli.report_quantized import Material, single_page
-from sdq.cli.run_networks import is_federation, networks_of
+from sdq.cli.run_networks import as_written, is_federation, networks_of
 from sdq.errors import RequestError, RunError
 from sdq.report.exports import Exported, export_table
 from sdq.report.networks import Network
@@ -74,9 +74,9 @@ def report(
     others = [network_beside(folder, path, device) for path in beside or []]
     root = str(data_root) if data_root else None
     material = Material(folder, data_root=root, wants_images=images)
-    page = make_page(material, device, others)
+    page, text = make_page(material, device, others)
     place = out if out is not None else run / FILE
-    write_bytes_atomically(place, render(page).encode())
+    write_bytes_atomically(place, text.encode())
     if not quiet:
         print(place)
         for line in (page.verdict.text, *page.verdict.warnings, *page.missing):
@@ -107,8 +107,8 @@ def network_beside(run: RunFolder, path: Path, device: DeviceRequest | None = No
 
 def make_page(
     material: Material, device: DeviceRequest | None = None, beside: Sequence[Network] = ()
-) -> Page:
-    """Return the page of a run that has ended.
+) -> tuple[Page, str]:
+    """Return the page of a run that has ended, and its HTML.
 
     Raises:
         RequestError: a run that has not ended, that no report can be made of, or that is damaged.
@@ -124,21 +124,17 @@ def make_page(
         raise RequestError(
             f"{run.path}: the run must have ended, but was interrupted; continue it with --resume"
         )
-    try:
+    with as_written(run):
         federated = is_federation(run)
         page = federated_page(material) if federated else single_page(material, device, beside)
-        return replace(
+        page = replace(
             page,
             exports=export_table(exports_of(run)),
             command=repeat(document),
             setting=_setting(document),
             missing=list(dict.fromkeys(material.missing)),
         )
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise RequestError(
-            f"{run.path}: its files must be as `sdq {verb}` wrote them, but: "
-            f"{type(error).__name__}: {error}; restore them, or run again"
-        ) from error
+        return page, render(page)
 
 
 def write_report(
@@ -155,8 +151,8 @@ def write_report(
     if not wanted:
         return
     try:
-        page = make_page(Material(run, inputs=inputs), beside=beside)
-        write_bytes_atomically(run.path / FILE, render(page).encode())
+        _, text = make_page(Material(run, inputs=inputs), beside=beside)
+        write_bytes_atomically(run.path / FILE, text.encode())
     except (OSError, RequestError, RunError) as error:
         print(f"warning: {run.path}: the run is done, but without report: {error}", file=sys.stderr)
 

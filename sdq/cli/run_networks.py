@@ -1,5 +1,7 @@
 """The networks of a run folder, with what they are worth and cost: for reports and comparisons."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,20 @@ def _facts(policy: BitwidthPolicy) -> dict[str, str]:
     return found
 
 
+@contextlib.contextmanager
+def as_written(run: RunFolder) -> Iterator[None]:
+    """Turn what a run's changed files lead to into a RequestError that says so."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise RequestError(
+            f"{run.path}: its files must be as sdq wrote them, but: {type(error).__name__}: "
+            f"{error}; restore them, or run again"
+        ) from error
+
+
 def is_federation(run: RunFolder) -> bool:
     """Tell whether a run is one of ``sdq federate``."""
     return bool(run.read_json("run.json").get("request", {}).get("verb") == "federate")
@@ -105,6 +121,8 @@ def method_folders(run: RunFolder) -> dict[str, RunFolder]:
         RequestError: a method's folder is not there, or it has not ended.
     """
     methods = run.read_json("run.json").get("methods", [])
+    if not methods:
+        raise RequestError(f"{run.path / 'run.json'}: must name a method, got none; restore it")
     if len(methods) == 1:
         return {methods[0]: run}
     found = {}

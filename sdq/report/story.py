@@ -33,10 +33,17 @@ def data_sentence(document: Mapping[str, Any]) -> str:
     names = [str(name) for name in data["class_names"]]
     shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
     of_model = str(model["reference"]).rpartition("/")[2]
+    where = data["reference"] or "the clients keep them"
+    if _marks(document):
+        return f"The network ({of_model}) marks in an image what is {shown}. Data: {where}."
     return (
         f"The network ({of_model}) looks at an image and names one of {len(names)} classes "
-        f"({shown}). Data: {data['reference'] or 'the clients keep them'}."
+        f"({shown}). Data: {where}."
     )
+
+
+def _marks(document: Mapping[str, Any]) -> bool:
+    return bool(document["data"].get("task") == "segmentation")
 
 
 def trained(document: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
@@ -146,7 +153,8 @@ def _measured(document: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
                 f"{metric_cell(each, after[each]).text} after."
             )
     if metrics.get("agreement") is not None:
-        told += f" They give the same answer for {share(metrics['agreement']).text} of the images."
+        what = "pixels" if _marks(document) else "images"
+        told += f" They give the same answer for {share(metrics['agreement']).text} of the {what}."
     return told
 
 

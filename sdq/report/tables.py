@@ -12,9 +12,11 @@ METRICS: dict[str, tuple[str, bool]] = {
     "auc": ("AUC", False),
     "dice": ("Dice", True),
     "iou": ("IoU", True),
+    "dice_nonempty": ("Dice, images with something to mark", True),
+    "hd95": ("boundary distance (HD95), pixels", False),
     "ece": ("calibration error (ECE)", True),
 }
-"""Known metrics: what they are called, and whether they are shares. ECE alone is better if less."""
+"""Known metrics: what they are called, and whether they are shares."""
 
 MEANINGS = {
     "accuracy": "Accuracy: the share of images that are right.",
@@ -23,6 +25,8 @@ MEANINGS = {
     "macro_f1": "Macro F1: misses and false alarms together, every class counted alike.",
     "auc": "AUC: 1 is perfect, 0.5 is guessing.",
     "dice": "Dice and IoU: how far the marked areas overlap with the true ones.",
+    "hd95": "Boundary distance: how far the marked outline is from the true one, but for the worst "
+    "twentieth; less is better.",
     "ece": "Calibration error: how far the stated confidence is from the share that is right; less "
     "is better.",
 }

@@ -11,6 +11,9 @@ from sdq.report.tables import headline, metric_cell, metric_label, share, signed
 
 Mood = Literal["good", "unsure", "bad", "plain"]
 
+HARDLY = 0.1
+"""Share of a class that is right, below which the class is not recognised."""
+
 SMALL = 0.01
 """A loss that is shown, but of which little comes."""
 
@@ -52,7 +55,8 @@ def quantized_verdict(
     pair = paired(right[0], right[1])
     interval = pair.interval()
     warnings = [_warning(row, rows) for row in rows if row.level == "warning"]
-    notes = [_note(row) for row in rows if row.level == "unsure"]
+    unknown = _unrecognised(rows)
+    notes = [*unknown, *(_note(row) for row in rows if row.level == "unsure")]
     images = f"{pair.images:,} images"
     if warnings:
         names = _listed([row.name for row in rows if row.level == "warning"])
@@ -68,8 +72,8 @@ def quantized_verdict(
             f"images{alike} it gets between {_points(loss.low)} and {_points(loss.high)} fewer "
             "right than the float network."
         )
-        mood: Mood = "good" if small else "bad" if loss.low > FEW else "unsure"
-        return Verdict(text, mood, (), notes)
+        mood: Mood = "bad" if loss.low > FEW else "unsure"
+        return Verdict(text, "good" if small and not unknown else mood, (), notes)
     most = max(interval.high, 0.0)
     if most > FEW:
         text = (
@@ -81,7 +85,19 @@ def quantized_verdict(
         f"No loss beyond chance: of 100 images at most {_points(most)} fewer are right, as far as "
         f"{images} can show."
     )
-    return Verdict(text, "good", (), notes)
+    return Verdict(text, "unsure" if unknown else "good", (), notes)
+
+
+def _unrecognised(rows: Sequence[ClassRow]) -> list[str]:
+    """Return a sentence on classes that the float network hardly ever gets right."""
+    found = [row for row in rows if row.before < HARDLY * row.images]
+    if not found:
+        return []
+    told = _listed([f"{row.name} ({row.before} of {row.images})" for row in found])
+    return [
+        f"Hardly ever right even in float: {told}. What compression costs a class shows only where "
+        "the float network knows it."
+    ]
 
 
 def _points(share: float) -> str:

@@ -100,4 +100,4 @@ def test_requests_that_cannot_be_met(sdq, derm, tmp_path):
         assert message in done.err
     del document["data"]
     (run / "run.json").write_text(json.dumps(document))
-    assert "run it again" in sdq(f"compare {derm / 'float'} {run}").err
+    assert "its files must be as sdq wrote them" in sdq(f"compare {derm / 'float'} {run}").err

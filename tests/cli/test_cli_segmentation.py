@@ -156,3 +156,16 @@ def test_requests_that_do_not_fit_are_refused_before_training(home, sdq, tmp_pat
     assert "must be data for segmentation as in the run, got classification; give data with masks" \
         in said  # fmt: skip
     assert not out.exists()
+
+
+def test_its_report_tells_of_pixels(home, sdq):
+    done = sdq("report", home / "q", "--json", "--quiet")
+    assert (done.code, done.json["missing"]) == (0, [])
+    page = (home / "q" / "report.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    metrics = json.loads((home / "q" / "metrics.json").read_text())
+    assert "marks in an image what is lesion" in page
+    assert f"{100 * metrics['agreement']:.1f} % of the pixels" in page
+    for network in ("float", "quantized"):
+        assert f'<data value="{metrics[network]["dice"]}">' in page
+    assert f"Dice went from {100 * metrics['float']['dice']:.1f} %" in page
+    assert "class-table" not in page.partition("</style>")[2]
