@@ -289,6 +289,9 @@ class Rounds:
         count = reply.record.values.get("num_examples", 0)
         if not isinstance(count, int) or count < 1:
             return Failure(reply.client, f"its num_examples is {count!r}")
+        loss = reply.record.values.get("train_loss", 0.0)
+        if not isinstance(loss, int | float):
+            return Failure(reply.client, f"its train_loss is {loss!r:.40}")
         return reply
 
     def _screened(self, replies: list[Reply], report: RoundReport) -> list[Reply]:

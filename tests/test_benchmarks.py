@@ -70,3 +70,18 @@ def test_federated_methods_are_measured_and_go_on(tmp_path: Path) -> None:
     files = sorted(p.name for p in (tmp_path / "out").glob("*.json"))
     assert len(files) == 2 * 2 * 3
     assert all(f"| {v} | 0." in table for v in variants.split(",") if v != "fedbn")
+
+
+@pytest.mark.slow
+def test_bytes_of_a_federation_are_measured_and_go_on(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-W", "ignore", FOLDER / "federated_bytes.py", "--data", "synthetic_derm",
+        "--train-images", "200", "--rounds", "2", "--last", "1", "--variants", "float up=2,down=4",
+        "--out", tmp_path / "out", "--table", tmp_path / "table.md",
+    ]  # fmt: skip
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    rows = [x for x in (tmp_path / "table.md").read_text().splitlines() if x.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| bits", "| float", "| up=2,down=4"]
+    assert "| 1/1.0 |" in rows[1]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fl
+from fl.compression import CompressionConfig
 from fl.personal import Personal
 from fl.record import Record
 from fl.results import Description, open_run
@@ -242,12 +243,14 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("compress", [None, CompressionConfig(up=3, down=4)])
 def test_a_federation_is_taken_up_in_another_run(
-    tiny: Make, hospitals: Clients, tmp_path: Path, after: int
+    tiny: Make, hospitals: Clients, tmp_path: Path, after: int, compress: Any
 ) -> None:
     """The server dies in the middle of a round, when some clients have trained already."""
-    whole = Case(tiny, hospitals(), folder=tmp_path / "a", kept=tmp_path / "b").run()
-    places = {"folder": tmp_path / "server", "kept": tmp_path / "clients"}
+    over = {"compress": compress}
+    whole = Case(tiny, hospitals(), folder=tmp_path / "a", kept=tmp_path / "b", **over).run()
+    places = {"folder": tmp_path / "server", "kept": tmp_path / "clients", **over}
     case = Case(tiny, hospitals(), **places)
     send, trained = case.grid.send_and_receive, [0]
 

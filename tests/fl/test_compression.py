@@ -225,8 +225,12 @@ def test_a_federation_goes_on_where_it_was(
     class Killed(Exception):
         pass
 
-    def kill(summary: dict[str, Any]) -> None:
-        if summary["round"] == 1:
+    trained: list[str] = []
+
+    def kill(kind: str, answer: Reply | Failure) -> None:
+        """In the middle of the second round, two clients a round."""
+        trained.extend([kind] if kind == "train" else [])
+        if len(trained) == 3:
             raise Killed
 
     def go(**more: Any) -> fl.Federated:
@@ -238,7 +242,7 @@ def test_a_federation_goes_on_where_it_was(
     whole = go()
     assert all(not r["failures"] for r in whole.history)
     with pytest.raises(Killed):
-        go(folder=tmp_path, watch=kill)
+        go(folder=tmp_path, hear=kill)
     again = go(folder=tmp_path)
     assert all(torch.equal(t, whole.state[n]) for n, t in again.state.items())
     assert json.dumps(again.history) == json.dumps(whole.history)

@@ -201,6 +201,10 @@ def no_images(record: Record) -> None:
     record.values["num_examples"] = 0
 
 
+def no_loss(record: Record) -> None:
+    record.values["train_loss"] = "low"
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
@@ -211,6 +215,7 @@ def no_images(record: Record) -> None:
         (not_a_number, "NaN or infinite in 'model/model.head.weight'"),
         (infinite_loss, "NaN or infinite in 'values'"),
         (no_images, "its num_examples is 0"),
+        (no_loss, "its train_loss is 'low'"),
     ],
 )
 def test_unusable_updates_are_named(
