@@ -343,7 +343,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, OSError):
         document = None
     exports = document.get("exports") if isinstance(document, dict) else None
     if not isinstance(exports, dict) or document.get("schema") != SCHEMA:

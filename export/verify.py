@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from export.float32 import Tally
-from export.format import Format, Runner, ToolMissing, expected_bits, load_format, read_record
+from export.format import (
+    Format,
+    Runner,
+    ToolMissing,
+    Trace,
+    expected_bits,
+    load_format,
+    read_record,
+)
 from export.reference import Reference
 from export.report import AGREEMENT, ExactStage, RuntimeStage, VerifyReport
 from sdq.batches import Normalization
@@ -248,11 +256,7 @@ def _compare_exact(
             theirs = run(feed)
         for name in reference.names:
             count.add(name, ours.codes[name], theirs.codes.get(name))
-        if theirs.output.shape != ours.output.shape:
-            raise RunError(
-                f"the file's output must have shape {tuple(ours.output.shape)}, "
-                f"got {tuple(theirs.output.shape)}"
-            )
+        _check_output(theirs.output, ours)
         gap = (ours.output - theirs.output).abs().nan_to_num(torch.inf, torch.inf)
         difference = max(difference, float(gap.max()))
         largest = max(largest, float(ours.output.abs().max()))
@@ -260,6 +264,15 @@ def _compare_exact(
     first = next((name for name in order if name in count.different), None)
     total = sum(count.different.values())
     return ExactStage(count.compared, total, first, difference / (largest or 1.0))
+
+
+def _check_output(output: Tensor, ours: Trace) -> None:
+    """Raise RunError unless a file's output has the shape of PyTorch's."""
+    if output.shape != ours.output.shape:
+        raise RunError(
+            f"the file's output must have shape {tuple(ours.output.shape)}, "
+            f"got {tuple(output.shape)}"
+        )
 
 
 def _execution_order(reference: Reference) -> list[str]:
@@ -310,6 +323,7 @@ def _compare_runtimes(
             with _reading(path):
                 theirs = tapped[runtime](feed)
                 output = plain[runtime](feed).output if runtime in plain else theirs.output
+            _check_output(output, ours)
             tally.add(images, ours, output, theirs)
     return [tally.stage(runtime) for runtime, tally in tallies.items()], missing
 

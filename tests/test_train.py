@@ -379,3 +379,33 @@ def test_the_caller_s_mode_of_the_copy_does_not_matter(
         train_(net, batches(), TrainConfig(epochs=1))
         runs.append(state(net))
     assert same(*runs)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda t: t.pop("optimizer.0.exp_avg"),
+        lambda t: t.update({"optimizer.0.step": torch.tensor(-5.0)}),
+        lambda t: t.update({"optimizer.0.exp_avg": torch.zeros(1, 7)}),
+        lambda t: t.update({"optimizer.99.step": torch.tensor(1.0)}),
+        lambda t: t.update({"optimizer.x.step": torch.tensor(1.0)}),
+    ],
+)
+def test_a_damaged_state_of_the_optimizer_is_refused(
+    tmp_path: Path, damage: Callable[[dict[str, Tensor]], object]
+) -> None:
+    def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(network.parameters())
+
+    network = nn.Linear(2, 3)
+    optimizer = optimizer_of(network)
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    checkpoint = Checkpoint(tmp_path / "c.safetensors")
+    checkpoint.save(network, optimizer, 1)
+    assert checkpoint.load_(network, optimizer_of(network)) == 1
+    tensors, metadata = load_tensors(checkpoint.path)
+    damage(tensors)
+    save_tensors(checkpoint.path, tensors, metadata)
+    with pytest.raises(RequestError, match="must be of this network"):
+        checkpoint.load_(network, optimizer_of(network))
