@@ -44,6 +44,7 @@ IMAGES = 10
 """How many images pass through FINN's Python at a time: it compares every value with every
 threshold at once, up to 255 each."""
 
+BOARDS = finn_folder.BOARDS
 check = finn_rules.check
 metadata = qonnx.metadata
 bits = qonnx.bits

@@ -9,6 +9,7 @@ import torch
 import typer
 
 import export
+import hw
 from export.findings import refuse
 from export.format import VERIFICATION, ToolMissing
 from sdq import plugins
@@ -121,6 +122,11 @@ def export_run(
     sample = torch.zeros(1, *folder.read_json("run.json")["data"]["image_shape"])
     for name in formats:  # all of them before the first is written
         refuse(name, export.check(qmodel, format=name, sample=sample))
+    expected = {
+        name: _expected(qmodel, target, fps)
+        for name, plugin in formats.items()
+        if target is not None and fps is not None and target in getattr(plugin, "BOARDS", ())
+    }
     inputs = None
     # open the data first: a wrong --data-root must not leave a file behind
     if verify or simulate_layer is not None:
@@ -134,6 +140,8 @@ def export_run(
             folder, qmodel, inputs if verify else None, name, place, with_preprocessing, samples,
             overwrite, opset, wishes,
         )  # fmt: skip
+        if name in expected:
+            document["expected"] = expected[name]
         if build and hasattr(plugin, "build"):
             try:
                 document["build"] = plugin.build(place)
@@ -157,6 +165,18 @@ def export_run(
         show_json(documents[0] if len(formats) == 1 else {"exports": documents})
     if wrong:
         raise RunError(f"{'; '.join(wrong)}; see above")
+
+
+def _expected(qmodel: QuantModel, target: str, fps: int) -> dict[str, float]:
+    """Return what our model of a target says of a network at a rate.
+
+    FINN folds by the rules that the model has: each layer as little as keeps the rate.
+
+    Raises:
+        RequestError: the rate cannot be reached.
+    """
+    found = hw.report(qmodel.layers, qmodel.policy, target, hw.Demand(fps))
+    return {name: value for name, value in found.totals.items() if name != "latency_s"}
 
 
 def _split(formats: str) -> list[str]:
@@ -285,7 +305,10 @@ def describe(document: dict[str, Any]) -> str:
         f"{written['path']}  {written['file_bytes']:,} bytes  sha256 {written['sha256'][:12]}",
         weights,
     ]
-    lines += [*document.get("summary", []), *_describe_build(document)]
+    lines += document.get("summary", [])
+    if "expected" in document:
+        lines.append(f"expected (docs/hardware.md): {_counts(document['expected'])}")
+    lines += _describe_build(document)
     return "\n".join(lines + document.get("simulated", []))
 
 
@@ -293,6 +316,10 @@ def _describe_build(document: dict[str, Any]) -> list[str]:
     found = document.get("build")
     if found is None:
         return []
-    counts = ", ".join(f"{value:,.0f} {name}" for name, value in found["resources"].items())
+    counts = _counts(found["resources"])
     rate = found["performance"]["estimated_throughput_fps"]
     return [f"estimated: {counts}; {rate:,.0f} frames a second; reports in {found['reports']}"]
+
+
+def _counts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{value:,.0f} {name}" for name, value in resources.items())

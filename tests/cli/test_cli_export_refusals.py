@@ -72,3 +72,19 @@ def test_without_a_compiler_the_rest_still_works(sdq, files, tmp_path, monkeypat
     hls4ml, qonnx = (entry["verification"] for entry in done.json["exports"])
     assert (hls4ml["runtimes"], len(qonnx["runtimes"])) == ([], 1)
     assert "g++ compiles the C simulation and is not installed; install it" in hls4ml["warnings"][0]
+
+
+@needs_onnx
+def test_the_rate_is_looked_at_before_anything_is_written(sdq, files, tmp_path):
+    run, out = files / "quantized", tmp_path / "out"
+    done = sdq(f"export {run} --format finn --target pynq_z2 --fps 200000000 --out {out}")
+    assert done.code == 2
+    assert "demand: 2e+08 fps must be within reach of every candidate" in done.err
+    assert "fps and no less than" in done.err
+    assert not out.exists()
+    done = sdq(f"export {run} --format finn --target pynq_z2 --fps 2000 --out {out} --json")
+    cost = sdq(f"cost {run} --target pynq_z2 --fps 2000 --json").json["total"]
+    expected = done.json["expected"]
+    assert expected == {name: cost[name] for name in expected}
+    assert set(expected) == {"lut", "bram_18k", "dsp", "interval_cycles", "fps"}
+    assert f"expected (docs/hardware.md): {cost['lut']:,.0f} lut" in done.out

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import export
+import hw
 from export import finn_folder, graph
 from export.finn_flow import environment
 from export.finn_flow.graph_edits import attribute
@@ -230,3 +231,35 @@ def test_the_folder_builds_estimates_and_sources_by_itself(tmp_path, network, sa
     assert any(name.startswith("MVAU") for name in folding)
     sources = {path.suffix for path in (tmp_path / "build/work").rglob("*")}
     assert {".cpp", ".v"} <= sources
+
+
+UNITS = {
+    "thresholds": "Thresholding", "padding": "FMPadding", "matrix": "MVAU",
+    "window": "ConvolutionInputGenerator",
+}  # fmt: skip
+
+
+@needs_finn
+@pytest.mark.slow
+def test_finn_folds_as_our_model_does(tmp_path, network, sample):
+    fps = 150_000
+    qmodel = network(plain(), act_bits=4, integer_datapath=True, bits=1)
+    rate = {"target": "pynq_z2", "fps": str(fps)}
+    export.write(qmodel, tmp_path, format="finn", sample=sample, metadata=rate)
+    finn_folder.build(tmp_path)
+    folding = json.loads((tmp_path / "build/report/auto_folding_config.json").read_text())
+    bits = [(layer.weight_bits, layer.act_bits) for layer in qmodel.policy]
+    choices = [((weights,), (acts,)) for weights, acts in bits]
+    device = hw.target("pynq_z2").under(qmodel.layers, hw.Demand(fps), choices)
+    ours = [
+        unit
+        for spec, of in zip(qmodel.layers, bits, strict=True)
+        for unit in device.units(spec, *of)
+    ]
+    for kind, name in UNITS.items():
+        theirs = [unit for key, unit in folding.items() if key.startswith(name)]
+        for field in ("PE", "SIMD"):
+            found = [unit[field] for unit in theirs if field in unit]
+            assert found in ([], [getattr(u, field.lower()) for u in ours if u.kind == kind]), kind
+        assert len(theirs) == sum(unit.kind == kind for unit in ours)
+    assert max(unit.pe * unit.simd for unit in ours) > 1  # folded at all
