@@ -15,10 +15,8 @@ from torch import nn
 import fl
 from fl.bits import ClientBudget, FederatedBits, Learning, PhasesConfig
 from fl.client import answer
-from fl.compression import CompressionConfig
 from fl.evaluation import primary
 from fl.methods.fedavg import FedAvg
-from fl.privacy import PrivacyConfig
 from fl.quant_network import fit_own_scales_, float_name, set_act_scales_, set_bits_
 from fl.quant_rounds import ACTS, merged_scales
 from fl.record import Failure, Record, Reply, Request
@@ -441,23 +439,6 @@ def test_without_data_and_without_rounds_in_float(tiny: Make, hospitals: Clients
     assert {b.weight_bits for b in found.personal[2].policy} == {2}
     assert list(found.phases) == ["tune"]
     assert all(torch.equal(t, found.float_state[n]) for n, t in net.state_dict().items())
-
-
-def test_beside_few_bytes_and_a_median(tiny: Make, hospitals: Clients) -> None:
-    """Scales, log-odds and prices go as they are; weights as changes of 8 bits."""
-    plain = go(tiny(), hospitals())
-    config = QUICK.replaced(compress=CompressionConfig(up=8, down=8), aggregation="median")
-    found = go(tiny(), hospitals(), config=config)
-    assert not [f for p in found.phases.values() for r in p.history for f in r["failures"]]
-    assert found.policy.avg_weight_bits <= 3.0
-    assert found.bytes_up < plain.bytes_up
-
-
-def test_privacy_is_refused(tiny: Make, hospitals: Clients) -> None:
-    private = PrivacyConfig(clip=1.0, noise_multiplier=1.0)
-    config = QUICK.replaced(privacy=private, count_epsilon=1.0, batch_norm="local_all")
-    with pytest.raises(RequestError, match="bits and scales leave the client beside the model"):
-        go(tiny(), hospitals(), config=config, rounds=0)
 
 
 class Killed(Exception):
