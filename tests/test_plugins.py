@@ -33,7 +33,7 @@ def test_a_plugin_is_loaded_by_name_with_either_dash() -> None:
 def test_an_unknown_name_gets_the_nearest_and_the_list() -> None:
     with refuses("model: unknown name 'resnet2'; did you mean 'resnet20'? Known: densenet121, "):
         plugins.load("sdq.models", "resnet2")
-    with refuses("dataset: unknown name 'qqqqqq'; Known: cifar10"):
+    with refuses("dataset: unknown name 'qqqqqq'; Known: busi, cifar10"):
         plugins.load("sdq.datasets", "qqqqqq")
     for name in ("", "__init__", "../models/mlp", "os.path"):
         with refuses("model: unknown name"):

@@ -117,12 +117,13 @@ class Inputs:
             network = build_model(reference, self.splits.image_shape, len(self.splits.class_names))
         if task_of(answer_to(network, self.sample)) is self.task:
             return self
-        return self.classifying()
+        labelled = self.classifying()
+        labelled.splits.checked(self.request.reference)
+        return labelled
 
     def classifying(self) -> "Inputs":
         """Return the inputs for a network that tells the images' labels."""
-        splits = self.splits.classifying().checked(self.request.reference)
-        return open_batches(splits, self.normalization, self.request)
+        return open_batches(self.splits.classifying(), self.normalization, self.request)
 
     @property
     def validation(self) -> Batches | None:

@@ -1,6 +1,7 @@
 """Verification must be able to fail: each kind of damage is found, and its place is named."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -376,3 +377,20 @@ def test_codes_of_a_runtime_that_computes_otherwise_when_read_are_not_used(netwo
     tally = Tally(reference)
     tally.add(images, ours, ours.output + 1e-6, ours)
     assert tally.stage("fusing").flipped is None
+
+
+def test_images_of_many_codes_are_compared_a_few_at_a_time(
+    tmp_path, network, sample, images, monkeypatch
+):
+    qmodel = network("plain", bits=3)
+    export.write(qmodel, tmp_path, format="onnx", sample=sample)
+    whole = export.verify(qmodel, tmp_path, format="onnx", inputs=images)
+    sizes = []
+    module = sys.modules["export.verify"]  # export.verify is the function
+    monkeypatch.setattr(module, "CODES_AT_A_TIME", 1)
+    original = Tally.add
+    monkeypatch.setattr(Tally, "add", lambda *a: (sizes.append(len(a[1])), original(*a))[1])
+    one = export.verify(qmodel, tmp_path, format="onnx", inputs=images)
+    assert set(sizes) == {1}
+    assert one.exact == whole.exact
+    assert one.verified
