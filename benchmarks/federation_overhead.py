@@ -69,7 +69,7 @@ def network(name: str) -> nn.Module:
         torch.manual_seed(0)
         if name == "small":
             return SmallCNN()
-        return resnet20.build(num_classes=CLASSES, in_channels=3, image_size=SHAPE[1])
+        return resnet20.build(num_classes=CLASSES, in_channels=3)
 
 
 def hospitals(count: int, images: int) -> list[fl.ClientData]:
@@ -248,7 +248,7 @@ def main() -> None:
         )
         print(lines[-1], flush=True)
     found: dict[tuple[str, bool], list[dict[str, float]]] = {}
-    for method, on_disk in (("fedavg", True), ("scaffold", True), ("scaffold", False)):
+    for method, on_disk in (("scaffold", True), ("scaffold", False)):
         found[method, on_disk] = [
             measured(count, method, on_disk, asked.rounds) for count in asked.clients
         ]
