@@ -239,12 +239,12 @@ class Learning:
         """
         if (self.budget is None) == (self.policy is None):
             got = "neither" if self.budget is None else "both"
-            raise RequestError(f"fl.run: must have a budget or a policy, got {got}")
+            raise RequestError(f"fl.run: must have a budget or a policy, got {got}; give one")
         for client in self.personal:
             if not 0 <= client < len(self.clients):
                 raise RequestError(
                     f"fl.run: personal budgets must be of clients 0 to {len(self.clients) - 1}, "
-                    f"got {client}"
+                    f"got {client}; name one of these"
                 )
         self._check_personal()
         quantized = self._quantized(self.model)
@@ -260,6 +260,11 @@ class Learning:
         if self.rounds != 0:
             config = self._float_config()
             found["float"] = self._setting_of(copy.deepcopy(self.model), self.method, config)
+            if self.quant.batch_norm == "fold" and found["float"].names(down=False):
+                raise RequestError(
+                    "quant.batch_norm: must not be fold where clients keep tensors of their own, "
+                    f"as with {self.method.name}; use freeze or train"
+                )
         if self._learns:
             method = self._search_method(self.model, quantized)
             found["search"] = self._setting(method, quantized, "search")
@@ -396,7 +401,9 @@ class Learning:
             reply, _ = answer(ended.setting, self.clients[client], request, store.get(client))
             assert isinstance(reply, Reply)
             state = method.personal(ended.setting.network)
-            evaluation = reply.record.values["evaluations"].get(str(client), {})
+            evaluations = reply.record.values["evaluations"]
+            # of one that pools others there are only theirs
+            evaluation = {} if self.clients[client].pooled else evaluations.get(str(client), {})
             found[client] = PersonalModel(
                 method.policy_of(client), picked(state, state), evaluation
             )
@@ -484,11 +491,6 @@ class Learning:
             known = kept[client].model
             if not known:
                 continue
-            if self.quant.batch_norm == "fold":
-                raise RequestError(
-                    "quant.batch_norm: must not be fold where clients keep tensors of their own, "
-                    f"as with {self.method.name}; use freeze or train"
-                )
             own = {n: known.get(f, setting.initial[n]) for n, f in names.items()}
             teacher = {n: t for n, t in known.items() if n.startswith("model.")}
             store.put(client, Record({"model": own, TEACHER: teacher}), 0)

@@ -30,7 +30,7 @@ from fl.tune_rounds import TuneRounds, TuneRoundsConfig
 from sdq import plugins
 from sdq.apply_policy import apply_policy_
 from sdq.calibration import calibrate_
-from sdq.config import QuantConfig
+from sdq.config import QuantConfig, SearchConfig
 from sdq.cost import Budget
 from sdq.errors import RequestError
 from sdq.losses import distillation
@@ -43,6 +43,7 @@ Make = Callable[..., nn.Module]
 QUICK = fl.FederationConfig(rounds=2, lr=5e-3, batch_size=8, evaluate_every=100)
 QUANT = QuantConfig(bit_choices=(1, 2, 4, 8), first_last_bits=None)
 PHASES = PhasesConfig(search_rounds=2, tune_rounds=2)
+OWN: dict[str, Any] = {"personal": {1: ClientBudget(Budget(avg_weight_bits=2.0))}}
 SAMPLE = torch.zeros(1, 1, 6, 6)
 
 
@@ -412,12 +413,22 @@ def test_methods_that_cannot_are_refused(method: str, tiny: Make, hospitals: Cli
         ({"personal": {1: ClientBudget(Budget(avg_weight_bits=0.5))}}, "must be at least 1"),
         ({"personal": {1: ClientBudget(Budget(avg_weight_bits=2), lambda s, u: ())}},
          "client 1: unit conv must have bits that its device computes with"),
+        (OWN | {"phases": PHASES.replaced(search_method="random")}, "got random ones; use sdq"),
+        (OWN | {"phases": PHASES.replaced(search=SearchConfig(granularity="channel"))},
+         "must have one bitwidth a layer, got granularity channel"),
+        ({"method": "fedper", "quant": QUANT.replaced(batch_norm="fold")},
+         "must not be fold where clients keep tensors of their own, as with fedper"),
         ({"quant": None}, "budget, phases must stand with quant="),
     ],
 )  # fmt: skip
 def test_wrong_requests(more: dict[str, Any], message: str, tiny: Make, hospitals: Clients) -> None:
     with pytest.raises(RequestError, match=message):
         go(tiny(), hospitals(), **more)
+
+
+def test_a_given_policy_has_no_bits_for_single_clients(tiny: Make, hospitals: Clients) -> None:
+    with pytest.raises(RequestError, match="must follow from bits that are learned, got a policy"):
+        go(tiny(), hospitals(), policy=_four_bits(tiny()), budget=None, **OWN)
 
 
 def test_a_device_of_a_clients_own_gets_its_own_bitwidths(tiny: Make, hospitals: Clients) -> None:
