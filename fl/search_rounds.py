@@ -72,8 +72,6 @@ class SearchClient(QuantClient):
         """Take up the bits that came."""
         context, objective = self.context, self.method.objective
         bits, search = objective.bits, self.method.config.search
-        self.epochs = sum(phase.epochs for phase in self.phases())
-        self.done, self.of_round = 0, self.epochs * _count(self.batches(0))
         self.method.load_bits_(context.received.tensors[GROUP])
         # frozen copies that a method makes predict with the more probable bits
         bits.eval()
@@ -81,6 +79,9 @@ class SearchClient(QuantClient):
         super().start()
         bits.train()
         bits.generator = context.generator("gumbel")
+        # not before the method has started: it may have said what is trained on
+        epochs = sum(phase.epochs for phase in self.phases())
+        self.done, self.of_round = 0, epochs * _count(self.batches(0))
         rounds = context.config.rounds
         objective.prices.pace_(self.of_round * rounds)
         objective.cool_(context.round / rounds)

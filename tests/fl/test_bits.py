@@ -368,10 +368,15 @@ def test_what_clients_kept_in_float_they_go_on_with(tiny: Make, hospitals: Clien
 QUICKLY = ("fedavg", "fca", "prr")
 REFUSED = ("creff", "local")
 OTHERS = [n for n in plugins.names("fl.methods") if n not in (*QUICKLY, *REFUSED)]
+OF_MASKS = [n for n in OTHERS if fl.method(n).tasks == ("segmentation",)]
 
 
 @pytest.mark.parametrize(
-    "method", [*QUICKLY, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+    "method",
+    [
+        *QUICKLY,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name not in OF_MASKS),
+    ],
 )
 def test_every_method_ends_within_all_budgets(method: str, tiny: Make, hospitals: Clients) -> None:
     personal = {1: ClientBudget(Budget(avg_weight_bits=1.7))} if method != "centralized" else {}
@@ -396,6 +401,22 @@ def test_every_method_ends_within_all_budgets(method: str, tiny: Make, hospitals
     # before search and tuning each client told a scale, 4 bytes, for each of 3 activations
     clients = 1 if method == "centralized" else 3
     assert found.bytes_up == sum(r["bytes_up"] for r in rounds) + 2 * clients * 3 * 4
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "fedmix_seg",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in OF_MASKS if n != "fedmix_seg"),
+    ],
+)
+def test_segmentation(method: str, tiny_maps: Make, hospitals_with_masks: Clients) -> None:
+    phases = PHASES.replaced(search_rounds=1, tune_rounds=1)
+    found = go(tiny_maps(), hospitals_with_masks(), method=method, rounds=1, phases=phases)
+    assert 2.4 < found.policy.avg_weight_bits <= 3.0
+    assert not [f for p in found.phases.values() for r in p.history for f in r["failures"]]
+    assert found.generalization is not None
+    assert 0 <= found.generalization["dice"] <= 1
 
 
 @pytest.mark.parametrize("method", REFUSED)
