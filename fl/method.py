@@ -306,6 +306,9 @@ class Method:
     """What it can train."""
     supervision: tuple[Supervision, ...] = ("pixel",)
     """What its clients may know of their training images, beside masks or labels."""
+    comparable_updates: bool = True
+    """Whether clients change the model by like amounts, so that a far larger change is suspect
+    (``max_update_ratio``); not so where some train on the few images whose labels they believe."""
     needs_head: bool = False
     """Whether the network must have a head that is known."""
     refuses: Refusals = refusals()

@@ -304,7 +304,7 @@ class Rounds:
                 Reply(r.client, Record({**r.record.tensors, "model": model}, r.record.values))
                 for r, model in zip(replies, clipped, strict=True)
             ]
-        if config.max_update_ratio is None:
+        if config.max_update_ratio is None or not self.setting.method.comparable_updates:
             return replies
         names = server.parameter_names() & set(self.setting.names(down=True))
         images = {k: float(counts.sum()) for k, counts in server.counts.items()}

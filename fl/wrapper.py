@@ -105,6 +105,7 @@ class Wrapper(Method):
         self.batch_norm = self.inner.batch_norm
         self.loss = self.inner.loss
         self.tasks = tuple(task for task in self.tasks if task in self.inner.tasks)
+        self.comparable_updates = self.inner.comparable_updates
         if not self.tasks:
             raise RequestError(
                 f"{self.name}.around: must be a method for {' or '.join(type(self).tasks)}, got "

@@ -173,6 +173,7 @@ class FedMixSeg(Method):
     loss = LossConfig(name="dice")
     tasks = ("segmentation",)
     supervision = LEVELS
+    comparable_updates = False
     refuses = refusals(
         aggregation="its weights are the method, and a median has none",
         noise="losses and numbers of images leave the client",

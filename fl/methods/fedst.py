@@ -116,6 +116,7 @@ class FedST(Method):
     client_type = SelfTrainingClient
     tasks = ("segmentation",)
     supervision = LEVELS
+    comparable_updates = False
     refuses = refusals(
         aggregation="its weights are fixed, and a median has none",
         noise="what a client knows of its images leaves it",
