@@ -27,7 +27,7 @@ def parsed(text: str, clients: Sequence[str]) -> tuple[Supervision, ...]:
     """Read ``pixel,box,image,none``: one for each client, in their order.
 
     Raises:
-        RequestError: another word, another number than clients, or no client with masks.
+        RequestError: another word, or another number than clients.
 
     >>> parsed("pixel,none", ["a", "b"])
     ('pixel', 'none')
@@ -51,8 +51,8 @@ def parsed(text: str, clients: Sequence[str]) -> tuple[Supervision, ...]:
 def weakened(client: ClientData, level: Supervision, classes: int, seed: int) -> ClientData:
     """Return a client that knows less: its training images without masks.
 
-    Validation images lose theirs too, for who has no masks cannot choose a round by them. The
-    masks of the test images stay: they measure what the client has learned.
+    Its validation images are dropped, for who has no masks cannot choose a round by them. The masks
+    of the test images stay: they measure what the client has learned.
 
     Args:
         client: with masks.
