@@ -1,14 +1,10 @@
 """Where a run may find itself: odd paths, locales, masks, a folder that others use, many turns."""
 
 import gc
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from multiprocessing.synchronize import Event
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,42 +22,39 @@ ROOT = Path(__file__).parents[1]
 ASKED = {"verb": "train"}
 
 
-def _hold(path: Path, ready: Event) -> None:
-    with RunFolder.create(path, ASKED, resume=False):
-        ready.set()
-        time.sleep(600)
+HOLD = """
+import sys, time
+from pathlib import Path
+from sdq.run_folder import RunFolder
+with RunFolder.create(Path(sys.argv[1]), {"verb": "train"}, resume=False):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> "Callable[[], Any]":
-    """Return a function that starts a process which holds the folder ``run``."""
-    context = multiprocessing.get_context("spawn")
-    started = []
-
-    def start() -> Any:
-        ready = context.Event()
-        process = context.Process(target=_hold, args=(tmp_path / "run", ready))
-        process.start()
-        started.append(process)
-        assert ready.wait(120)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.join()
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Return a process that holds the folder ``run``."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.communicate()
 
 
 def test_a_folder_in_use_is_refused_and_a_killed_process_leaves_it_free(
-    tmp_path: Path, holder: "Callable[[], Any]"
+    tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
-    process = holder()
     before = (tmp_path / "run" / "run.json").read_bytes()
     with pytest.raises(RequestError, match="another sdq process is working in this folder"):
         RunFolder.create(tmp_path / "run", ASKED, resume=True)
     assert (tmp_path / "run" / "run.json").read_bytes() == before
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    holder.kill()
+    holder.wait()
     assert (tmp_path / "run" / ".lock").exists()  # stale, and no obstacle
     with RunFolder.create(tmp_path / "run", ASKED, resume=True) as run:
         run.update(status="done")

@@ -24,8 +24,8 @@ from sdq.split_file import apply_split_file
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # typer uses names that click deprecates
     from sdq.cli import options
+    from sdq.cli.clients import ClientRequest
     from sdq.cli.device import DeviceRequest
-    from sdq.cli.federation import ClientRequest
 
 FEW = settings(max_examples=60)
 TEXTS = st.text(max_size=30) | st.from_regex(r"[a-z.*]{0,6}[=:][-0-9.,einfa]{0,8}", fullmatch=True)

@@ -51,7 +51,7 @@ def integer_weight_(model: ModelWrapper, node: NodeProto) -> bool:
     ]
     model.set_tensor_shape(sums, shape)
     if bias:
-        offset = model.get_initializer(bias).reshape([-1, 1, 1] if kind == "Conv" else [-1])
+        offset = model.get_initializer(bias).reshape([1, -1, 1, 1] if kind == "Conv" else [-1])
         nodes.append(
             helper.make_node("Add", [scaled, constant(model, f"{name}.bias", offset)], [output])
         )

@@ -194,5 +194,5 @@ class FedNPR(Wrapper):
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
-        if self.loss == LossConfig():
+        if self.loss is None:
             self.loss = LossConfig(name="balanced_softmax")

@@ -21,7 +21,10 @@ def _both(options: str, expected: str) -> list[tuple[str, str]]:
 
 NAMES = [
     ("trian", "unknown verb 'trian'; did you mean 'train'?"),
-    ("xyz", "Known: cost, demo, evaluate, export, federate, list, quantize, search, train"),
+    (
+        "xyz",
+        "Known: compare, cost, demo, evaluate, export, federate, list, quantize, report, search, ",
+    ),
     ("--jsno", "No such option '--jsno'"),
     ("list model", "did you mean 'models'? Known: datasets, formats, methods, models"),
     ("list", "Missing argument 'KIND'"),
@@ -30,7 +33,7 @@ NAMES = [
     ("train --model models.py --data {f}/ok.npz", "give models.py:function"),
     ("quantize --model mpl --weights w --data synthetic_derm --bits 2", "did you mean 'mlp'?"),
     ("evaluate --model mpl --weights w --data {f}/ok.npz", "did you mean 'mlp'?"),
-    (f"{TRAIN} --epoch 2", "Did you mean '--epochs'?"),
+    (f"{TRAIN} --epoch 2", "Did you mean one of: '--epochs', '--report'?"),
     (f"{QUANTIZE} --bit 2", "Did you mean one of: '--bits'"),
     ("export {f}/quantized --format onxn", "did you mean 'onnx'? Known: "),
     ("cost {f}/quantized --target bitfusion", "did you mean 'bit_fusion'?"),

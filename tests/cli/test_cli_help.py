@@ -68,7 +68,8 @@ def test_quiet_and_json_are_everywhere(verb):
 def test_names_are_completed():
     models = completion.of("sdq.models")
     assert models("resnet2") == ["resnet20"]
-    assert completion.several("fl.methods")("fedavg,fedav") == ["fedavg,fedavgm"]
+    assert completion.several("fl.methods")("fedprox,fedpr") == []
+    assert completion.several("fl.methods")("fedavg,fedavgm,fedpr") == ["fedavg,fedavgm,fedprox"]
     assert "onnx-packed" in completion.several("export.formats", dashes=True)("onnx")
     assert completion.words("finn", "hls4ml")("h") == ["hls4ml"]
 

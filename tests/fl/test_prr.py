@@ -79,7 +79,7 @@ def test_each_round_begins_anew(
     epochs: int, expected: list[int], tiny: Make, hospitals: Clients,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(det, "evaluate", lambda *_: {"macro_f1": 0.5})
+    monkeypatch.setattr(det, "classification_metrics", lambda *_: {"macro_f1": 0.5})
     method = Recorded()
     method.stages = []
     run(tiny(), hospitals((6, 5, 4)), method, local_epochs=epochs, rounds=2)
