@@ -86,9 +86,10 @@ def method_table(methods: Sequence[Federation]) -> Table:
 
 def _worst(method: Federation) -> Cell:
     special = method.metrics.get("specialization") or {}
-    if special.get("worst_balanced_accuracy") is None:
+    worst = next((special[f"worst_{n}"] for n in HEADLINES if f"worst_{n}" in special), None)
+    if worst is None:
         return text(None)
-    value = float(special["worst_balanced_accuracy"])
+    value = float(worst)
     return Cell(f"{share(value).text} ({method.client(special['worst_client'])})", value)
 
 
@@ -129,16 +130,20 @@ def _curve(methods: Sequence[Federation], kind: str, title: str) -> Chart | None
 
 def _client_curve(method: Federation) -> Chart | None:
     lines: dict[int, list[tuple[float, float]]] = {}
+    name = HEADLINES[0]
     for record in method.rounds:
         clients = (_figures(record, "specialization") or {}).get("clients") or {}
         for client, value in clients.items():
+            if isinstance(value, Mapping):  # of maps every metric is told, of classes one
+                name = headline([value]) or name
+                value = value[name]
             lines.setdefault(int(client), []).append((record["round"], value))
     named = [(method.client(c), lines[c]) for c in sorted(lines)]
     return chart(
         f"{method.method}: each client's own network on its own test images",
         [Series(name, points) for name, points in named],
         x_label="round",
-        y_label=metric_label(HEADLINES[0]),
+        y_label=metric_label(name),
         description=_ends(named),
     )
 

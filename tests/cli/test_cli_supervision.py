@@ -62,6 +62,11 @@ def test_masks_for_all_without_the_option(sdq, command, tmp_path):
     assert found.code == 0, found.err
     document = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [c["supervision"] for c in document["clients"]] == ["pixel"] * 3
+    worst = json.loads((tmp_path / "run" / "metrics.json").read_text())["specialization"]
+    assert sdq(f"report {tmp_path}/run").code == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "each client&#39;s own network" in page
+    assert f"{100 * worst['worst_dice']:.1f}" in page
 
 
 @pytest.mark.parametrize(
