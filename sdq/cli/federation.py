@@ -1,6 +1,7 @@
 """From the options of ``sdq federate`` to methods with their hyper-parameters."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import fl
@@ -13,15 +14,16 @@ def make_methods(names: str, hyper: list[str] | None, file: ConfigFile) -> list[
     """Return the methods that ``--method`` names, with their hyper-parameters.
 
     Args:
-        names: separated by commas.
+        names: separated by commas; of a user's file, its path.
         hyper: ``key=value``, or ``METHOD.key=value`` where there are several.
         file: its part ``methods`` has ``{METHOD: {key: value}}``.
 
     Raises:
         RequestError: an unknown method or hyper-parameter, or one that is given twice.
     """
-    wanted = [name.strip().lower().replace("-", "_") for name in names.split(",")]
-    if len(set(wanted)) < len(wanted):
+    references = {_named(name.strip()): name.strip() for name in names.split(",")}
+    wanted = list(references)
+    if len(wanted) <= names.count(","):
         raise RequestError(f"--method: every method must be named once, got {names!r}")
     given: dict[str, dict[str, Any]] = {name: {} for name in wanted}
     for name, fields in file.sections.get("methods", {}).items():
@@ -36,7 +38,14 @@ def make_methods(names: str, hyper: list[str] | None, file: ConfigFile) -> list[
         if key in given[name]:
             raise RequestError(f"--hyper: {name}.{key} must be given once, got a second")
         given[name][key] = value
-    return [fl.method(name, **given[name]) for name in wanted]
+    return [fl.method(reference, **given[name]) for name, reference in references.items()]
+
+
+def _named(reference: str) -> str:
+    """Return a method's name: of ``path/to/my_method.py`` the file's."""
+    if reference.endswith(".py"):
+        return Path(reference).stem
+    return reference.lower().replace("-", "_")
 
 
 def _hyper(text: str, methods: list[str]) -> tuple[str, str, Any]:
