@@ -20,7 +20,7 @@ from typing import Any
 from sdq.errors import RequestError, nearest
 from sdq.extras import missing_extra
 
-_USER = "sdq_user_"
+_USER, _FILE = "sdq_user_", ".py"
 
 
 def names(package: str) -> list[str]:
@@ -42,9 +42,9 @@ def load(package: str, name: str) -> ModuleType:
         RequestError: no such plugin or file; the message offers the nearest name. Or it needs a
             package that is not installed; the message names the extra to install.
     """
-    if name.endswith(".py"):
+    if name.endswith(_FILE):
         return _execute(Path(name))
-    module_name = name.lower().replace("-", "_")
+    module_name = named(name)
     known = names(package)
     if module_name not in known:
         kind = package.rsplit(".", 1)[-1].removesuffix("s")
@@ -74,6 +74,17 @@ def docstring(path: Path, function: str | None = None) -> str:
         node = next(named)
     assert isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
     return (ast.get_docstring(node) or "").partition("\n")[0]
+
+
+def named(reference: str) -> str:
+    """Return a plugin's name from how it is referred to: a name, or the path of a user's file.
+
+    >>> named("ONNX-packed"), named("mine/My-Own.py")
+    ('onnx_packed', 'My-Own')
+    """
+    if reference.endswith(_FILE):
+        return Path(reference).stem
+    return reference.lower().replace("-", "_")
 
 
 def name_of(module: str) -> str:

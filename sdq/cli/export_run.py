@@ -187,7 +187,7 @@ def _split(formats: str) -> list[str]:
 
 
 def _folder_of(name: str, run: Path, out: Path | None, *, alone: bool) -> Path:
-    own = Path(name).stem.replace("-", "_")  # a name, or the path of a format's file
+    own = plugins.named(name)
     if out is None:
         return run / "export" / own
     return out if alone else out / own

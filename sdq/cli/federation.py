@@ -1,11 +1,11 @@
 """From the options of ``sdq federate`` to methods with their hyper-parameters."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import fl
 from fl.method import Method
+from sdq import plugins
 from sdq.cli.plan import ConfigFile
 from sdq.errors import RequestError
 
@@ -21,7 +21,7 @@ def make_methods(names: str, hyper: list[str] | None, file: ConfigFile) -> list[
     Raises:
         RequestError: an unknown method or hyper-parameter, or one that is given twice.
     """
-    references = {_named(name.strip()): name.strip() for name in names.split(",")}
+    references = {plugins.named(name.strip()): name.strip() for name in names.split(",")}
     wanted = list(references)
     if len(wanted) <= names.count(","):
         raise RequestError(f"--method: every method must be named once, got {names!r}")
@@ -39,13 +39,6 @@ def make_methods(names: str, hyper: list[str] | None, file: ConfigFile) -> list[
             raise RequestError(f"--hyper: {name}.{key} must be given once, got a second")
         given[name][key] = value
     return [fl.method(reference, **given[name]) for name, reference in references.items()]
-
-
-def _named(reference: str) -> str:
-    """Return a method's name: of ``path/to/my_method.py`` the file's."""
-    if reference.endswith(".py"):
-        return Path(reference).stem
-    return reference.lower().replace("-", "_")
 
 
 def _hyper(text: str, methods: list[str]) -> tuple[str, str, Any]:
