@@ -73,6 +73,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = _reports.data_parser(__doc__, "group_norm_cnn")
+    parser.add_argument("--widths", default="32,64,128", help="channels of group_norm_cnn's layers")
     parser.add_argument("--partitions", default=PARTITIONS)
     parser.add_argument("--clients", type=int, default=6, help="of a Dirichlet partition")
     parser.add_argument("--variants", default=",".join((*BESIDE, *names("fl.methods"))))
@@ -90,10 +91,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def group_norm_cnn(classes: int, channels: int) -> nn.Module:
-    """Return a small network whose normalisation has no statistics: 95,000 parameters."""
+def group_norm_cnn(classes: int, channels: int, widths: list[int]) -> nn.Module:
+    """Return a small network whose normalisation has no statistics: 32, 64, 128 for 95,000 values."""
     layers: list[nn.Module] = []
-    for size in (32, 64, 128):
+    for size in widths:
         layers += [
             nn.Conv2d(channels, size, 3, padding=1), nn.GroupNorm(8, size), nn.ReLU(),
             nn.MaxPool2d(2),
@@ -130,7 +131,8 @@ class Bench:
         with torch.random.fork_rng():
             torch.manual_seed(generator(self.seed, "weights").initial_seed())
             if self.options.model == "group_norm_cnn":
-                found = group_norm_cnn(self.classes, self.channels)
+                widths = [int(width) for width in self.options.widths.split(",")]
+                found = group_norm_cnn(self.classes, self.channels, widths)
             else:
                 found = load("sdq.models", self.options.model).build(self.classes, self.channels)
         return found.to(self.options.device)
