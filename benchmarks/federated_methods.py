@@ -92,7 +92,7 @@ def arguments() -> argparse.Namespace:
 
 
 def group_norm_cnn(classes: int, channels: int, widths: list[int]) -> nn.Module:
-    """Return a small network whose normalisation has no statistics: 32, 64, 128 for 95,000 values."""
+    """Return a small network without statistics of batches: 95,000 values at 32, 64, 128."""
     layers: list[nn.Module] = []
     for size in widths:
         layers += [
