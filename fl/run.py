@@ -141,7 +141,7 @@ def run(
         keep: called at the end with each client's own model, if the configuration says
             ``keep_clients``; one that was never evaluated has none.
         quant: then also learn a bitwidth for each layer within ``budget=``, and tune the weights
-            under these bits; see :func:`fl.bits.run`, which takes what ``bits`` has.
+            under these bits; see :func:`fl.phases.run`, which takes what ``bits`` has.
         bits: ``budget``, ``phases``, ``policy`` and ``personal``.
 
     Returns:
@@ -152,7 +152,7 @@ def run(
         RunError: a round failed.
     """
     if quant is not None:
-        from fl import bits as learning  # only who quantizes waits for Brevitas
+        from fl import phases as learning  # only who quantizes waits for Brevitas
 
         return learning.run(
             model, quant=quant, method=method, clients=clients, num_classes=num_classes,

@@ -12,9 +12,10 @@ from torch import nn
 import fl
 import hw
 from export.preparation import check_prepared
-from fl.bits import MIXING, ClientBudget, FederatedBits, Learning, PersonalModel, PhasesConfig
+from fl.bits import MIXING, ClientBudget, FederatedBits, PersonalModel, PhasesConfig
 from fl.evaluation import primary
 from fl.method import ClientData
+from fl.phases import Learning
 from sdq.apply_policy import apply_policy_
 from sdq.cli import inputs as inp
 from sdq.cli import options
@@ -176,7 +177,7 @@ def learning(
         network: what it starts from.
         clients: their images.
         request: what was asked of the bits.
-        common: of every federation, as :class:`fl.bits.Learning` names it.
+        common: of every federation, as :class:`fl.phases.Learning` names it.
     """
     plan = request.plan
     policy = BitwidthPolicy.load(Path(plan.given_policy)) if plan.given_policy else None

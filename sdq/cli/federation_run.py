@@ -10,12 +10,12 @@ from torch import nn
 
 import fl
 from fl import results
-from fl.bits import Learning
 from fl.client import share_of_clients
 from fl.config import FederationConfig
 from fl.evaluation import MAIN
 from fl.method import ClientData, Method
 from fl.personal import Personal
+from fl.phases import Learning
 from fl.setting import Setting
 from fl.supervision import check_federation
 from sdq.cli import inputs as inp
