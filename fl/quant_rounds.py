@@ -14,6 +14,7 @@ quantizer; the server merges these. Scales of weights follow from the weights, w
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -113,8 +114,8 @@ class QuantClient(WrapperClient):
         return super().finish(progress)
 
 
-class QuantRounds(Wrapper):
-    """Rounds of a quantized network with any method inside.
+class QuantRounds(Wrapper, ABC):
+    """Rounds of a quantized network with any method inside; a phase says which bits there are.
 
     Args:
         config: of the phase.
@@ -168,9 +169,9 @@ class QuantRounds(Wrapper):
             return Route.SHARE
         return route
 
+    @abstractmethod
     def widths(self) -> dict[str, tuple[int, ...]]:
         """Return the bits that each activation may have in this phase, by path."""
-        raise NotImplementedError
 
     def introduce(self, network: Network, batches: Loader) -> Record:
         """Tell the scales of activations on the client's images, beside what the inner tells."""
