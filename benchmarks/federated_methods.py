@@ -19,7 +19,9 @@ stopped.
 
 import argparse
 import json
+import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from sdq.errors import RequestError
 from sdq.plugins import load, names
 
 BALANCED = "loss=balanced_softmax"
+REFERENCE = f"fedavg;{BALANCED}"
 # the losses first, then every method; a personalized method with the balanced loss too, since
 # without it it is compared with methods that have it
 BESIDE = (
@@ -224,8 +227,11 @@ def line(row: dict[str, Any]) -> str:
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the tables as Markdown, one a partition."""
     part = f"{options.train_images:,} of its training images, " if options.train_images else ""
+    model = options.model
+    if model == "group_norm_cnn":
+        model += f" (widths {options.widths.replace(',', ', ')})"
     lines = [
-        f"# Federated methods: {options.model} on {Path(options.data).stem}",
+        f"# Federated methods: {model} on {Path(options.data).stem}",
         "",
         f"Seeds {options.seeds}; {part}{options.rounds} rounds of {options.local_epochs} epochs, "
         f"Adam {options.lr:g}, {'kept' if options.keep_optimizer else 'anew each round'}, batches "
@@ -235,34 +241,47 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         f"`{named(_reports.command(), options.data)}`",
         "",
         "G: the server's model on all test images. S: each client's model on its own, mean over "
-        "clients. Balanced accuracy unless AUC is said. `masked`: without the classes that a "
+        "clients. Balanced accuracy in % unless AUC is said. `masked`: without the classes that a "
         "client never trained on; `adjusted`: minus the logarithm of the prior, at test time; "
-        "`worst`: the client of lowest S.",
+        f"`worst`: the client of lowest S; `+G`, `+S`: less those of `{REFERENCE}`, seed by seed.",
     ]
     for partition in options.partitions.split(","):
         title = " | ".join(name for name, *_ in COLUMNS)
         lines += [
-            "", f"## {partition}", "", f"| variant | {title} | worst | MB up |",
-            "|---|" + "---|" * (len(COLUMNS) + 2),
+            "", f"## {partition}", "", f"| variant | {title} | worst | +G | +S | MB up |",
+            "|---|" + "---|" * (len(COLUMNS) + 4),
         ]  # fmt: skip
         for variant in options.variants.split(","):
-            found = [r for r in rows if r["partition"] == partition and r["variant"] == variant]
-            lines.append(f"| {variant} | {cells(found)} |")
+            found, reference = (
+                [r for r in rows if r["partition"] == partition and r["variant"] == name]
+                for name in (variant, REFERENCE)
+            )
+            lines.append(f"| {variant} | {cells(found, reference)} |")
     _reports.write(options.table, lines)
 
 
-def cells(rows: list[dict[str, Any]]) -> str:
-    """Return a variant's figures over the seeds."""
+def cells(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
+    """Return a variant's figures over the seeds; ``reference`` has the same seeds, or is empty."""
     if "refused" in rows[0]:
-        return "refused" + " |" * (len(COLUMNS) + 1)
-    found = []
-    for _, *where in COLUMNS:
-        values = [v for r in rows if (v := value(r, *where)) is not None]
-        found.append(_reports.spread(values) if values else "")
+        return "refused" + " |" * (len(COLUMNS) + 3)
+    found = [percent([value(r, *where) for r in rows]) for _, *where in COLUMNS]
     worst = [r["specialization"]["worst_balanced_accuracy"] for r in rows if r["specialization"]]
-    found.append(_reports.spread(worst) if worst else "")
+    found.append(percent(worst))
+    for kind in ("generalization", "specialization"):
+        both = zip(rows, reference, strict=False)
+        pairs = [[value(r, kind, "plain", "balanced_accuracy") for r in pair] for pair in both]
+        found.append(percent([a - b for a, b in pairs if a is not None and b is not None]))
     found.append(f"{max(r['bytes_up'] for r in rows) / 1e6:.0f}")
     return " | ".join(found)
+
+
+def percent(values: Sequence[float | None]) -> str:
+    """Return mean ± standard deviation in %, or nothing where nothing is known."""
+    known = [100 * v for v in values if v is not None]
+    if not known:
+        return ""
+    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
+    return f"{statistics.mean(known):.1f} ± {deviation:.1f}"
 
 
 def named(command: str, data: str) -> str:
