@@ -1,11 +1,10 @@
 """Images from a folder: class folders, or images with a CSV in one of several layouts."""
 
-import contextlib
-import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sdq.csv_file import open_lines, rows_under
 from sdq.data import DataOptions, Splits
 from sdq.errors import RequestError, nearest
 from sdq.image_files import SUFFIXES, ImageFile
@@ -135,20 +134,9 @@ def _csv_files(path: Path) -> list[Path]:
 
 def _read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Return the header and the rows; names in lower case, but for the ISIC classes."""
-    with _table(path) as lines:
+    with open_lines(path) as lines:
         header = _column_names(next(lines, []))
-        rows = [dict(zip(header, map(str.strip, line), strict=False)) for line in lines if line]
-    return header, rows
-
-
-@contextlib.contextmanager
-def _table(path: Path, errors: str = "strict") -> Iterator[Iterator[list[str]]]:
-    """Open a CSV and give its lines; RequestError if it cannot be read."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig", errors=errors) as stream:
-            yield csv.reader(stream, delimiter=_delimiter(path))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RequestError(f"{path}: must be a CSV in UTF-8, got {error}; save it again") from error
+        return header, list(rows_under(header, lines))
 
 
 def _first(candidates: Sequence[str], header: Sequence[str]) -> str | None:
@@ -157,17 +145,13 @@ def _first(candidates: Sequence[str], header: Sequence[str]) -> str | None:
 
 def _header(path: Path) -> list[str]:
     """Return the names of the columns alone: tables of pixels beside the images may be large."""
-    with _table(path, errors="replace") as lines:
+    with open_lines(path, errors="replace") as lines:
         return _column_names(next(lines, []))
 
 
 def _column_names(line: Sequence[str]) -> list[str]:
     stripped = [h.strip() for h in line]
     return [h if h in ISIC_CLASSES else h.lower() for h in stripped]
-
-
-def _delimiter(path: Path) -> str:
-    return "\t" if path.suffix in (".tab", ".tsv") else ","  # Dataverse gives tables as .tab
 
 
 def _has_labels(path: Path) -> bool:

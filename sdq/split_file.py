@@ -7,12 +7,12 @@ it; ``split`` is train, val or test, and may be missing where the set has parts 
 without a row are left out.
 """
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from sdq.csv_file import lower_names, open_lines, rows_under
 from sdq.data import ImageSet, Splits
 from sdq.errors import RequestError
 from sdq.image_files import SUFFIXES
@@ -63,15 +63,12 @@ def apply_split_file(path: Path, splits: Splits) -> Splits:
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            lines = [[cell.strip() for cell in line] for line in csv.reader(stream) if line]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RequestError(f"{path}: must be a CSV in UTF-8, got {error}") from error
-    if len(lines) < 2:
-        raise RequestError(f"{path}: must have a row an image, got none")
-    header = [cell.lower() for cell in lines[0]]
-    return header, [dict(zip(header, line, strict=False)) for line in lines[1:]]
+    with open_lines(path) as lines:
+        header = lower_names(next(lines, []))
+        rows = list(rows_under(header, lines))
+    if not rows:
+        raise RequestError(f"{path}: must have a row an image, got none; write one for each")
+    return header, rows
 
 
 def _places(path: Path, splits: Splits, key: str) -> dict[str, tuple[str, int]]:

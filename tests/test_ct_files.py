@@ -124,9 +124,10 @@ def test_rsna_without_slices_says_what_belongs_there(tmp_path: Path) -> None:
     rsna(tmp_path, [(0,)])
     with pytest.raises(RequestError, match=r"must hold slices that stage_2_train\.csv names"):
         rsna_ich.load(DataOptions(root=tmp_path))
-    (tmp_path / "rsna_ich" / "stage_2_train.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(RequestError, match="must have the columns ID and Label"):
-        rsna_ich.load(DataOptions(root=tmp_path))
+    for text in ("a,b\n1,2\n", "ID,Label\nID_0000000_epidural\n"):  # a line that was cut off
+        (tmp_path / "rsna_ich" / "stage_2_train.csv").write_text(text)
+        with pytest.raises(RequestError, match="every row must have an ID and a Label"):
+            rsna_ich.load(DataOptions(root=tmp_path))
 
 
 def ct(root: Path, patients: int) -> None:
@@ -156,3 +157,17 @@ def test_ct_ich_has_five_kinds_and_none(tmp_path: Path) -> None:
         assert (pixels - shade).abs().max() <= 2  # JPEG
     of = [{name[:3] for name in part.names} for part in (splits.train, splits.test)]
     assert not of[0] & of[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"PatientNumber,SliceNumber\n1,2\n", "must have the columns PatientNumber, SliceNumber"),
+        (b"PatientNumber,Slice\xe9\n", r"_diagnosis\.csv: must be a CSV in UTF-8, got .*save it"),
+    ],
+)
+def test_ct_ich_refuses_another_table(text: bytes, message: str, tmp_path: Path) -> None:
+    ct(tmp_path, 1)
+    (tmp_path / "ct_ich" / "hemorrhage_diagnosis.csv").write_bytes(text)
+    with pytest.raises(RequestError, match=f"^(?!.*RequestError).*{message}"):
+        ct_ich.load(DataOptions(root=tmp_path))

@@ -9,11 +9,11 @@ Source: Hssayeni et al. 2020, https://doi.org/10.3390/data5010014,
 https://physionet.org/content/ct-ich/1.0.0/. Licence: PhysioNet Restricted Health Data 1.5.0.
 """
 
-import csv
 from pathlib import Path
 
 import torch
 
+from sdq.csv_file import read_rows
 from sdq.ct_files import slices
 from sdq.data import DataOptions, ImageSet, Splits
 from sdq.errors import RequestError
@@ -58,16 +58,14 @@ def load(options: DataOptions) -> Splits:
 
 def _rows(table: Path) -> list[tuple[int, int, int]]:
     """Return patient, slice and class of the slices with at most one kind."""
-    found = []
+    found, rows = [], list(read_rows(table))
     try:
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            for row in csv.DictReader(stream):
-                cells = {key.strip().lower(): value.strip() for key, value in row.items() if key}
-                kinds = [c for c, kind in enumerate(KINDS) if cells[kind] == "1"]
-                if len(kinds) <= 1:
-                    label = kinds[0] if kinds else CLASS_NAMES.index("none")
-                    found.append((int(cells["patientnumber"]), int(cells["slicenumber"]), label))
-    except (KeyError, ValueError, AttributeError, csv.Error) as error:
+        for row in rows:
+            kinds = [c for c, kind in enumerate(KINDS) if row[kind] == "1"]
+            if len(kinds) <= 1:
+                label = kinds[0] if kinds else CLASS_NAMES.index("none")
+                found.append((int(row["patientnumber"]), int(row["slicenumber"]), label))
+    except (KeyError, ValueError) as error:
         raise RequestError(
             f"{table}: must have the columns PatientNumber, SliceNumber and the five kinds, but: "
             f"{error!r}; take the one of PhysioNet"

@@ -13,11 +13,11 @@ https://www.kaggle.com/c/rsna-intracranial-hemorrhage-detection. Licence: the ch
 for non-commercial use.
 """
 
-import csv
 from pathlib import Path
 
 import torch
 
+from sdq.csv_file import read_rows
 from sdq.ct_files import SUFFIXES, patient, slices
 from sdq.data import DataOptions, ImageSet, Splits
 from sdq.errors import RequestError
@@ -58,13 +58,12 @@ def _labels(table: Path) -> dict[str, int]:
     """Return the kind of each slice that has exactly one; a row is ``ID_xxx_KIND,0 or 1``."""
     kinds: dict[str, set[int]] = {}
     try:
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            for row in csv.DictReader(stream):
-                name, _, kind = row["ID"].rpartition("_")
-                if kind in CLASS_NAMES and row["Label"].strip() in ("1", "1.0"):
-                    kinds.setdefault(name, set()).add(CLASS_NAMES.index(kind))
-    except (KeyError, UnicodeDecodeError, csv.Error) as error:
+        for row in read_rows(table):
+            name, _, kind = row["id"].rpartition("_")
+            if kind in CLASS_NAMES and row["label"] in ("1", "1.0"):
+                kinds.setdefault(name, set()).add(CLASS_NAMES.index(kind))
+    except KeyError as error:
         raise RequestError(
-            f"{table}: must have the columns ID and Label, but: {error!r}; take the challenge's"
+            f"{table}: every row must have an ID and a Label, but: {error!r}; take the challenge's"
         ) from error
     return {name: kind.pop() for name, kind in kinds.items() if len(kind) == 1}
