@@ -103,3 +103,32 @@ def test_commands_on_a_page_are_commands(page: Path) -> None:
                 pass
         except click.UsageError as error:
             pytest.fail(f"{named(page)}: sdq {' '.join(words)}: {error.format_message()}")
+
+
+def tree() -> dict[str, str]:
+    """Return what docs/architecture.md lists of each package."""
+    listed = blocks(ROOT / "docs" / "architecture.md")[0].text
+    parts = re.split(r"^(\w+)/ ", listed, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("package", ["sdq", "fl", "export", "hw"])
+def test_the_architecture_names_every_module(package: str) -> None:
+    """By itself, or by its folder; the modules of ``sdq/cli`` by themselves."""
+    listed = tree()[package]
+    for path in (ROOT / package).rglob("*.py"):
+        *folders, name = path.relative_to(ROOT / package).with_suffix("").parts
+        if name != "__init__":
+            wanted = rf"{name}\b" if folders in ([], ["cli"]) else f"{folders[0]}/"
+            assert re.search(rf"\b{wanted}", listed), path
+
+
+@pytest.mark.parametrize("package", ["sdq", "fl"])
+def test_what_the_architecture_names_is_there(package: str) -> None:
+    folder = ROOT / package
+    for line in tree()[package].splitlines()[1:]:
+        found = re.match(r"( {2}| {4})(\w\S*(?: \S+)*?)(?: {2,}|$)", line)
+        if found is not None:  # else a line goes on with what was said of the names above
+            where = folder / "cli" if len(found[1]) == 4 else folder
+            for name in found[2].split():
+                assert (where / name).is_dir() or (where / f"{name}.py").is_file(), name
