@@ -22,6 +22,7 @@ from torch import Tensor
 
 import sdq
 from sdq.cli import inputs as inp
+from sdq.cli.option_groups import SourceOptions
 from sdq.cli.ptq import SEARCH_BATCH, calibration_images
 from sdq.cli.quantize import Source, open_source
 from sdq.metrics import agreement, classification_metrics, predict
@@ -32,7 +33,7 @@ def open_seed(options: argparse.Namespace, seed: int) -> Source:
     root = str(options.data_root) if options.data_root else None
     request = inp.DataRequest(options.data, root, mean=options.mean, std=options.std, seed=seed)
     folder = Path(options.from_.replace("-S", f"-{seed}")) if options.from_ else None
-    return open_source(options.model, options.weights, folder, request)
+    return open_source(SourceOptions(options.model, options.weights, folder), request)
 
 
 def run_seed(options: argparse.Namespace, seed: int, done: list[dict[str, Any]]) -> None:

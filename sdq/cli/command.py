@@ -1,6 +1,9 @@
-"""A verb as typer has it, with help for its arguments."""
+"""A verb as typer has it: with help for its arguments, and options one by one."""
 
+import inspect
 import typing
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import typer.models
@@ -26,3 +29,38 @@ def _help(hint: Any) -> str | None:
         if isinstance(described, typer.models.ArgumentInfo):
             return described.help
     return None
+
+
+def flat(verb: Callable[..., None]) -> Callable[..., None]:
+    """Return a verb that takes the options of its groups one by one, all by name.
+
+    Args:
+        verb: whose parameters are options, and groups with an instance for a default.
+    """
+    hints = typing.get_type_hints(verb, include_extras=True)
+    groups: dict[str, Any] = {}
+    parameters = []
+    for name, parameter in inspect.signature(verb).parameters.items():
+        kind = hints[name]
+        if not is_dataclass(kind):
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=kind))
+            continue
+        groups[name] = kind
+        of_group = typing.get_type_hints(kind, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, parameter.KEYWORD_ONLY, annotation=of_group[field.name],
+                default=getattr(parameter.default, field.name),
+            )
+            for field in fields(kind)
+        ]  # fmt: skip
+
+    def called(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        verb(**values)
+
+    called.__name__, called.__doc__ = verb.__name__, verb.__doc__
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {p.name: p.annotation for p in parameters}
+    return called

@@ -11,6 +11,7 @@ from sdq import plugins
 from sdq.cli import inputs as inp
 from sdq.cli import options
 from sdq.cli.export_run import describe, write_and_verify
+from sdq.cli.option_groups import ImageOptions, PlaceOptions, RunOptions, SourceOptions
 from sdq.cli.plan import Limits, Plan
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.quantize import asked_for, open_source, prepare, run_quantize
@@ -46,7 +47,10 @@ def demo(
         raise RequestError(f"--out: folder must be new or empty, got {str(out)!r}")
     for format_ in FORMATS:  # refuses before minutes of training, not after
         plugins.load("export.formats", format_)
-    train(MODEL, DATA, out / "float", epochs=EPOCHS["float"], seed=seed, device="cpu", quiet=quiet)
+    train(
+        MODEL, DATA, out / "float", epochs=EPOCHS["float"], images=ImageOptions(seed=seed),
+        place=PlaceOptions("cpu"), ending=RunOptions(quiet=quiet),
+    )  # fmt: skip
     uniform = _quantized(out, "uniform", seed, quiet)
     learned = _quantized(out, "sdq", seed, quiet)
     rows = [
@@ -82,8 +86,9 @@ def _quantized(out: Path, method: str, seed: int, quiet: bool) -> dict[str, Any]
         TrainConfig(epochs=EPOCHS["finetune"], seed=seed),
     )
     request = inp.DataRequest(DATA, seed=seed)
-    source = open_source(None, None, out / "float", request)
-    asked = asked_for("quantize", None, None, out / "float", source.inputs.request, plan)
+    asked_source = SourceOptions(from_=out / "float")
+    source = open_source(asked_source, request)
+    asked = asked_for("quantize", asked_source, source.inputs.request, plan)
     fabric = open_fabric("cpu")
     with (
         RunFolder.create(out / method, asked, resume=False) as run,

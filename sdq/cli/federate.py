@@ -18,11 +18,11 @@ from sdq.batches import Normalization, generator
 from sdq.cli import completion, options
 from sdq.cli import inputs as inp
 from sdq.cli.clients import ClientRequest, supervised
-from sdq.cli.device import DeviceRequest
 from sdq.cli.federate_bits import BitsRequest, prepare
 from sdq.cli.federation import make_methods
 from sdq.cli.federation_leaves import show_leaves
 from sdq.cli.federation_run import Federation, rows, run_all
+from sdq.cli.option_groups import BudgetOptions, ImageOptions, QuantOptions, RunOptions
 from sdq.cli.plan import ConfigFile, Limits, make_plan, make_quantization
 from sdq.cli.progress import show_json, show_table
 from sdq.cli.quantize import open_from
@@ -132,13 +132,7 @@ def federate(
     head: Annotated[
         str | None, typer.Option(help="Path of the network's head, where it is not found.")
     ] = None,
-    bits: options.Bits = None,
-    weight_kb: options.WeightKb = None,
-    bops_g: options.BopsG = None,
-    target: options.Target = None,
-    latency_ms: options.LatencyMs = None,
-    fps: options.Fps = None,
-    budget: options.ResourceBudget = None,
+    budget: BudgetOptions = BudgetOptions(),
     policy: Annotated[
         Path | None, typer.Option(help="A policy.json to use instead of learning bits.")
     ] = None,
@@ -149,21 +143,7 @@ def federate(
             "bits, of its own. Repeatable."
         ),
     ] = None,
-    choices: options.Choices = "1,2,3,4,6,8",
-    granularity: options.Granularity = "layer",
-    act_bits: options.ActBits = 4,
-    learn_act_bits: options.LearnActBits = False,
-    act_choices: options.ActChoices = "2,3,4,6,8",
-    first_last_bits: options.FirstLastBits = 8,
-    pin: options.Pin = None,
-    skip: options.Skip = None,
-    layer_choices: options.LayerChoices = None,
-    integer_datapath: options.IntegerDatapath = False,
-    integer_bias: options.IntegerBias = False,
-    weight_scale: options.WeightScale = "per_channel",
-    scale: options.Scale = "float",
-    weight_quantizer: options.WeightQuantizer = "lsq",
-    for_: options.For = None,
+    quantization: QuantOptions = QuantOptions(),
     search_method: Annotated[
         SearchMethod, typer.Option(help="How the bits are chosen; others need all images at once.")
     ] = PHASES.search_method,
@@ -192,26 +172,16 @@ def federate(
     ] = None,
     weights: options.Weights = None,
     from_: options.From = None,
-    data_root: options.DataRoot = None,
-    batch_size: options.BatchSize = DEFAULTS.batch_size,
-    image_size: options.ImageSize = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    split: options.Split = "0.7,0.1,0.2",
-    augment: options.Augment = True,
-    seed: options.Seed = 0,
+    images: ImageOptions = ImageOptions(batch_size=DEFAULTS.batch_size),
     device: options.Device = "auto",
-    report: options.Report = True,
-    resume: options.Resume = False,
-    json_: options.Json = False,
-    quiet: options.Quiet = False,
+    ending: RunOptions = RunOptions(),
 ) -> None:
     """Train across clients that share no images, with one or several federated methods.
 
     Example: `sdq federate --method fedavg,fca --model resnet20 --data synthetic_derm
     --partition natural --rounds 20 --out fed`; with --bits 2 it ends in a quantized model.
     """
-    limits = Limits(bits, weight_kb, bops_g, DeviceRequest.of(target, latency_ms, fps, budget))
+    limits = Limits.of(budget)
     learns = limits.given or policy is not None
     parts = ("quant", "search", "phases") if learns else ()
     asked_clients = ClientRequest.of(clients, partition)
@@ -219,38 +189,31 @@ def federate(
     chosen = make_methods(method, hyper, file)
     asked_bits = None
     if learns:
-        quant, limits = make_quantization(
-            file, limits, choices=choices, act_bits=act_bits, act_choices=act_choices,
-            learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
-            skip=skip, layer_choices=layer_choices, batch_norm="train",
-            integer_datapath=integer_datapath, integer_bias=integer_bias,
-            weight_scale=weight_scale, scale=scale, weight_quantizer=weight_quantizer,
-            prepared_for=for_,
-        )  # fmt: skip
-        searching = file.changed("search", SearchConfig(granularity=granularity, seed=seed))
+        quant, limits = make_quantization(file, limits, quantization, "train")
+        searching = SearchConfig(granularity=quantization.granularity, seed=images.seed)
+        searching = file.changed("search", searching)
         phases = file.changed("phases", PhasesConfig(
             search_method=search_method, search_rounds=search_rounds, tune_rounds=tune_rounds,
             search=searching, distill=distill, bin_weight=bin_weight,
         ))  # fmt: skip
         plan = make_plan(
             quant, limits, search_method=search_method, search=searching, train=None,
-            policy=policy, prepared_for=for_,
+            policy=policy, prepared_for=quantization.for_,
         )  # fmt: skip
         asked_bits = BitsRequest(plan, phases, tuple(client_target or ()), plots)
     _check_given(model, weights, from_, rounds, learns=learns)
     settings = file.changed("federation", FederationConfig(
-        rounds=rounds or 1, local_epochs=local_epochs, batch_size=batch_size, optimizer=optimizer,
-        lr=lr, momentum=momentum, weight_decay=weight_decay, participation=participation,
+        rounds=rounds or 1, local_epochs=local_epochs, batch_size=images.batch_size,
+        optimizer=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay,
+        participation=participation,
         batch_norm=batch_norm, loss=_loss(loss, file), evaluate_every=evaluate_every,
-        adjust=adjust, select=select, keep_clients=keep_clients, seed=seed, aggregation=aggregation,
+        adjust=adjust, select=select, keep_clients=keep_clients, seed=images.seed,
+        aggregation=aggregation,
         compress=None if compress is None else CompressionConfig.parsed(compress),
     ))  # fmt: skip
-    request = inp.DataRequest(
-        data, str(data_root) if data_root else None, image_size, mean, std, split, batch_size,
-        seed, augment, split_file=asked_clients.split_file,
-    )  # fmt: skip
+    request = images.request(data, asked_clients.split_file)
     if out is not None:
-        check_new(out, resume=resume)
+        check_new(out, resume=ending.resume)
     elif not what_leaves:
         raise RequestError("--out: must be given, got none; name a new folder for the run")
     place = open_fabric(device).device
@@ -261,22 +224,22 @@ def federate(
         assert model is not None
         described = inp.describe_model(model)
         inputs = _open_inputs(request).for_model(model)
-        network = _network(model, weights, inputs, seed)
-    hospitals = asked_clients.divide(inputs.splits, seed)
+        network = _network(model, weights, inputs, images.seed)
+    hospitals = asked_clients.divide(inputs.splits, images.seed)
     if supervision is not None:
-        hospitals = supervised(hospitals, supervision, inputs.splits, seed)
+        hospitals = supervised(hospitals, supervision, inputs.splits, images.seed)
     network = network.to(place)
     if asked_bits is not None:
         asked_bits = prepare(network, inputs, asked_bits)
-    division = {"clients": clients, "partition": partition, "seed": seed}
+    division = {"clients": clients, "partition": partition, "seed": images.seed}
     federation = Federation(
-        network, inputs, hospitals, settings, described, division, head, quiet, rounds or 0,
-        asked_bits,
+        network, inputs, hospitals, settings, described, division, head, ending.quiet,
+        rounds or 0, asked_bits,
     )  # fmt: skip
     # whatever is wrong with the request shows before a folder is made
     checked = {name: s for each in chosen for name, s in federation.settings(each).items()}
     if out is None or what_leaves:
-        show_leaves(checked, quiet=quiet, json=json_)
+        show_leaves(checked, quiet=ending.quiet, json=ending.json_)
         return
     asked = {
         "verb": "federate",
@@ -292,9 +255,11 @@ def federate(
         "rounds": rounds,
         **(asked_bits.to_json() if asked_bits is not None else {}),
     }
-    metrics = run_all(out, chosen, federation, asked, resume=resume, report=report)
-    show_table(f"{model or from_} on {data}, {rounds or 0} rounds", rows(metrics), quiet=quiet)
-    if json_:
+    metrics = run_all(out, chosen, federation, asked, resume=ending.resume, report=ending.report)
+    show_table(
+        f"{model or from_} on {data}, {rounds or 0} rounds", rows(metrics), quiet=ending.quiet
+    )
+    if ending.json_:
         found = next(iter(metrics.values())) if len(chosen) == 1 else {"methods": metrics}
         show_json({"out": str(out), "metrics": found})
 

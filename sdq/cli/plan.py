@@ -10,6 +10,7 @@ from export.preparation import check_granularity
 from sdq import config, plugins
 from sdq.cli import options
 from sdq.cli.device import DeviceRequest, on_target
+from sdq.cli.option_groups import BudgetOptions, QuantOptions
 from sdq.cli.teacher import TeacherRequest
 from sdq.config import Config, PtqConfig, QuantConfig, SearchConfig, TrainConfig
 from sdq.cost import Budget
@@ -64,6 +65,11 @@ class Limits:
     device: DeviceRequest = field(default_factory=DeviceRequest)
     avg_act_bits: float | None = None
 
+    @classmethod
+    def of(cls, asked: BudgetOptions) -> "Limits":
+        """Return what the options ask; RequestError if that is wrong."""
+        return cls(asked.bits, asked.weight_kb, asked.bops_g, asked.device())
+
     @property
     def given(self) -> bool:
         """Whether there is a budget for the weights."""
@@ -102,24 +108,7 @@ class Limits:
 
 
 def make_quantization(
-    file: "ConfigFile",
-    limits: Limits,
-    *,
-    choices: str,
-    act_bits: int,
-    act_choices: str,
-    learn_act_bits: bool,
-    first_last_bits: int,
-    pin: list[str] | None,
-    skip: list[str] | None,
-    layer_choices: list[str] | None,
-    batch_norm: config.BatchNorm,
-    integer_datapath: bool,
-    integer_bias: bool,
-    weight_scale: config.ScaleGranularity,
-    scale: config.ScaleKind,
-    weight_quantizer: config.WeightQuantizerKind,
-    prepared_for: str | None,
+    file: "ConfigFile", limits: Limits, asked: QuantOptions, batch_norm: config.BatchNorm
 ) -> tuple[QuantConfig, Limits]:
     """Return how the network is quantized, with what that adds to the limits.
 
@@ -128,34 +117,34 @@ def make_quantization(
             contradicts what the network is prepared for.
     """
     pins = []
-    for pattern, value in options.rules(pin, "--pin"):
+    for pattern, value in options.rules(asked.pin, "--pin"):
         bits = options.integers(value, "--pin")
         if len(bits) != 1:
             raise RequestError(f"--pin: must be 'PATTERN=BITS', got {pattern}={value}")
         pins.append((pattern, bits[0]))
     special = [
         (pattern, options.integers(value, "--layer-choices"))
-        for pattern, value in options.rules(layer_choices, "--layer-choices")
+        for pattern, value in options.rules(asked.layer_choices, "--layer-choices")
     ]
-    acts = options.integers(act_choices, "--act-choices")
+    acts = options.integers(asked.act_choices, "--act-choices")
     quant = QuantConfig(
-        bit_choices=options.integers(choices, "--choices"),
-        act_bits=act_bits,
-        act_choices=acts if learn_act_bits else None,
-        first_last_bits=first_last_bits or None,
+        bit_choices=options.integers(asked.choices, "--choices"),
+        act_bits=asked.act_bits,
+        act_choices=acts if asked.learn_act_bits else None,
+        first_last_bits=asked.first_last_bits or None,
         pins=tuple(pins),
         layer_choices=tuple(special),
-        skip=tuple(skip or ()),
+        skip=tuple(asked.skip or ()),
         batch_norm=batch_norm,
-        integer_datapath=integer_datapath,
-        integer_bias=integer_bias,
-        weight_scale=weight_scale,
-        restrict_scale=scale,
-        weight_quantizer=weight_quantizer,
+        integer_datapath=asked.integer_datapath,
+        integer_bias=asked.integer_bias,
+        weight_scale=asked.weight_scale,
+        restrict_scale=asked.scale,
+        weight_quantizer=asked.weight_quantizer,
     )
     quant = file.changed("quant", quant)
-    if prepared_for is not None:
-        quant = prepared(quant, prepared_for, file)
+    if asked.for_ is not None:
+        quant = prepared(quant, asked.for_, file)
     if limits.device.target is not None:
         quant = on_target(quant, limits.device.target)
     if quant.act_choices is not None:  # where they are learned, --act-bits is what they may cost

@@ -14,7 +14,16 @@ from sdq.apply_policy import apply_policy_
 from sdq.calibration import calibrate_
 from sdq.cli import inputs as inp
 from sdq.cli import options, processes
-from sdq.cli.device import DeviceRequest, layers_on_target
+from sdq.cli.device import layers_on_target
+from sdq.cli.option_groups import (
+    BudgetOptions,
+    ImageOptions,
+    PlaceOptions,
+    QuantOptions,
+    RunOptions,
+    SourceOptions,
+    TrainingOptions,
+)
 from sdq.cli.plan import ConfigFile, Limits, Plan, make_plan, make_quantization
 from sdq.cli.plotting import draw_plots
 from sdq.cli.progress import Watch, show_json, show_table
@@ -22,11 +31,10 @@ from sdq.cli.ptq import make_ptq, round_, search_of, unlabelled
 from sdq.cli.report import write_report
 from sdq.cli.teacher import TeacherRequest, open_teacher
 from sdq.cli.train import summary
-from sdq.config import PtqConfig, SearchConfig, TrainConfig
+from sdq.config import PtqConfig, SearchConfig
 from sdq.errors import RequestError
 from sdq.finetune import finetune_
 from sdq.metrics import predict
-from sdq.parallel import open_fabric
 from sdq.policy import FLOAT_BITS, BitwidthPolicy
 from sdq.ptq import check_ptq
 from sdq.quant_model import QuantModel
@@ -52,10 +60,9 @@ class Source:
     inputs: inp.Inputs
 
 
-def open_source(
-    model: str | None, weights: Path | None, from_: Path | None, request: inp.DataRequest
-) -> Source:
+def open_source(asked: SourceOptions, request: inp.DataRequest) -> Source:
     """Open the float network named by ``--from``, or by ``--model`` and ``--weights``."""
+    model, weights, from_ = asked.model, asked.weights, asked.from_
     if (from_ is None) == (model is None):
         got = "neither" if from_ is None else "both"
         raise RequestError(
@@ -254,45 +261,21 @@ def rows(metrics: dict[str, Any], float_bytes: float) -> list[dict[str, object]]
 def quantize(
     data: options.Data,
     out: options.Out,
-    model: options.Model = None,
-    weights: options.Weights = None,
-    from_: options.From = None,
-    bits: options.Bits = None,
-    weight_kb: options.WeightKb = None,
-    bops_g: options.BopsG = None,
+    source: SourceOptions = SourceOptions(),
+    budget: BudgetOptions = BudgetOptions(),
     policy: Annotated[
         Path | None, typer.Option(help="A policy.json to use instead of a search.")
     ] = None,
-    target: options.Target = None,
-    latency_ms: options.LatencyMs = None,
-    fps: options.Fps = None,
-    budget: options.ResourceBudget = None,
-    choices: options.Choices = "1,2,3,4,6,8",
-    granularity: options.Granularity = "layer",
-    act_bits: options.ActBits = 4,
-    learn_act_bits: options.LearnActBits = False,
-    act_choices: options.ActChoices = "2,3,4,6,8",
-    first_last_bits: options.FirstLastBits = 8,
-    pin: options.Pin = None,
-    skip: options.Skip = None,
-    layer_choices: options.LayerChoices = None,
+    quantization: QuantOptions = QuantOptions(),
     batch_norm: options.BatchNorm = "train",
-    integer_datapath: options.IntegerDatapath = False,
-    integer_bias: options.IntegerBias = False,
-    weight_scale: options.WeightScale = "per_channel",
-    scale: options.Scale = "float",
-    weight_quantizer: options.WeightQuantizer = "lsq",
     search_method: options.SearchMethod = "sdq",
     search_epochs: options.SearchEpochs = 4,
-    for_: options.For = None,
     config: options.ConfigPath = None,
     epochs: Annotated[int, typer.Option(min=0, help="Passes of fine-tuning (phase 2).")] = 12,
     lr: Annotated[
         float, typer.Option(callback=options.finite, help="Peak learning rate of fine-tuning.")
     ] = 1e-3,
-    weight_decay: options.WeightDecay = options.TRAINING.weight_decay,
-    optimizer: options.Optimizer = options.TRAINING.optimizer,
-    schedule: options.Schedule = options.TRAINING.schedule,
+    training: TrainingOptions = TrainingOptions(),
     bin_weight: Annotated[
         float, typer.Option(callback=options.finite, help="lambda_E of bin regularization.")
     ] = options.TRAINING.bin_weight,
@@ -313,28 +296,13 @@ def quantize(
     distill: Annotated[
         bool, typer.Option(help="Learn the teacher's soft labels in phase 2, or the data's own.")
     ] = True,
-    ema_decay: options.EmaDecay = options.TRAINING.ema_decay,
-    bn_batches: options.BnBatches = options.TRAINING.bn_batches,
-    select: options.Select = options.TRAINING.select,
     ptq: options.Ptq = False,
     ptq_images: options.PtqImages = PtqConfig().images,
     ptq_steps: options.PtqSteps = PtqConfig().steps,
-    data_root: options.DataRoot = None,
-    batch_size: options.BatchSize = 128,
-    image_size: options.ImageSize = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    split: options.Split = "0.7,0.1,0.2",
-    augment: options.Augment = True,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    devices: options.Devices = 1,
-    precision: options.Precision = "32",
+    images: ImageOptions = ImageOptions(),
+    place: PlaceOptions = PlaceOptions(),
     plots: options.Plots = True,
-    report: options.Report = True,
-    resume: options.Resume = False,
-    json_: options.Json = False,
-    quiet: options.Quiet = False,
+    ending: RunOptions = RunOptions(),
 ) -> None:
     """Learn a bitwidth for each layer within a budget, fine-tune, and measure.
 
@@ -349,25 +317,19 @@ def quantize(
       `sdq quantize --from f --data own.npz --bits 4 --act-bits 8 --ptq --out q`
     """
     file = ConfigFile.read(config, "quant", "search", "ptq" if ptq else "train")
-    after_training = make_ptq(ptq, ptq_images, ptq_steps, seed)
+    after_training = make_ptq(ptq, ptq_images, ptq_steps, images.seed)
     if after_training is not None:
         after_training = file.changed("ptq", after_training)
-    tuning = TrainConfig(
-        epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule,
-        bin_weight=bin_weight, bin_reduction=bin_reduction, distill=distill, ema_decay=ema_decay,
-        bn_batches=bn_batches, select=select, seed=seed,
+    tuning = training.config(
+        epochs=epochs, lr=lr, bin_weight=bin_weight, bin_reduction=bin_reduction, distill=distill,
+        seed=images.seed,
     )  # fmt: skip
     tuning = file.changed("train", tuning)
     asked_teacher = TeacherRequest.of(teacher, teacher_model, teacher_weights, distill=distill)
-    limits = Limits(bits, weight_kb, bops_g, DeviceRequest.of(target, latency_ms, fps, budget))
-    quant, limits = make_quantization(
-        file, limits, choices=choices, act_bits=act_bits, act_choices=act_choices,
-        learn_act_bits=learn_act_bits, first_last_bits=first_last_bits, pin=pin,
-        skip=skip, layer_choices=layer_choices, batch_norm=batch_norm,
-        integer_datapath=integer_datapath, integer_bias=integer_bias, weight_scale=weight_scale,
-        scale=scale, weight_quantizer=weight_quantizer, prepared_for=for_,
-    )  # fmt: skip
-    searching = SearchConfig(granularity=granularity, epochs=search_epochs, seed=seed)
+    quant, limits = make_quantization(file, Limits.of(budget), quantization, batch_norm)
+    searching = SearchConfig(
+        granularity=quantization.granularity, epochs=search_epochs, seed=images.seed
+    )
     if after_training is not None:
         learned = quant.act_choices is not None
         searching, search_method = search_of(searching, search_method, learn_act_bits=learned)
@@ -381,51 +343,35 @@ def quantize(
         policy=policy,
         teacher=asked_teacher if after_training is None else None,
         ptq=after_training,
-        prepared_for=for_,
+        prepared_for=quantization.for_,
     )
-    fabric = open_fabric(device, devices, precision)
-    request = inp.DataRequest(
-        data, str(data_root) if data_root else None, image_size, mean, std, split, batch_size,
-        seed, augment,
-    )  # fmt: skip
-    check_new(out, resume=resume)
-    source = open_source(model, weights, from_, request)
-    asked = asked_for("quantize", model, weights, from_, source.inputs.request, plan)
-    asked |= {"devices": devices, "precision": precision}
+    fabric = place.fabric()
+    request = images.request(data)
+    check_new(out, resume=ending.resume)
+    opened = open_source(source, request)
+    asked = asked_for("quantize", source, opened.inputs.request, plan) | place.asked()
     # whatever is wrong with the request shows before a folder is made
     if plan.train is not None:
-        source.inputs.task.selection(plan.train.select)
-    network = open_teacher(plan.teacher, source.inputs) if plan.teacher else None
-    qmodel = prepare(source, plan)
-    run = processes.begin(fabric, out, asked, resume=resume)
-    quiet, json_ = quiet or not fabric.is_global_zero, json_ and fabric.is_global_zero
-    with run, Watch(run, quiet=quiet) as watch:
-        metrics = run_quantize(run, source, plan, qmodel, fabric, watch, seed, network)
+        opened.inputs.task.selection(plan.train.select)
+    network = open_teacher(plan.teacher, opened.inputs) if plan.teacher else None
+    qmodel = prepare(opened, plan)
+    run = processes.begin(fabric, out, asked, resume=ending.resume)
+    ending = ending.of_process(fabric)
+    with run, Watch(run, quiet=ending.quiet) as watch:
+        metrics = run_quantize(run, opened, plan, qmodel, fabric, watch, images.seed, network)
         processes.end(fabric)
         draw_plots(run, wanted=plots and fabric.is_global_zero)
-        write_report(run, source.inputs, wanted=report and fabric.is_global_zero)
+        write_report(run, opened.inputs, wanted=ending.report)
     weights_count = sum(b.num_weights for b in BitwidthPolicy.load(out / "policy.json"))
-    show_table(f"{data}: {out}", rows(metrics, 4.0 * weights_count), quiet=quiet)
-    if metrics["float_layers"] and not quiet:
+    show_table(f"{data}: {out}", rows(metrics, 4.0 * weights_count), quiet=ending.quiet)
+    if metrics["float_layers"] and not ending.quiet:
         print(f"left in float: {', '.join(metrics['float_layers'])}")
-    if json_:
+    if ending.json_:
         show_json({"out": str(out), "metrics": metrics})
 
 
 def asked_for(
-    verb: str,
-    model: str | None,
-    weights: Path | None,
-    from_: Path | None,
-    request: inp.DataRequest,
-    plan: Plan,
+    verb: str, source: SourceOptions, request: inp.DataRequest, plan: Plan
 ) -> dict[str, Any]:
     """Return the request as ``run.json`` keeps it."""
-    return {
-        "verb": verb,
-        "model": model,
-        "weights": str(weights) if weights else None,
-        "from": str(from_) if from_ else None,
-        "data": vars(request),
-        **plan.to_json(),
-    }
+    return {"verb": verb, **source.asked(), "data": vars(request), **plan.to_json()}

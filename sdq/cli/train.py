@@ -8,11 +8,10 @@ import typer
 from sdq.batches import generator
 from sdq.cli import inputs as inp
 from sdq.cli import options, processes
+from sdq.cli.option_groups import ImageOptions, PlaceOptions, RunOptions, TrainingOptions
 from sdq.cli.progress import Watch, show_json, show_table
 from sdq.cli.report import write_report
-from sdq.config import TrainConfig
 from sdq.metrics import predict
-from sdq.parallel import open_fabric
 from sdq.report.predictions import Predictions
 from sdq.run_folder import check_new
 from sdq.task import task_of
@@ -26,49 +25,26 @@ def train(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set.")] = 20,
     weights: options.Weights = None,
     lr: Annotated[float, typer.Option(callback=options.finite, help="Peak learning rate.")] = 2e-3,
-    weight_decay: options.WeightDecay = 1e-2,
-    optimizer: options.Optimizer = "adamw",
-    schedule: options.Schedule = options.TRAINING.schedule,
-    ema_decay: options.EmaDecay = options.TRAINING.ema_decay,
-    bn_batches: options.BnBatches = options.TRAINING.bn_batches,
-    select: options.Select = options.TRAINING.select,
-    data_root: options.DataRoot = None,
-    batch_size: options.BatchSize = 128,
-    image_size: options.ImageSize = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    split: options.Split = "0.7,0.1,0.2",
-    augment: options.Augment = True,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    devices: options.Devices = 1,
-    precision: options.Precision = "32",
-    report: options.Report = True,
-    resume: options.Resume = False,
-    json_: options.Json = False,
-    quiet: options.Quiet = False,
+    training: TrainingOptions = TrainingOptions(weight_decay=1e-2),
+    images: ImageOptions = ImageOptions(),
+    place: PlaceOptions = PlaceOptions(),
+    ending: RunOptions = RunOptions(),
 ) -> None:
     """Train a float network.
 
     Example: `sdq train --model resnet20 --data dermamnist --data-root DIR --epochs 20 --out f`
     """
     assert model is not None  # a required option
-    request = inp.DataRequest(
-        data, str(data_root) if data_root else None, image_size, mean, std, split, batch_size,
-        seed, augment,
-    )  # fmt: skip
-    config = TrainConfig(
-        epochs=epochs, lr=lr, weight_decay=weight_decay, optimizer=optimizer, schedule=schedule,
-        ema_decay=ema_decay, bn_batches=bn_batches, select=select, seed=seed,
-    )  # fmt: skip
-    check_new(out, resume=resume)
-    fabric = open_fabric(device, devices, precision)
+    request = images.request(data)
+    config = training.config(epochs=epochs, lr=lr, seed=images.seed)
+    check_new(out, resume=ending.resume)
+    fabric = place.fabric()
     described = inp.describe_model(model)
     inputs = inp.open_inputs(request).for_model(model)
     classes = len(inputs.splits.class_names)
     # fresh weights follow from the seed, without touching the caller's generator
     with torch.random.fork_rng():
-        torch.manual_seed(generator(seed, "weights").initial_seed())
+        torch.manual_seed(generator(images.seed, "weights").initial_seed())
         network = inp.build_model(model, inputs.splits.image_shape, classes)
     if weights is not None:
         network = inp.load_float_file(model, weights, inputs)
@@ -80,14 +56,13 @@ def train(
         "weights": str(weights) if weights else None,
         "data": vars(request),
         "train": config.model_dump(),
-        "devices": devices,
-        "precision": precision,
+        **place.asked(),
     }
-    run = processes.begin(fabric, out, asked, resume=resume)
-    quiet, json_ = quiet or not fabric.is_global_zero, json_ and fabric.is_global_zero
-    with run, Watch(run, quiet=quiet) as watch:
+    run = processes.begin(fabric, out, asked, resume=ending.resume)
+    ending = ending.of_process(fabric)
+    with run, Watch(run, quiet=ending.quiet) as watch:
         about = inputs.describe()
-        run.update(data=about, model=described, seed=seed, command=options.command_line())
+        run.update(data=about, model=described, seed=images.seed, command=options.command_line())
         identity = {"request": asked, "data": about["fingerprint"]}
         trained = train_(
             network, inputs.train, config, validation=inputs.validation, fabric=fabric,
@@ -102,9 +77,9 @@ def train(
         run.write_json("metrics.json", metrics)
         run.update(status="done")
         processes.end(fabric)
-        write_report(run, inputs, wanted=report and fabric.is_global_zero)
-    show_table(f"{model} on {data}", [summary("float", metrics["float"])], quiet=quiet)
-    if json_:
+        write_report(run, inputs, wanted=ending.report)
+    show_table(f"{model} on {data}", [summary("float", metrics["float"])], quiet=ending.quiet)
+    if ending.json_:
         show_json({"out": str(out), "metrics": metrics})
 
 

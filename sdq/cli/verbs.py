@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sdq.cli.command import Verb
+from sdq.cli.command import Verb, flat
 from sdq.plugins import docstring
 
 VERBS = {
@@ -39,7 +39,7 @@ def register(app: typer.Typer, arguments: list[str]) -> None:
     for verb, file in VERBS.items():
         if verb == asked:
             module = importlib.import_module(f"sdq.cli.{file}")
-            app.command(verb, cls=Verb)(getattr(module, file))
+            app.command(verb, cls=Verb)(flat(getattr(module, file)))
         elif asked not in VERBS:
             app.command(verb, cls=Verb)(_named(file))
     # with a single command typer would drop the verb from the usage line
