@@ -5,7 +5,7 @@ import io
 import json
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # typer uses names that click deprecates
     from sdq.cli.main import main
+from sdq import checkpoint, run_folder
 
 USER_MODELS = """
 import torch
@@ -118,6 +119,47 @@ def write_npz(
 @pytest.fixture(scope="session")
 def sdq() -> Callable[..., Done]:
     return call
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+class Writes:
+    """The files that runs write, of which one can be the last thing that a process does."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._last: int | None = None
+        self._write = checkpoint.write_bytes_atomically
+
+    def __call__(self, path: Path, content: bytes) -> None:
+        self.count += 1
+        if self.count == self._last:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_name(f".{path.name}.999.part").write_bytes(content[: len(content) // 2])
+            raise Killed
+        self._write(path, content)
+
+    @contextlib.contextmanager
+    def killed_in(self, number: int) -> Iterator[None]:
+        """Expect the process to be killed in its write of this number, from 1.
+
+        Half of the file is on the disk then, under another name.
+        """
+        self.count, self._last = 0, number
+        with pytest.raises(Killed):
+            yield
+        self._last = None
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> Writes:
+    """Return what stands between runs and the disk."""
+    found = Writes()
+    monkeypatch.setattr(checkpoint, "write_bytes_atomically", found)
+    monkeypatch.setattr(run_folder, "write_bytes_atomically", found)
+    return found
 
 
 CONFIGS = {

@@ -9,8 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdq import checkpoint, run_folder
-
 MODEL = """
 import torch
 from torch import nn
@@ -150,37 +148,18 @@ def test_centralized_names_the_worst_of_those_it_pools(sdq, command, tmp_path):
     assert len(metrics["specialization"]["clients"]) == 3
 
 
-class Killed(BaseException):
-    """The process is gone."""
-
-
 @pytest.mark.parametrize("methods", ["fedper", "fedavg,fedper"])
-def test_killed_in_any_write_a_federation_goes_on(
-    sdq, command, home, tmp_path, monkeypatch, methods
-):
+def test_killed_in_any_write_a_federation_goes_on(sdq, command, tmp_path, writes, methods):
     command = f"{command} --clients 3 --participation 0.5 --method {methods} --out"
-    left = [10**9]
-    write = checkpoint.write_bytes_atomically
-
-    def limited(path: Path, content: bytes) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-        write(path, content)
-
-    monkeypatch.setattr(checkpoint, "write_bytes_atomically", limited)
-    monkeypatch.setattr(run_folder, "write_bytes_atomically", limited)
     undisturbed = sdq(command, tmp_path / "whole")
     assert undisturbed.code == 0, undisturbed.err
-    writes = 10**9 - left[0]
-    assert writes > 10
+    count = writes.count
+    assert count > 10
     expected = undisturbed.json["metrics"]
-    for number in range(2, writes + 1, max(1, writes // 5)):  # the first is run.json itself
-        left[0] = number
+    for number in range(2, count + 1, max(1, count // 5)):  # the first is run.json itself
         out = tmp_path / f"killed{number}"
-        with pytest.raises(Killed):
+        with writes.killed_in(number):
             sdq(command, out)
-        left[0] = 10**9
         again = sdq(f"{command} {out} --resume")
         assert again.code == 0, again.err
         assert again.json["metrics"] == expected

@@ -1,13 +1,11 @@
 """``sdq federate --bits``: a run that the other verbs take, for all and for single clients."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdq import checkpoint, run_folder
 from sdq.policy import BitwidthPolicy
 
 COMMON = (
@@ -106,31 +104,14 @@ def test_from_a_trained_run_without_rounds_in_float(sdq, files, tmp_path):
     assert mean[0] == mean[1]
 
 
-class Killed(BaseException):
-    """The process is gone."""
-
-
 # in the search; among what is written of the result
 @pytest.mark.parametrize("number", [12, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_in_any_write_it_goes_on(sdq, command, learned, tmp_path, monkeypatch, number):
+def test_killed_in_any_write_it_goes_on(sdq, command, learned, tmp_path, writes, number):
     run, undisturbed = learned
-    left = [10**9]
-    write = checkpoint.write_bytes_atomically
-
-    def limited(path: Path, content: bytes) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-        write(path, content)
-
-    monkeypatch.setattr(checkpoint, "write_bytes_atomically", limited)
-    monkeypatch.setattr(run_folder, "write_bytes_atomically", limited)
     own = ("--client-target", "client 0=bits:1.5", "--client-target", "2=pynq_z2:fps=100")
-    left[0] = number
     command = f"{command} --rounds 1 --bits 3 --keep-clients --out {tmp_path}/killed"
-    with pytest.raises(Killed):
+    with writes.killed_in(number):
         sdq(command, *own)
-    left[0] = 10**9
     again = sdq(f"{command} --resume", *own)
     assert again.code == 0, again.err
     assert again.json["metrics"] == undisturbed.json["metrics"]

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from sdq import checkpoint, run_folder
-
 TRAIN = "train --model mlp --data {f}/ok.npz --epochs 2 --quiet"
 SEARCH = "search --from {f}/float --data {f}/ok.npz --bits 2 --search-epochs 2 --quiet"
 QUANTIZE = (
@@ -20,10 +18,6 @@ QUANTIZE = (
 )
 PTQ = "quantize --from {f}/float --data {f}/ok.npz --bits 2 --ptq --ptq-steps 3 --quiet"
 RESULTS = ("policy.json", "model.safetensors", "metrics.json", "float.safetensors", "layers.json")
-
-
-class Killed(BaseException):
-    """The process is gone."""
 
 
 def same(run: Path, undisturbed: Path) -> None:
@@ -48,29 +42,14 @@ def same(run: Path, undisturbed: Path) -> None:
         pytest.param(PTQ, id="ptq", marks=pytest.mark.slow),
     ],
 )
-def test_killed_in_any_write_a_run_goes_on(sdq, files, tmp_path, monkeypatch, command):
-    """Half of the file is on the disk, under another name, when the process is killed."""
+def test_killed_in_any_write_a_run_goes_on(sdq, files, tmp_path, writes, command):
     command = f"{command.format(f=files)} --out"
-    left = [10**9]
-
-    def kill(path: Path, content: bytes) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_name(f".{path.name}.999.part").write_bytes(content[: len(content) // 2])
-            raise Killed
-        write(path, content)
-
-    write = checkpoint.write_bytes_atomically
-    monkeypatch.setattr(checkpoint, "write_bytes_atomically", kill)
-    monkeypatch.setattr(run_folder, "write_bytes_atomically", kill)
     assert sdq(command, tmp_path / "undisturbed").code == 0
-    writes = 10**9 - left[0]
-    assert writes > 6
-    for number in range(1, writes + 1):
+    count = writes.count
+    assert count > 6
+    for number in range(1, count + 1):
         run = tmp_path / f"killed_{number}"
-        left[0] = number
-        with pytest.raises(Killed):
+        with writes.killed_in(number):
             sdq(command, run)
         begun = (run / "run.json").exists()  # else there is nothing to resume
         done = sdq(f"{command} {run} {'--resume' if begun else ''}")
