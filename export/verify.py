@@ -46,6 +46,10 @@ CODES_AT_A_TIME = 30_000_000
 from them, some gigabytes."""
 
 
+Watcher = Callable[[str, int, int], None]
+"""Takes a stage of the comparison, the images that are done there, and how many there are."""
+
+
 def verify(
     qmodel: QuantModel,
     folder: str | Path,
@@ -53,6 +57,7 @@ def verify(
     format: "str | Format",
     inputs: Tensor,
     batch_size: int = 50,
+    watch: Watcher | None = None,
 ) -> VerifyReport:
     """Compare an exported file with the network it was written from.
 
@@ -64,6 +69,7 @@ def verify(
             preprocessing, uint8 pixels ``(N, C, H, W)``. A few hundred images will do.
         batch_size: images at a time, fewer where they have many codes; bounds the memory, and
             changes no result in float64.
+        watch: called as images have been compared.
 
     Returns:
         The report. A file that differs, was changed or cannot be run is ``verified=False`` with
@@ -91,9 +97,11 @@ def verify(
         reasons += differences
         with _reading(path):
             run = plugin.open_exact(path)
-        exact = _compare_exact(path, run, reference, inputs, prepare, batch_size, static)
+        chunks = _chunks(inputs, prepare, batch_size, "float64", watch)
+        exact = _compare_exact(path, run, reference, chunks, static)
         reasons += _judge_exact(exact, bool(differences))
-        runtimes, missing = _compare_runtimes(plugin, path, reference, inputs, prepare, batch_size)
+        chunks = _chunks(inputs, prepare, batch_size, "float32", watch)
+        runtimes, missing = _compare_runtimes(plugin, path, reference, chunks)
         warnings += missing
         for stage in runtimes:
             found = _judge_runtime(stage)
@@ -234,23 +242,26 @@ def _compare_quantizers(
 
 
 def _chunks(
-    inputs: Tensor, prepare: Preparation, batch_size: int
+    inputs: Tensor, prepare: Preparation, batch_size: int, stage: str, watch: Watcher | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the images in parts; when the next one is asked for, those before it are done."""
+    done = 0
     for chunk in torch.split(inputs, batch_size):
         yield prepare(chunk)
+        done += len(chunk)
+        if watch is not None:
+            watch(stage, done, len(inputs))
 
 
 def _compare_exact(
     path: Path,
     run: Runner,
     reference: Reference,
-    inputs: Tensor,
-    prepare: Preparation,
-    batch_size: int,
+    chunks: Iterator[tuple[Tensor, Tensor]],
     count: _Count,
 ) -> ExactStage:
     difference = largest = 0.0
-    for images, feed in _chunks(inputs, prepare, batch_size):
+    for images, feed in chunks:
         ours = reference.float64(images)
         with _reading(path):
             theirs = run(feed)
@@ -297,12 +308,7 @@ def _judge_exact(stage: ExactStage, known: bool) -> list[str]:
 
 
 def _compare_runtimes(
-    plugin: Format,
-    path: Path,
-    reference: Reference,
-    inputs: Tensor,
-    prepare: Preparation,
-    batch_size: int,
+    plugin: Format, path: Path, reference: Reference, chunks: Iterator[tuple[Tensor, Tensor]]
 ) -> tuple[list[RuntimeStage], list[str]]:
     """Return a stage for each runtime that is installed, and what is to be said of the others."""
     plain: dict[str, Runner] = {}
@@ -317,7 +323,7 @@ def _compare_runtimes(
         except ToolMissing as error:
             missing.append(f"{runtime}: not run: {error}")
     tallies = {runtime: Tally(reference) for runtime in tapped}
-    for images, feed in _chunks(inputs, prepare, batch_size):
+    for images, feed in chunks:
         ours = reference.float32(images)
         for runtime, tally in tallies.items():
             with _reading(path):

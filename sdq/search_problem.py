@@ -14,7 +14,7 @@ from sdq.cost import Constraint
 from sdq.projection import project
 from sdq.quant_model import QuantModel
 from sdq.search_space import SearchSpace
-from sdq.train import Loader, Watcher
+from sdq.train import Loader, StepReport, Watcher
 
 if TYPE_CHECKING:  # it imports half of torch: only who trains waits for it
     from lightning_fabric import Fabric
@@ -45,6 +45,19 @@ class SearchProblem:
     fabric: "Fabric | None" = None
     checkpoint: Checkpoint | None = None
     watch: Watcher | None = None
+
+    def tell(self, part: int, parts: int, step: int, steps: int, loss: float) -> None:
+        """Tell whoever watches how far a method without a training loop is.
+
+        Args:
+            part: of the search, from 0.
+            parts: of which it consists, each of as many steps.
+            step: of the part, done.
+            steps: of a part.
+            loss: as it is now.
+        """
+        if self.watch is not None:
+            self.watch(StepReport("search", part, parts, step, steps, loss))
 
     def project(self, utilities: Sequence[Sequence[float]]) -> list[int]:
         """Return the candidates of greatest total utility within the budget."""

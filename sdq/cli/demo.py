@@ -64,7 +64,7 @@ def demo(
     exports = {}
     for format_ in FORMATS:
         document = write_and_verify(
-            folder, qmodel, inputs, format_, out / "sdq" / "export" / format_
+            folder, qmodel, inputs, format_, out / "sdq" / "export" / format_, quiet=quiet
         )
         exports[format_] = document
         print(f"\n{format_}: " + describe(document))

@@ -16,7 +16,7 @@ from sdq import plugins
 from sdq.batches import Normalization
 from sdq.cli import completion, options
 from sdq.cli import inputs as inp
-from sdq.cli.progress import finite, show_json, show_table
+from sdq.cli.progress import finite, show_json, show_table, stages
 from sdq.cli.run_data import run_inputs
 from sdq.errors import RequestError, RunError
 from sdq.quant_model import QuantModel
@@ -138,7 +138,7 @@ def export_run(
         wishes = {key: str(value) for key, value in asked.items() if value is not None}
         document = write_and_verify(
             folder, qmodel, inputs if verify else None, name, place, with_preprocessing, samples,
-            overwrite, opset, wishes,
+            overwrite, opset, wishes, quiet=quiet,
         )  # fmt: skip
         if name in expected:
             document["expected"] = expected[name]
@@ -219,10 +219,13 @@ def write_and_verify(
     overwrite: bool = False,
     opset: int | None = None,
     wishes: Mapping[str, str] | None = None,
+    *,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Write one format and, given data, verify it. Return what both report, as JSON values.
 
-    ``wishes`` are the format's own options; they go into the file's metadata.
+    ``wishes`` are the format's own options; they go into the file's metadata. Unless ``quiet``, how
+    far the comparison is shows on standard error.
     """
     recorded = folder.read_json("run.json")["data"]
     normalization = _normalization(folder)
@@ -247,12 +250,9 @@ def write_and_verify(
     document: dict[str, Any] = {"export": {**result.to_json(), "path": str(result.path)}}
     if inputs is not None:
         pixels = _pixels(inputs, samples)
-        report = export.verify(
-            qmodel,
-            out,
-            format=format_,
-            inputs=pixels if with_preprocessing else normalization(pixels),
-        )
+        images = pixels if with_preprocessing else normalization(pixels)
+        with stages(f"verify {format_}", quiet=quiet) as watch:
+            report = export.verify(qmodel, out, format=format_, inputs=images, watch=watch)
         document["verification"] = finite(report.to_json())
         _keep(out, document["verification"])
         document["summary"] = list(report.lines)

@@ -1,9 +1,10 @@
 """Live progress on standard error, and tables and JSON on standard output."""
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,32 @@ from sdq.run_folder import RunFolder
 from sdq.train import StepReport
 
 
+def _progress(figures: str, quiet: bool) -> Progress:
+    """Return bars with the time left, on standard error."""
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn(figures)
+    console = Console(stderr=True)
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet)
+
+
+@contextlib.contextmanager
+def stages(title: str, *, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Show stages of some work as bars; what is given takes a stage, what is done, and of how many.
+
+    Args:
+        title: of the work.
+        quiet: show nothing.
+    """
+    tasks: dict[str, TaskID] = {}
+    with _progress("{task.completed}/{task.total}", quiet) as progress:
+
+        def told(stage: str, done: int, count: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(f"{title} {stage}", total=count)
+            progress.update(tasks[stage], completed=done)
+
+        yield told
+
+
 class Watch:
     """Shows steps as a bar with the time left, and writes each epoch to the run's log.
 
@@ -22,14 +49,7 @@ class Watch:
 
     def __init__(self, run: RunFolder, *, quiet: bool) -> None:
         self.run = run
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}% loss {task.fields[loss]:.4f}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=quiet,
-        )
+        self.progress = _progress("{task.percentage:>3.0f}% loss {task.fields[loss]:.4f}", quiet)
         self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "Watch":

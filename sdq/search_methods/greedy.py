@@ -38,8 +38,12 @@ def choose(problem: SearchProblem) -> list[int]:
         saved = over(picks) - over(lower)
         return (measure(lower) - now) / saved if saved > 0 else float("inf")
 
-    step = 0
-    queue = [(price(u), u, step) for u in range(len(units)) if picks[u]]
+    step, most = 0, over(picks)
+    queue = []
+    for u in range(len(units)):
+        if picks[u]:
+            queue.append((price(u), u, step))
+        problem.tell(0, 2, u + 1, len(units), now)
     heapq.heapify(queue)
     while over(picks) > 0 and queue:
         _, unit, measured = heapq.heappop(queue)
@@ -49,6 +53,7 @@ def choose(problem: SearchProblem) -> list[int]:
         picks[unit] -= 1
         step += 1
         now = measure(picks)
+        problem.tell(1, 2, int(len(units) * (1 - over(picks) / most)), len(units), now)
         if picks[unit]:
             heapq.heappush(queue, (price(unit), unit, step))
     # the last step may have saved more than was needed: spend what is left where it was reached

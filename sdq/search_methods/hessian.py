@@ -65,7 +65,8 @@ def hessian_diagonals(problem: SearchProblem) -> dict[int, Tensor]:
         weights = [qmodel.weight(name) for name in names]
         found = [torch.zeros_like(weight) for weight in weights]
         count = 0
-        for images, labels in problem.batches(BATCHES):
+        batches = list(problem.batches(BATCHES))
+        for images, labels in batches:
             logits = qmodel(images.to(device))
             loss = task_of(logits).loss(logits, labels.to(device))
             gradients = torch.autograd.grad(loss, weights, create_graph=True)
@@ -80,4 +81,5 @@ def hessian_diagonals(problem: SearchProblem) -> dict[int, Tensor]:
                 for total, probe, product in zip(found, probes, products, strict=True):
                     total += probe * product
                 count += 1
+                problem.tell(0, 1, count, len(batches) * PROBES, float(loss.detach()))
     return {i: total / count for i, total in zip(wanted, found, strict=True)}

@@ -22,6 +22,7 @@ from sdq.search import search
 from sdq.search_methods import greedy, hessian
 from sdq.search_problem import SearchProblem
 from sdq.search_space import SearchSpace, block_of
+from sdq.train import StepReport
 
 Batch = tuple[Tensor, Tensor]
 METHODS = plugins.names("sdq.search_methods")
@@ -57,6 +58,21 @@ def test_budget_seed_and_model(
     assert all(torch.equal(v, before[k]) for k, v in qmodel.state_dict().items())
     apply_policy_(qmodel, policies[0])
     assert qmodel(batches()[0][0]).isfinite().all()
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("uniform", "random")])
+def test_whoever_watches_sees_it_begin_go_on_and_end(
+    method: str, qmodel: QuantModel, batches: Callable[..., list[Batch]]
+) -> None:
+    seen: list[StepReport] = []
+    search(
+        qmodel, batches(), budget=Budget(avg_weight_bits=2.0), config=QUICK, method=method,
+        watch=seen.append,
+    )  # fmt: skip
+    assert len({(r.phase, r.epochs, r.steps) for r in seen}) == 1
+    done = [r.epoch * r.steps + r.step for r in seen]
+    assert done == sorted(done)
+    assert 0 < done[0] < done[-1] == seen[0].epochs * seen[0].steps
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -202,6 +202,16 @@ def test_a_file_without_a_scale_is_not_verified(tmp_path, network, sample, image
     assert "'8_input.scale' of the file must be a constant" in report.reason
 
 
+def test_whoever_watches_sees_every_image_compared(tmp_path, network, sample, images):
+    qmodel, seen = network("plain", bits=3), []
+    export.write(qmodel, tmp_path, format="qonnx", sample=sample)
+    export.verify(
+        qmodel, tmp_path, format="qonnx", inputs=images[:7], batch_size=3,
+        watch=lambda *what: seen.append(what),
+    )  # fmt: skip
+    assert seen == [(f"float{n}", done, 7) for n in (64, 32) for done in (3, 6, 7)]
+
+
 def test_the_report_is_json_and_lines(tmp_path, network, sample, images):
     qmodel = network("plain")
     export.write(qmodel, tmp_path, format="onnx", sample=sample)
