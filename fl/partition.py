@@ -50,7 +50,11 @@ def dirichlet(
 def dirichlet_with_shares(
     labels: Tensor, clients: int, alpha: float, seed: int, *, min_examples: int = 1
 ) -> tuple[list[Tensor], np.ndarray]:
-    """Return what :func:`dirichlet` does, and the shares it drew, ``(classes, clients)``."""
+    """Return what :func:`dirichlet` does, and the shares it drew, ``(classes, clients)``.
+
+    Raises:
+        RequestError: as of :func:`dirichlet`.
+    """
     _check(labels, clients)
     if not 0 < alpha < float("inf"):
         raise RequestError(f"partition: alpha must be positive and finite, got {alpha}")

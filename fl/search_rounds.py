@@ -186,7 +186,11 @@ class SearchRounds(QuantRounds):
 
     @torch.no_grad()
     def load_bits_(self, tensors: Tensors) -> None:
-        """Take them up."""
+        """Take up what :meth:`bits_state` gave.
+
+        Raises:
+            RequestError: they are of another search.
+        """
         state = self.bits_state()
         for name, tensor in tensors.items():
             if name not in state or tensor.shape != state[name].shape:

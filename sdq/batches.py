@@ -62,7 +62,16 @@ class Normalization:
 
     @classmethod
     def given(cls, mean: Sequence[float], std: Sequence[float], channels: int) -> "Normalization":
-        """Return the caller's statistics; one value serves every channel."""
+        """Return the caller's statistics; one value serves every channel.
+
+        Args:
+            mean: of pixels in 0..1, for all channels or for each.
+            std: likewise.
+            channels: of the images.
+
+        Raises:
+            RequestError: neither one value nor one for each channel.
+        """
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, channels):
                 raise RequestError(

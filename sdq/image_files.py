@@ -114,7 +114,12 @@ def planes(image: Image.Image) -> np.ndarray:
 def common_format(
     where: str, files: Sequence[ImageFile], image_size: int | None
 ) -> tuple[int, tuple[int, int]]:
-    """Read every header; return the channels and ``(H, W)`` that all images get."""
+    """Read every header; return the channels and ``(H, W)`` that all images get.
+
+    Raises:
+        RequestError: an image cannot be read or has not 8 bits, or sizes differ without an
+            ``image_size``.
+    """
     grey, first = True, None
     for file in files:
         try:

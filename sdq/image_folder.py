@@ -67,6 +67,10 @@ def read_tables(
             in the CSV files of the folder.
         parts: the split of each image, by its name without suffix; others are left out.
         class_names: in their order; None takes those in the tables.
+
+    Raises:
+        RequestError: a table without the columns, a row without its image or with another's, or an
+            image that cannot be read.
     """
     index = _index(folder)
     groups = _column(folder, tables.values(), index, GROUP_COLUMNS)

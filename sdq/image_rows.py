@@ -83,6 +83,9 @@ def build(
         options: see :class:`sdq.data.DataOptions`.
         foreground: of a set for segmentation, the classes of its masks' values from 1 on; the
             labels may then be empty.
+
+    Raises:
+        RequestError: no rows, or images or masks that do not go together.
     """
     if not rows:
         raise RequestError(f"{where}: the set must have at least one image, got none; {LAYOUTS}")

@@ -106,6 +106,9 @@ def quantized_weights(
     Args:
         run: of ``sdq quantize``; of ``sdq search``, which does not fine-tune, the second is empty.
         policy: of the run.
+
+    Raises:
+        RequestError: the run quantized nothing, or its files do not go together.
     """
     quant = run.read_json("run.json").get("quant")
     if quant is None:

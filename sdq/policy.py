@@ -127,7 +127,11 @@ class BitwidthPolicy:
         return sum(layer.total_weight_bits for layer in self.layers) / 8
 
     def with_weight_bits(self, bits: Mapping[str, int]) -> "BitwidthPolicy":
-        """Return a policy in which the named layers have these weight bits."""
+        """Return a policy in which the named layers have these weight bits.
+
+        Raises:
+            RequestError: there is no layer of such a name.
+        """
         unknown = set(bits) - {layer.name for layer in self.layers}
         if unknown:
             raise RequestError(f"policy: no layer named {sorted(unknown)[0]!r}")

@@ -57,7 +57,11 @@ def has_layers(module: nn.Module) -> bool:
 
 
 def skipped_modules(model: nn.Module, skip: tuple[str, ...]) -> set[str]:
-    """Return the paths of the outermost modules that match."""
+    """Return the paths of the outermost modules that match.
+
+    Raises:
+        RequestError: a pattern matches nothing, or a list of modules of which only some match.
+    """
     paths = [path for path, _ in model.named_modules() if path]
     for pattern in skip:
         if not any(_matches(path, (pattern,)) for path in paths):

@@ -96,7 +96,11 @@ def _shown(costs: Mapping[str, float]) -> dict[str, float]:
 
 
 def read_policy(what: Path) -> tuple[BitwidthPolicy, tuple[LayerSpec, ...]]:
-    """Return the policy of a run folder or file, and the layers it is for."""
+    """Return the policy of a run folder or file, and the layers it is for.
+
+    Raises:
+        RequestError: there is none, or not the layers that it is for beside it.
+    """
     path = what / "policy.json" if what.is_dir() else what
     if what.is_dir() and not path.is_file():
         raise RequestError(

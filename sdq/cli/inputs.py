@@ -137,7 +137,11 @@ class Inputs:
         return self.plain(self.splits.val)
 
     def held_out(self) -> Batches:
-        """Return the test set; the validation set where there is no test set."""
+        """Return the test set; the validation set where there is no test set.
+
+        Raises:
+            RequestError: there is neither.
+        """
         part = self.splits.test or self.splits.val
         if part is None:
             raise RequestError(
@@ -193,6 +197,9 @@ def open_inputs(
         recorded: ``run.json``'s ``data`` of the run the network comes from: its normalisation is
             used unless the request names one, and its classes and shape must fit.
         every_class: see :func:`sdq.data.open_data`.
+
+    Raises:
+        RequestError: no such data, or shares, normalisation or a division that do not fit them.
     """
     shares = numbers(request.split, "--split")
     if len(shares) != 3 or min(shares) < 0 or not shares[0] > 0:
@@ -284,6 +291,10 @@ def build_model(reference: str, splits_shape: tuple[int, ...], classes: int) -> 
         reference: ``--model``.
         splits_shape: ``(C, H, W)`` of the images.
         classes: number of classes.
+
+    Raises:
+        RequestError: no such function, it wants what nobody can give it, it fails, or it returns
+            no network.
     """
     function, _ = _builder(reference)
     channels, height, _ = splits_shape
@@ -363,7 +374,11 @@ def _check_one_model(run: RunFolder, document: dict[str, Any]) -> None:
 
 
 def load_quantized(run: RunFolder) -> QuantModel:
-    """Return the quantized network of a run that ended well."""
+    """Return the quantized network of a run that ended well.
+
+    Raises:
+        RequestError: the run is not one of a quantized network, has not ended, or is damaged.
+    """
     check_ended(run)
     document = run.read_json("run.json")
     if not document.get("quant") or _verb(document) == "search":

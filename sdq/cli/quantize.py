@@ -61,7 +61,11 @@ class Source:
 
 
 def open_source(asked: SourceOptions, request: inp.DataRequest) -> Source:
-    """Open the float network named by ``--from``, or by ``--model`` and ``--weights``."""
+    """Open the float network named by ``--from``, or by ``--model`` and ``--weights``.
+
+    Raises:
+        RequestError: it is named by neither or by both, or network, weights and data do not fit.
+    """
     model, weights, from_ = asked.model, asked.weights, asked.from_
     if (from_ is None) == (model is None):
         got = "neither" if from_ is None else "both"

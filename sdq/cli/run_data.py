@@ -18,7 +18,22 @@ def run_inputs(
     split: str | None = None,
     batch_size: int = 256,
 ) -> inp.Inputs:
-    """Open a run's own data as it was, or other data prepared as the run's was."""
+    """Open a run's own data as it was, or other data prepared as the run's was.
+
+    Args:
+        folder: of the run.
+        data: other data; None: the run's own. The following are of other data alone but ``root``.
+        root: folder that holds the data sets read by name; None: as it was.
+        image_size: side in pixels; None: as it was.
+        mean: of pixels, as ``--mean`` has it; None: as it was.
+        std: likewise.
+        split: shares, as ``--split`` has them; None: as it was.
+        batch_size: images at a time.
+
+    Raises:
+        RequestError: the run has not ended or had no images, its data are gone or changed since,
+            or the other data do not fit its network.
+    """
     inp.check_ended(folder)
     document = folder.read_json("run.json")
     recorded = document["data"]

@@ -11,6 +11,9 @@ def choose(problem: SearchProblem) -> list[int]:
 
     Activations, if they are to be chosen too, take the fixed bitwidth of the configuration or the
     next lower candidate.
+
+    Raises:
+        RequestError: not even the lowest candidates are within the budget.
     """
     units = problem.space.units
     act_bits = problem.qmodel.config.act_bits
