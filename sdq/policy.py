@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdq.errors import RequestError
+from sdq.errors import RequestError, nearest
 
 SCHEMA = "sdq.policy/1"
 FLOAT_BITS = 32
@@ -132,9 +132,12 @@ class BitwidthPolicy:
         Raises:
             RequestError: there is no layer of such a name.
         """
-        unknown = set(bits) - {layer.name for layer in self.layers}
+        names = [layer.name for layer in self.layers]
+        unknown = sorted(set(bits) - set(names))
         if unknown:
-            raise RequestError(f"policy: no layer named {sorted(unknown)[0]!r}")
+            raise RequestError(
+                f"policy: no layer named {unknown[0]!r}; {nearest(unknown[0], names)}"
+            )
         return BitwidthPolicy(
             tuple(
                 replace(x, weight_bits=bits[x.name], channel_bits=None) if x.name in bits else x

@@ -97,7 +97,7 @@ def reading(corpus: ModuleType, read: Any) -> Any:
     ("what", "expected"),
     [("raise KeyError('x')", "KeyError"), ("open(folder / 'new', 'w').close()", "to write"),
      ("(folder / 'file').unlink()", "os.remove"), ("bytearray(2 ** 36)", "MemoryError"),
-     ("__import__('time').sleep(30)", "took more than"),
+     ("__import__('time').sleep(30)", "took more than"), ("while True: pass", "took more than"),
      ("raise __import__('sdq').RequestError('a' * 3000)", "a message of 3000 characters")],
 )  # fmt: skip
 def test_the_driver_sees_a_defect(
@@ -105,6 +105,7 @@ def test_the_driver_sees_a_defect(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(fuzz, "SECONDS", 1)
+    monkeypatch.setattr(fuzz, "WAIT", 1 if "sleep" in what else 30)
     (tmp_path / "file").write_text("x")
 
     def read(folder: Path) -> None:
