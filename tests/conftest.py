@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import settings
+from small_networks import Head
 from torch import Tensor, nn
 
 from fl import ClientData
@@ -196,17 +197,6 @@ class Between(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(self.compute(self, self.a(x))).mean((2, 3)))
-
-
-class Head(nn.Module):
-    """The mean over positions, and a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x.mean((2, 3)))
 
 
 def _seeded(make: Callable[[], nn.Module]) -> nn.Module:

@@ -6,32 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import Head, NoisyNorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sdq.batch_norm import FrozenBatchNorm
 from sdq.quant_model import QuantModel
-
-
-class Head(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x.mean((2, 3)))
-
-
-class NoisyNorm(nn.Module):
-    """A batch normalisation inside a module that asks for the mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm2d(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(x)
-        return x + 0.1 * torch.randn_like(x) if self.training else x
 
 
 def head_after(*layers: nn.Module) -> nn.Module:

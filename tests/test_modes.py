@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import NoisyNorm
 from torch import Tensor, nn
 
 from sdq.calibration import in_float
@@ -43,18 +44,6 @@ class BatchNormAct(nn.BatchNorm2d):
             self.training or not self.track_running_stats, self.momentum, self.eps,
         )  # fmt: skip
         return self.act(x)
-
-
-class NoisyNorm(nn.Module):
-    """A batch normalisation inside a module that asks for the mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm2d(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(x)
-        return x + 0.1 * torch.randn_like(x) if self.training else x
 
 
 MODES: dict[str, Callable[[Callable[..., nn.Module]], nn.Module]] = {

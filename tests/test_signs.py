@@ -1,27 +1,17 @@
 """What cannot be negative needs no sign, whatever is done with its shape."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import padded, unpacked
 from torch import Tensor, nn
 
 from sdq.quant_model import QuantModel
 
 Compute = Callable[[Any, Tensor], Any]
-
-
-def unpacked(net: Any, x: Tensor) -> Tensor:
-    n, c, h, w = x.shape
-    return x.view(n, c, h * w).relu().view(n, c, h, w)
-
-
-def padded(net: Any, x: Tensor) -> Tensor:
-    missing = math.ceil(x.shape[-1] / 7) * 7 - x.shape[-1]
-    return F.pad(F.relu(x), [missing // 2, missing - missing // 2, 0, 0])
 
 
 SIGNS: dict[str, tuple[Compute, bool]] = {

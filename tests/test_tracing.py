@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import padded, unpacked
 from torch import Tensor, nn
 
 import export
@@ -28,16 +29,6 @@ def kinds(qmodel: QuantModel) -> dict[str, str]:
 
 def looped(net: Any, x: Tensor) -> Tensor:
     return torch.stack([F.relu(x[:, i]) for i in range(x.size(1))], 1)
-
-
-def unpacked(net: Any, x: Tensor) -> Tensor:
-    n, c, h, w = x.shape
-    return x.view(n, c, h * w).relu().view(n, c, h, w)
-
-
-def padded(net: Any, x: Tensor) -> Tensor:
-    missing = math.ceil(x.shape[-1] / 7) * 7 - x.shape[-1]
-    return F.pad(F.relu(x), [missing // 2, missing - missing // 2, 0, 0])
 
 
 def counted(net: Any, x: Tensor) -> Tensor:
