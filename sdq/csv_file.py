@@ -10,7 +10,7 @@ from sdq.errors import RequestError
 
 @contextlib.contextmanager
 def open_lines(path: Path, errors: str = "strict") -> Iterator[Iterator[list[str]]]:
-    """Open a CSV and give its lines, each a list of cells.
+    """Open a CSV and give its lines that are not empty, each a list of cells.
 
     Args:
         path: of the file; cells of a ``.tab`` or ``.tsv`` are separated by tabs.
@@ -22,16 +22,15 @@ def open_lines(path: Path, errors: str = "strict") -> Iterator[Iterator[list[str
     delimiter = "\t" if path.suffix in (".tab", ".tsv") else ","  # Dataverse gives tables as .tab
     try:
         with path.open(newline="", encoding="utf-8-sig", errors=errors) as stream:
-            yield csv.reader(stream, delimiter=delimiter)
+            yield filter(None, csv.reader(stream, delimiter=delimiter))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RequestError(f"{path}: must be a CSV in UTF-8, got {error}; save it again") from error
 
 
 def rows_under(header: list[str], lines: Iterator[list[str]]) -> Iterator[dict[str, str]]:
-    """Yield the lines that are not empty as rows by column; a short line lacks the last columns."""
+    """Yield lines as rows by column; a short line lacks the last columns."""
     for line in lines:
-        if line:
-            yield dict(zip(header, map(str.strip, line), strict=False))
+        yield dict(zip(header, map(str.strip, line), strict=False))
 
 
 def lower_names(line: list[str]) -> list[str]:

@@ -205,10 +205,9 @@ def federate(
     settings = file.changed("federation", FederationConfig(
         rounds=rounds or 1, local_epochs=local_epochs, batch_size=images.batch_size,
         optimizer=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay,
-        participation=participation,
-        batch_norm=batch_norm, loss=_loss(loss, file), evaluate_every=evaluate_every,
-        adjust=adjust, select=select, keep_clients=keep_clients, seed=images.seed,
-        aggregation=aggregation,
+        participation=participation, batch_norm=batch_norm, loss=_loss(loss, file),
+        evaluate_every=evaluate_every, adjust=adjust, select=select, keep_clients=keep_clients,
+        seed=images.seed, aggregation=aggregation,
         compress=None if compress is None else CompressionConfig.parsed(compress),
     ))  # fmt: skip
     request = images.request(data, asked_clients.split_file)
