@@ -54,7 +54,10 @@ class PhaseSettings:
     def float_phase(self, network: nn.Module) -> Setting:
         """Return the setting of the float phase, which trains this very network."""
         rounds = self.config.rounds if self.rounds is None else self.rounds
-        config = self.config.replaced(rounds=rounds, keep_clients=False)
+        compress = self.config.compress
+        if compress is not None:
+            compress = compress.replaced(policy_bits=False)  # there is none yet
+        config = self.config.replaced(rounds=rounds, keep_clients=False, compress=compress)
         return self._setting(network, self.method, config, self.head)
 
     def search_method(self, network: nn.Module, space: SearchSpace, limit: Limit) -> SearchRounds:
