@@ -103,17 +103,18 @@ class PhaseSettings:
     def tune_phase(self, method: TuneRounds, quantized: QuantModel) -> Setting:
         """Return the setting of the tuning phase."""
         rounds = self.phases.tune_rounds
-        decay: dict[str, Any] = {}
-        if not self.config.lr_decay_rounds and self.config.lr_decay_every is None:
-            at = (-(-rounds // 2), -(-3 * rounds // 4))
-            decay = {"lr_decay": self.phases.tune_lr_decay, "lr_decay_rounds": at}
-        return self._quantized_phase(method, quantized, rounds=rounds, **decay)
+        at = (-(-rounds // 2), -(-3 * rounds // 4))
+        return self._quantized_phase(
+            method, quantized, rounds=rounds, lr_decay=self.phases.tune_lr_decay, lr_decay_rounds=at
+        )
 
     def _quantized_phase(
         self, method: QuantRounds, quantized: QuantModel, **changes: Any
     ) -> Setting:
+        # rounds at which the learning rate falls are counted in the float phase
+        ours = {"keep_clients": False, "lr_decay_rounds": (), "lr_decay_every": None}
         geometric = (*self.config.geometric, *SCALES)
-        config = self.config.replaced(geometric=geometric, keep_clients=False, **changes)
+        config = self.config.replaced(**{"geometric": geometric, **ours, **changes})
         model = copy.deepcopy(quantized)
         set_act_scales_(model, {})  # until the clients tell theirs
         head = self.head if self.head is None else f"net.{self.head}"

@@ -150,6 +150,19 @@ def test_bits_of_the_policy_count_once_there_is_one(tiny: Make, hospitals: Clien
     assert saved[1] >= 3 * (0.75 * weights - len(found.policy.layers))
 
 
+def test_decays_of_the_float_phase_are_its_own(tiny: Make, hospitals: Clients) -> None:
+    """Tuned for eight rounds the rate falls at the fourth and the sixth, to 0.3 and 0.09."""
+    learning = Learning(
+        tiny(), QUANT, Budget(avg_weight_bits=3.0), fl.method("fedavg"), hospitals(), 3,
+        QUICK.replaced(lr=1.0, lr_decay=0.5, lr_decay_rounds=(1,), lr_decay_every=3), 4,
+        PHASES.replaced(tune_rounds=8),
+    )  # fmt: skip
+    rates = {n: [s.config.lr_in(r) for r in range(8)] for n, s in learning.check().items()}
+    assert rates["float"][:4] == [1.0, 0.5, 0.5, 0.25]
+    assert set(rates["search"]) == {1.0}
+    assert rates["tune"] == pytest.approx([1.0] * 4 + [0.3] * 2 + [0.09] * 2)
+
+
 def test_a_device_of_a_clients_own_gets_its_own_bitwidths(tiny: Make, hospitals: Clients) -> None:
     even = ClientBudget(Budget(avg_weight_bits=8), lambda space, unit: (2, 4))
     found = go(
