@@ -21,6 +21,7 @@ with ``--on val`` on the validation images, to choose settings by. Each finished
 
 import argparse
 import json
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -319,6 +320,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     ]
     names = dict.fromkeys(row["row"] for row in rows if "client" not in row)
     lines += [_line(name, [r for r in rows if r["row"] == name]) for name in names]
+    lines += _differences(rows, list(names)) + _bytes(rows)
     own = [row for row in rows if "client" in row]
     if own:
         lines += [
@@ -331,6 +333,43 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             some = [r for r in own if (r["client"], r["row"]) == (client, name)]
             lines.append(f"| {client} | {budget:g} | {name} | {_figures(some)} |")
     _reports.write(options.table, lines)
+
+
+def _differences(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
+    """Return what each row has above the float federation of as many rounds, seed by seed."""
+    if "float_more" not in names:
+        return []
+    scores: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if "client" not in row:
+            scores.setdefault(row["row"], {})[row["seed"]] = row["metrics"]["balanced_accuracy"]
+    lines = [
+        "", "Points of balanced accuracy above float_more, which has the same division, first "
+        "weights and float phase:", "",
+        "| row | by seed | mean ± standard error |", "|---|---|---|",
+    ]  # fmt: skip
+    for name in names:
+        both = [s for s in scores[name] if s in scores["float_more"]]
+        above = [100 * (scores[name][s] - scores["float_more"][s]) for s in both]
+        error = statistics.stdev(above) / len(above) ** 0.5 if len(above) > 1 else 0.0
+        each = ", ".join(f"{points:+.1f}" for points in above)
+        lines.append(f"| {name} | {each} | {statistics.mean(above):+.1f} ± {error:.1f} |")
+    return lines
+
+
+def _bytes(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what few_bytes sends of what the float federation of as many rounds sends."""
+    sent: dict[str, dict[int, int]] = {}
+    for row in rows:
+        if row["row"] in ("float", "float_more", "few_bytes"):
+            sent.setdefault(row["row"], {})[row["seed"]] = row["bytes_up"] + row["bytes_down"]
+    seeds = sent.get("few_bytes", {}).keys() & sent.get("float_more", {}).keys()
+    if not seeds:
+        return []
+    few = sum(sent["few_bytes"][s] for s in seeds)
+    whole = sum(sent["float"][s] + sent["float_more"][s] for s in seeds)
+    return ["", f"few_bytes sends, up and down together, 1/{whole / few:.1f} of what the float "
+            "federation of as many rounds sends (float and float_more)."]  # fmt: skip
 
 
 def _figures(rows: list[dict[str, Any]]) -> str:
