@@ -5,6 +5,7 @@ import shlex
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def data_parser(description: str | None, model: str | None = "resnet20") -> argp
     return found
 
 
-def untrained(name: str, splits: Splits, seed: int, **sizes: int) -> nn.Module:
+def untrained(name: str, splits: Splits, seed: int, **sizes: Any) -> nn.Module:
     """Return a model by name for a data set, with first weights that follow from the seed.
 
     ``sizes`` are for models that take them.

@@ -1,16 +1,19 @@
 r"""Bits learned across clients, beside what one could do instead.
 
     float        the federation in float, from which the other rows start
-    float_more   the same with the rounds of tuning added, at the tuning's learning rates
+    float_more   as many rounds more as search and tuning have, at the tuning's learning rates
     sdq          bits and weights learned in rounds (``sdq federate --bits``)
-    uniform      the same bits everywhere, tuned in as many rounds
-    one_client   bits learned by the client with most images, tuned in as many rounds
-    ptq          the float model quantized after training, on images that one client has
+    uniform      the same bits everywhere, tuned in the rounds of search and tuning
+    one_client   bits learned by the client with most images, in as many epochs as the search has
+                 rounds; tuned as ``sdq``
+    ptq          float_more quantized after training, on images that one client has
+    few_bytes    ``sdq``, but float phase and all with --compress
     personal     ``sdq``, with a budget of their own for the clients of --personal
-    alone        each of those clients by itself: float, search and tuning on its own images
+    alone        each of those clients as a federation of one: all phases on its own images
 
-The first six are measured on the test images of all clients, the last two on the client's own.
-Each finished row is kept in ``--out``; interrupted, the command goes on where it stopped.
+All but the last two are measured on the test images of all clients, those on the client's own;
+with ``--on val`` on the validation images, to choose settings by. Each finished row is kept in
+``--out``; interrupted, the command goes on where it stopped.
 
     python benchmarks/federated_bits.py --data DIR/dermamnist.npz --bits 2 --seeds 0,1,2 \
         --out runs/federated_bits --table benchmarks/results/federated_bits.md
@@ -18,6 +21,7 @@ Each finished row is kept in ``--out``; interrupted, the command goes on where i
 
 import argparse
 import json
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,18 +33,21 @@ from torch import nn
 
 import fl
 import sdq
-from fl.bits import ClientBudget, FederatedBits, PhasesConfig
+from fl.bits import ClientBudget, FederatedBits, PersonalModel, PhasesConfig
 from fl.clients import Partition, clients_of
+from fl.compression import CompressionConfig
 from fl.evaluation import primary
 from sdq.batches import Augmentation, Batches, Normalization, generator
 from sdq.checkpoint import load_tensors, save_tensors
 from sdq.data import DataOptions, ImageSet, Splits, open_data
 from sdq.metrics import agreement, classification_metrics, predict
 from sdq.ptq import soft_labelled
-from sdq.train import train_
 
-ROWS = ("float", "float_more", "sdq", "uniform", "one_client", "ptq", "personal", "alone")
+ROWS = (
+    "float", "float_more", "sdq", "uniform", "one_client", "ptq", "few_bytes", "personal", "alone"
+)  # fmt: skip
 PTQ_IMAGES = 512
+DECAY = PhasesConfig().tune_lr_decay
 
 
 def main() -> None:
@@ -59,6 +66,8 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = _reports.data_parser(__doc__, "vgg_like")
     parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--on", choices=("test", "val"), default="test", help="what is measured")
+    parser.add_argument("--widths", help="of a model that takes them, such as 8,16,32")
     parser.add_argument("--bits", type=float, default=2.0)
     parser.add_argument("--act-bits", type=int, default=4)
     parser.add_argument("--personal", default="0:1.5,1:3", help="CLIENT:BITS, ...")
@@ -70,8 +79,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--search-rounds", type=int, default=6)
     parser.add_argument("--tune-rounds", type=int, default=8)
     parser.add_argument("--distill", type=float, default=PhasesConfig().distill)
+    parser.add_argument("--compress", default="2,policy", help="of few_bytes")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr-decay-rounds", default="", help=f"of float, times {DECAY} each")
+    parser.add_argument("--tune-lr", type=float, help="of search and tuning; as --lr")
     parser.add_argument("--train-images", type=int, default=0, help="a part of them; 0: all")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--out", type=Path, required=True)
@@ -116,32 +128,29 @@ class Bench:
     # --- rows
 
     def row_float(self) -> list[dict[str, Any]]:
-        done = fl.run(self.untrained(), rounds=self.options.rounds, **self.common())
-        save_tensors(self.float_file, done.state)
-        return [self.measured(self.float_network(), 32.0, done.bytes_up, done.bytes_down)]
+        done = self.in_float()
+        save_tensors(self.file("float"), done.state)
+        return [self.measured(self.network("float"), 32.0, done.bytes_up, done.bytes_down)]
 
     def row_float_more(self) -> list[dict[str, Any]]:
-        tuned = self.options.tune_rounds
-        decays = {
-            "lr_decay": PhasesConfig().tune_lr_decay,
-            "lr_decay_rounds": (-(-tuned // 2), -(-3 * tuned // 4)),
-        }
-        common = self.common()
-        config = common.pop("config").replaced(**decays)
-        done = fl.run(self.float_network(), rounds=tuned, config=config, **common)
-        network = self.untrained()
-        network.load_state_dict(done.state)
+        rounds = self.options.search_rounds + self.options.tune_rounds
+        at = (-(-rounds // 2), -(-3 * rounds // 4))  # as the tuning has it
+        common = self.common(tuning=True, lr_decay=DECAY, lr_decay_rounds=at)
+        done = fl.run(self.network("float"), rounds=rounds, **common)
+        save_tensors(self.file("float_more"), done.state)
+        network = self.network("float_more")
         return [self.measured(network, 32.0, done.bytes_up, done.bytes_down)]
 
     def row_sdq(self) -> list[dict[str, Any]]:
         return [self.learned(self.federated())]
 
     def row_uniform(self) -> list[dict[str, Any]]:
-        return [self.learned(self.federated(search_method="uniform"))]
+        rounds = self.options.search_rounds + self.options.tune_rounds
+        return [self.learned(self.federated(search_method="uniform", tune_rounds=rounds))]
 
     def row_one_client(self) -> list[dict[str, Any]]:
         largest = max(self.clients, key=lambda c: len(c.train))
-        network, loader = self.float_network(), self.batches(largest.train)
+        network, loader = self.network("float"), self.batches(largest.train)
         qmodel = sdq.quantize(network, self.quant, sample=self.sample)
         policy = sdq.search(
             qmodel, loader, budget=self.budget(self.options.bits), teacher=network,
@@ -151,7 +160,7 @@ class Bench:
 
     def row_ptq(self) -> list[dict[str, Any]]:
         largest = max(self.clients, key=lambda c: len(c.train))
-        network = self.float_network()
+        network = self.network("float_more")
         images = torch.cat([x for x, _ in self.batches(largest.train, augmented=False)])
         images = images[:PTQ_IMAGES]
         data = soft_labelled(network, images)
@@ -165,18 +174,18 @@ class Bench:
         sdq.ptq_(qmodel, images, sdq.PtqConfig(seed=self.seed))
         return [self.quantized(qmodel, 0, 0)]
 
+    def row_few_bytes(self) -> list[dict[str, Any]]:
+        few = CompressionConfig.parsed(self.options.compress)
+        before = self.in_float(compress=few.replaced(policy_bits=False))
+        network = self.untrained()
+        network.load_state_dict(before.state)
+        found = self.learned(self.federated(network, compress=few))
+        return [{**found, **{k: found[k] + getattr(before, k) for k in ("bytes_up", "bytes_down")}}]
+
     def row_personal(self) -> list[dict[str, Any]]:
         budgets = {k: ClientBudget(self.budget(b)) for k, b in self.own_bits.items()}
         done = self.federated(personal=budgets)
-        return [
-            {
-                "client": client, "budget": self.own_bits[client],
-                "bits": model.policy.avg_weight_bits,
-                "metrics": primary(model.evaluation["test"]),
-                "policy": [b.weight_bits for b in model.policy if b.searched],
-            }
-            for client, model in done.personal.items()
-        ]  # fmt: skip
+        return [self.own(done.personal[k], k) for k in self.own_bits]
 
     def row_alone(self) -> list[dict[str, Any]]:
         return [self.by_itself(client, bits) for client, bits in self.own_bits.items()]
@@ -184,44 +193,57 @@ class Bench:
     # --- parts
 
     def untrained(self) -> nn.Module:
-        return _reports.untrained(self.options.model, self.splits, self.seed)
+        widths = self.options.widths
+        sizes = {"widths": [int(w) for w in widths.split(",")]} if widths else {}
+        return _reports.untrained(self.options.model, self.splits, self.seed, **sizes)
 
-    @property
-    def float_file(self) -> Path:
-        return self.options.out / f"float-{self.seed}.safetensors"
+    def file(self, row: str) -> Path:
+        return self.options.out / f"{row}-{self.seed}.safetensors"
 
-    def float_network(self) -> nn.Module:
+    def network(self, row: str) -> nn.Module:
         network = self.untrained()
-        network.load_state_dict(load_tensors(self.float_file)[0])
+        network.load_state_dict(load_tensors(self.file(row))[0])
         return network
 
-    def common(self) -> dict[str, Any]:
+    def common(self, *, tuning: bool = False, **changes: Any) -> dict[str, Any]:
         options = self.options
-        config = fl.FederationConfig(
-            batch_size=options.batch_size, lr=options.lr, seed=self.seed, evaluate_every=1000,
-            loss=fl.LossConfig(name=options.loss),
-        )  # fmt: skip
+        at = tuple(int(r) for r in options.lr_decay_rounds.split(",") if r)
+        pace: dict[str, Any] = {"lr": options.lr, "lr_decay": DECAY, "lr_decay_rounds": at}
+        if tuning:
+            pace = {"lr": options.tune_lr or options.lr}
+        config = fl.FederationConfig(**{
+            "batch_size": options.batch_size, "seed": self.seed, "evaluate_every": 1000,
+            "loss": fl.LossConfig(name=options.loss), **pace, **changes,
+        })  # fmt: skip
         return {
             "method": options.method, "clients": self.clients, "config": config,
             "num_classes": len(self.splits.class_names), "normalization": self.normalization,
             "augment": self.augment,
         }  # fmt: skip
 
+    def in_float(self, **changes: Any) -> fl.Federated:
+        return fl.run(self.untrained(), rounds=self.options.rounds, **self.common(**changes))
+
     def budget(self, bits: float) -> sdq.Budget:
         return sdq.Budget(avg_weight_bits=bits)
 
-    def federated(self, policy: Any = None, search_method: str = "sdq", **more: Any) -> Any:
+    def federated(
+        self, network: nn.Module | None = None, *, policy: Any = None, search_method: str = "sdq",
+        tune_rounds: int | None = None, compress: CompressionConfig | None = None, **more: Any,
+    ) -> Any:  # fmt: skip
+        """Learn bits and tune, from a float network; ``more`` takes the place of what is common."""
         options = self.options
         phases = PhasesConfig(
             search_method=search_method, search_rounds=options.search_rounds,
-            tune_rounds=options.tune_rounds, distill=options.distill,
+            tune_rounds=tune_rounds or options.tune_rounds, distill=options.distill,
             search=sdq.SearchConfig(seed=self.seed),
         )  # fmt: skip
-        return fl.run(
-            self.float_network(), rounds=0, quant=self.quant, phases=phases, policy=policy,
-            budget=None if policy is not None else self.budget(options.bits), **self.common(),
-            **more,
-        )  # fmt: skip
+        given = {
+            "budget": None if policy is not None else self.budget(options.bits),
+            **self.common(tuning=True, compress=compress), **more,
+        }  # fmt: skip
+        network = network or self.network("float")
+        return fl.run(network, rounds=0, quant=self.quant, phases=phases, policy=policy, **given)
 
     def batches(self, images: ImageSet, *, augmented: bool = True) -> Batches:
         return Batches(
@@ -230,7 +252,7 @@ class Bench:
         )  # fmt: skip
 
     def learned(self, done: FederatedBits) -> dict[str, Any]:
-        qmodel = sdq.quantize(self.float_network(), self.quant, sample=self.sample)
+        qmodel = sdq.quantize(self.network("float"), self.quant, sample=self.sample)
         sdq.apply_policy_(qmodel, done.policy)
         qmodel.load_state_dict(done.state)
         found = self.quantized(qmodel, done.bytes_up, done.bytes_down)
@@ -242,48 +264,46 @@ class Bench:
         return {**found, "policy": [b.weight_bits for b in qmodel.policy if b.searched]}
 
     def measured(self, network: nn.Module, bits: float, up: int, down: int) -> dict[str, Any]:
-        test = self.splits.test
-        assert test is not None
-        batches = Batches(test, self.normalization, batch_size=256)
+        images = self.splits.test if self.options.on == "test" else self.splits.val
+        assert images is not None
+        batches = Batches(images, self.normalization, batch_size=256)
         logits, labels = predict(network, batches)
-        reference, _ = predict(self.float_network(), batches)
+        reference, _ = predict(self.network("float"), batches)
         return {
             "metrics": classification_metrics(logits, labels),
             "agreement": agreement(logits, reference), "bits": bits, "bytes_up": up,
             "bytes_down": down,
         }  # fmt: skip
 
-    def by_itself(self, client: int, bits: float) -> dict[str, Any]:
-        """Return what a client reaches with its own images in as many passes."""
-        options, own = self.options, self.clients[client]
-        network, loader = self.untrained(), self.batches(own.train)
-        train = sdq.TrainConfig(
-            epochs=options.rounds, lr=options.lr, seed=self.seed, select="last"
-        )  # fmt: skip
-        train_(network, loader, train)
-        qmodel = sdq.quantize(network, self.quant, sample=self.sample)
-        policy = sdq.search(
-            qmodel, loader, budget=self.budget(bits), teacher=network,
-            config=sdq.SearchConfig(epochs=options.search_rounds, seed=self.seed),
-        )  # fmt: skip
-        sdq.apply_policy_(qmodel, policy)
-        sdq.finetune_(
-            qmodel, loader, teacher=network, config=train.replaced(epochs=options.tune_rounds)
-        )
-        assert own.test is not None
-        logits, labels = predict(qmodel, Batches(own.test, self.normalization, batch_size=256))
+    def own(self, model: PersonalModel, client: int) -> dict[str, Any]:
+        """Return the figures of a client's own model."""
         return {
-            "client": client, "budget": bits, "bits": policy.avg_weight_bits,
-            "metrics": classification_metrics(logits, labels),
-            "policy": [b.weight_bits for b in policy if b.searched],
+            "client": client, "budget": self.own_bits[client],
+            "bits": model.policy.avg_weight_bits,
+            "metrics": primary(model.evaluation[self.options.on]),
+            "policy": [b.weight_bits for b in model.policy if b.searched],
         }  # fmt: skip
+
+    def by_itself(self, client: int, bits: float) -> dict[str, Any]:
+        """Return what a client reaches with its own images in as many rounds, all else as it is."""
+        budget, alone = self.budget(bits), [self.clients[client]]
+        before = fl.run(
+            self.untrained(), rounds=self.options.rounds, **{**self.common(), "clients": alone}
+        )
+        network = self.untrained()
+        network.load_state_dict(before.state)
+        done = self.federated(
+            network, clients=alone, budget=budget, personal={0: ClientBudget(budget)}
+        )
+        return self.own(done.personal[0], client)
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the tables as Markdown."""
+    sizes = f" ({options.widths})" if options.widths else ""
     part = f"{options.train_images:,} of its training images, " if options.train_images else ""
     lines = [
-        f"# Bits learned across clients: {options.model} on {Path(options.data).stem}",
+        f"# Bits learned across clients: {options.model}{sizes} on {Path(options.data).stem}",
         "",
         f"Seeds {options.seeds}; {part}{options.clients} clients ({options.partition}), "
         f"{options.method} with {options.loss}; {options.rounds} rounds in float, "
@@ -293,17 +313,18 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "",
         f"`{command(options)}`",
         "",
-        "On all test images:",
+        f"On all {'test' if options.on == 'test' else 'validation'} images:",
         "",
         "| row | bits | balanced accuracy | accuracy | AUC | agreement | S | MB up | MB down | s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     names = dict.fromkeys(row["row"] for row in rows if "client" not in row)
     lines += [_line(name, [r for r in rows if r["row"] == name]) for name in names]
+    lines += _differences(rows, list(names)) + _bytes(rows)
     own = [row for row in rows if "client" in row]
     if own:
         lines += [
-            "", "Clients with a budget of their own, each on its own test images:", "",
+            "", "Clients with a budget of their own, each on its own images:", "",
             "| client | budget | row | bits | balanced accuracy | accuracy | AUC |",
             "|---|---|---|---|---|---|---|",
         ]  # fmt: skip
@@ -312,6 +333,43 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             some = [r for r in own if (r["client"], r["row"]) == (client, name)]
             lines.append(f"| {client} | {budget:g} | {name} | {_figures(some)} |")
     _reports.write(options.table, lines)
+
+
+def _differences(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
+    """Return what each row has above the float federation of as many rounds, seed by seed."""
+    if "float_more" not in names:
+        return []
+    scores: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if "client" not in row:
+            scores.setdefault(row["row"], {})[row["seed"]] = row["metrics"]["balanced_accuracy"]
+    lines = [
+        "", "Points of balanced accuracy above float_more, which has the same division, first "
+        "weights and float phase:", "",
+        "| row | by seed | mean ± standard error |", "|---|---|---|",
+    ]  # fmt: skip
+    for name in names:
+        both = [s for s in scores[name] if s in scores["float_more"]]
+        above = [100 * (scores[name][s] - scores["float_more"][s]) for s in both]
+        error = statistics.stdev(above) / len(above) ** 0.5 if len(above) > 1 else 0.0
+        each = ", ".join(f"{points:+.1f}" for points in above)
+        lines.append(f"| {name} | {each} | {statistics.mean(above):+.1f} ± {error:.1f} |")
+    return lines
+
+
+def _bytes(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what few_bytes sends of what the float federation of as many rounds sends."""
+    sent: dict[str, dict[int, int]] = {}
+    for row in rows:
+        if row["row"] in ("float", "float_more", "few_bytes"):
+            sent.setdefault(row["row"], {})[row["seed"]] = row["bytes_up"] + row["bytes_down"]
+    seeds = sent.get("few_bytes", {}).keys() & sent.get("float_more", {}).keys()
+    if not seeds:
+        return []
+    few = sum(sent["few_bytes"][s] for s in seeds)
+    whole = sum(sent["float"][s] + sent["float_more"][s] for s in seeds)
+    return ["", f"few_bytes sends, up and down together, 1/{whole / few:.1f} of what the float "
+            "federation of as many rounds sends (float and float_more)."]  # fmt: skip
 
 
 def _figures(rows: list[dict[str, Any]]) -> str:

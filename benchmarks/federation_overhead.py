@@ -10,8 +10,9 @@ time, with one thread: others may use the machine.
 
 *Many clients.* Each number of clients in a process of its own, 10 of them sampled a round, a small
 CNN, 64 images a client, SCAFFOLD, which keeps a state for each client: in files, and again in
-memory. Time is the median over the rounds; memory is the highest resident set of the process, torch
-and all, images included.
+memory. And the most clients, of whom more and more are sampled, with states in files. Time is the
+median over the rounds; memory is the highest resident set of the process, torch and all. All images
+are in one array in memory, which grows with the clients and is told apart.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from sdq.data import ArrayImages, ImageSet
 from sdq.models import resnet20
 
 CLASSES, SHAPE = 7, (3, 28, 28)
-SAMPLED, IMAGES, BATCH = 10, 64, 32
+SAMPLED, IMAGES, BATCH, METHOD = 10, 64, 32, "scaffold"
 AIM_RATIO, AIM_MIB = 1.05, 2048
 
 
@@ -154,10 +155,10 @@ def ratios(name: str, method: str, images: int, turns: int) -> dict[str, float]:
 # ----------------------------------------------------------------- many clients
 
 
-def many(count: int, method: str, on_disk: bool, rounds: int) -> dict[str, float]:
+def many(count: int, sampled: int, method: str, on_disk: bool, rounds: int) -> dict[str, float]:
     """Return seconds a round and the process's highest memory in MiB."""
     config = fl.FederationConfig(
-        rounds=1000, batch_size=BATCH, participation=SAMPLED / count, evaluate_every=1000
+        rounds=1000, batch_size=BATCH, participation=sampled / count, evaluate_every=1000
     )
     clients = hospitals(count, IMAGES)
     with tempfile.TemporaryDirectory() as folder:
@@ -189,9 +190,9 @@ def highest_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
-def measured(count: int, method: str, on_disk: bool, rounds: int) -> dict[str, float]:
+def measured(count: int, sampled: int, method: str, on_disk: bool, rounds: int) -> dict[str, float]:
     """Measure in a process of its own."""
-    words = ["--one", str(count), method, str(int(on_disk)), str(rounds)]
+    words = ["--one", str(count), str(sampled), method, str(int(on_disk)), str(rounds)]
     done = subprocess.run(
         [sys.executable, __file__, *words], capture_output=True, text=True, check=True
     )
@@ -200,24 +201,42 @@ def measured(count: int, method: str, on_disk: bool, rounds: int) -> dict[str, f
 
 
 def plot(
-    path: Path, counts: list[int], found: dict[tuple[str, bool], list[dict[str, float]]]
+    path: Path,
+    counts: list[int],
+    found: dict[bool, list[dict[str, float]]],
+    sampled: list[int],
+    of_most: list[dict[str, float]],
 ) -> None:
-    """Draw time and memory over the number of clients."""
+    """Draw time and memory over the number of clients, and over that of the sampled ones."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for (method, on_disk), values in found.items():
-        style = {"marker": "o", "linestyle": "-" if on_disk else ":"}
-        label = f"{method}, {'files' if on_disk else 'memory'}"
-        left.plot(counts, [v["seconds"] for v in values], label=label, **style)
-        right.plot(counts, [v["mib"] for v in values], label=label, **style)
-    for axes, title in ((left, f"CPU seconds a round ({SAMPLED} sampled)"), (right, "peak MiB")):
-        axes.set(xscale="log", xlabel="clients", title=title)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-    left.legend(fontsize=7)
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    panels = figure.subplots(2, 2)
+    for row, key, title in ((0, "seconds", "CPU seconds a round"), (1, "mib", "peak MiB")):
+        left, right = panels[row]
+        for on_disk, values in found.items():
+            style = {"marker": "o", "linestyle": "-" if on_disk else ":"}
+            label = f"states in {'files' if on_disk else 'memory'}"
+            left.plot(counts, [v[key] for v in values], label=label, **style)
+            if key == "mib":
+                rest = [v["mib"] - v["images_mib"] for v in values]
+                left.plot(counts, rest, label=f"{label}, without the images", **style)
+        right.plot(sampled, [v[key] for v in of_most], marker="o")
+        left.set(xscale="log", xlabel=f"clients ({SAMPLED} sampled)", title=title)
+        right.set(xlabel=f"clients sampled (of {max(counts):,})", title=title)
+        for axes in (left, right):
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+        left.legend(fontsize=7)
     figure.savefig(path, metadata={"Date": None})
+
+
+def cells(figures: dict[str, float]) -> str:
+    """Return the figures of many clients as cells of a table."""
+    return (
+        f"{figures['seconds']:.3f} | {figures['mib']:.0f} | {figures['images_mib']:.0f} | "
+        f"{figures['disk_mib']:.1f}"
+    )
 
 
 def main() -> None:
@@ -225,13 +244,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=12, help="with many clients")
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--sampled", type=int, nargs="+", default=[10, 30, 100])
     parser.add_argument("--table", type=Path)
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     if asked.one:
-        count, method, on_disk, rounds = asked.one
-        print(json.dumps(many(int(count), method, on_disk == "1", int(rounds))))
+        count, sampled, method, on_disk, rounds = asked.one
+        print(json.dumps(many(int(count), int(sampled), method, on_disk == "1", int(rounds))))
         return
     lines = [
         "# What a federation costs beside training", "", f"`{_reports.command()}`", "",
@@ -257,39 +277,43 @@ def main() -> None:
             f"{f['ratio']:.3f} | {f['low']:.3f} to {f['high']:.3f} |"
         )
         print(lines[-1], flush=True)
-    found: dict[tuple[str, bool], list[dict[str, float]]] = {}
-    for method, on_disk in (("scaffold", True), ("scaffold", False)):
-        found[method, on_disk] = [
-            measured(count, method, on_disk, asked.rounds) for count in asked.clients
+    most, states = max(asked.clients), {True: "files", False: "memory"}
+    found: dict[bool, list[dict[str, float]]] = {}
+    for on_disk in states:
+        found[on_disk] = [
+            measured(count, SAMPLED, METHOD, on_disk, asked.rounds) for count in asked.clients
         ]
-        print(method, on_disk, found[method, on_disk], flush=True)
+        print(on_disk, found[on_disk], flush=True)
+    of_most = [measured(most, sampled, METHOD, True, asked.rounds) for sampled in asked.sampled]
+    figures = "CPU s a round | peak MiB | of these images | files MiB |"
     lines += [
-        "", f"## {SAMPLED} clients sampled of many, small CNN, {IMAGES} images each", "",
-        "| method | states in | clients | CPU s a round | peak MiB | of these images | files MiB |",
-        "|---|---|---|---|---|---|---|",
+        "", f"## {SAMPLED} clients sampled of many: {METHOD}, small CNN, {IMAGES} images each", "",
+        f"| states in | clients | {figures}", "|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for (method, on_disk), values in found.items():
+    for on_disk, values in found.items():
         for count, v in zip(asked.clients, values, strict=True):
-            place = "files" if on_disk else "memory"
-            lines.append(
-                f"| {method} | {place} | {count} | {v['seconds']:.3f} | {v['mib']:.0f} | "
-                f"{v['images_mib']:.0f} | {v['disk_mib']:.1f} |"
-            )
+            lines.append(f"| {states[on_disk]} | {count} | {cells(v)} |")
+    lines += [
+        "", f"## More and more sampled of {most:,} clients, states in files", "",
+        f"| sampled | s for one of them | {figures}", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for sampled, v in zip(asked.sampled, of_most, strict=True):
+        lines.append(f"| {sampled} | {v['seconds'] / sampled:.3f} | {cells(v)} |")
     lines += [
         "",
         "All images are in one array in memory, as the column says; the rest stays as it is.",
     ]
-    peak = max(v["mib"] for values in found.values() for v in values)
+    peak = max(v["mib"] for values in (*found.values(), of_most) for v in values)
     lines += [
         "", "| aim | at most | found | |", "|---|---|---|---|",
         *aims,
-        f"| memory with {max(asked.clients)} clients | {AIM_MIB} MiB | {peak:.0f} MiB | "
+        f"| memory with {most} clients | {AIM_MIB} MiB | {peak:.0f} MiB | "
         f"{'met' if peak <= AIM_MIB else 'missed'} |", "",
     ]  # fmt: skip
     if asked.table:
         picture = asked.table.with_suffix(".svg")
-        plot(picture, asked.clients, found)
-        lines += [f"![time and memory over the number of clients]({picture.name})", ""]
+        plot(picture, asked.clients, found, asked.sampled, of_most)
+        lines += [f"![time and memory over clients, and over those sampled]({picture.name})", ""]
         asked.table.write_text("\n".join(lines))
     print("\n".join(lines))
 

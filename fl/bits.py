@@ -38,7 +38,7 @@ class PhasesConfig(Config):
         bin_warmup: share of the tuning rounds before it acts.
         bin_reduction: over a layer's bins.
         tune_lr_decay: what the learning rate is multiplied with at half and at three quarters of
-            the tuning rounds, where the federation's configuration has no decay of its own.
+            the tuning rounds; a decay of the federation's configuration is that of the float phase.
         personal_bits: what the policy of a client with its own budget follows: everyone's bitwidth
             parameters (``global``), or its ``own``, as it last sent them.
     """

@@ -12,7 +12,8 @@ way down never enters the server's model. What goes up and does not come down (a
 sent as the change from what the server has of it.
 
 Only parameters are compressed. Statistics, which rounding could make negative, what ``geometric``
-names, integers, and the groups that a method adds go as they are.
+names, integers, and the groups that a method adds go as they are. Where bits are learned, weights
+can travel in those of the client's policy.
 
 Source: Philippenko and Dieuleveut, "Preserved Central Model for Faster Bidirectional Compression in
 Distributed Settings", NeurIPS 2021, https://arxiv.org/abs/2102.12528, for the way down; error
@@ -56,11 +57,14 @@ class Codecs:
     uploads: tuple[str, ...]
 
     @classmethod
-    def of(cls, setting: Setting) -> "Codecs":
-        """Return the codecs of a federation."""
+    def of(cls, setting: Setting, client: int) -> "Codecs":
+        """Return the codecs of a federation with one client: the ways are the same for all."""
         config = setting.config.compress
         up_bits, down_bits = (None, None) if config is None else (config.up, config.down)
         named = {} if config is None else config.tensor_bits
+        if config is not None and config.policy_bits:
+            of_policy = setting.method.message_bits(setting.network, client)
+            named = {**named, **{n: b for n, b in of_policy.items() if n not in named}}
         names = moving_names(setting.network, setting.config.geometric)
         up = {n: setting.initial[n] for n in setting.names(up=True) if n in names}
         down = {n: setting.initial[n] for n in setting.names(down=True) if n in names}
@@ -97,7 +101,7 @@ class ClientEnd:
 
     def __init__(self, setting: Setting, request: Request, kept: Record | None) -> None:
         self.setting, self.request = setting, request
-        self.codecs = Codecs.of(setting)
+        self.codecs = Codecs.of(setting, request.client)
         self.kept = kept if kept is not None else Record()
         self.reference = int(request.record.values.get("reference", -1))
         self.model = self._received()
@@ -168,7 +172,13 @@ class ServerEnd:
     _pending: dict[int, Record] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.codecs = Codecs.of(self.setting)
+        self.codecs = Codecs.of(self.setting, 0)
+
+    def _codecs(self, client: int) -> Codecs:
+        """Return a client's codecs."""
+        compress = self.setting.config.compress
+        own = compress is not None and compress.policy_bits
+        return Codecs.of(self.setting, client) if own else self.codecs
 
     def packed(self, request: Request) -> Request:
         """Return a request to train or adapt as it travels."""
@@ -177,7 +187,8 @@ class ServerEnd:
         client, record = request.client, request.record
         known = self.references.get(client)
         number = self.references.index.get(client, -1)
-        codec, held, groups = self.codecs.downwards(number), {}, {"model": record.model}
+        codec = self._codecs(client).downwards(number)
+        held, groups = {}, {"model": record.model}
         if codec is not None:
             base = self.setting.initial if known is None else known.model
             change = {n: difference(record.model[n], base[n]) for n in codec.shapes}
@@ -203,7 +214,7 @@ class ServerEnd:
         Raises:
             RunError: its codes are not such.
         """
-        codec = self.codecs.up
+        codec = self._codecs(reply.client).up
         if codec is None:
             return reply
         change = codec.decode(reply.record.tensors)

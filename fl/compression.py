@@ -37,6 +37,9 @@ SMALL = 1024
 RATIOS = tuple(0.85**k for k in range(14))
 """Clipping points that are tried, as parts of the largest magnitude: down to an eighth."""
 
+POLICY = "policy"
+"""The word for ``policy_bits``."""
+
 TINY = 1e-30
 """Largest magnitude of a tensor that counts as zero: a step must be a normal number."""
 
@@ -47,17 +50,22 @@ class CompressionConfig(Config):
     Args:
         up: bits of a weight's change from client to server; None: floating-point numbers.
         down: likewise from server to client.
-        tensor_bits: bits of some tensors, both ways, by patterns of their names (``model.…``),
-            such as a learned policy's own; the first that matches holds.
+        tensor_bits: bits of some tensors, both ways, by patterns of their names (``model.…``);
+            the first that matches holds.
+        policy_bits: where bits are learned, weights that have learned bits travel in those while
+            they are tuned, each client's in its own; ``tensor_bits`` goes before.
     """
 
     up: Bits | None = 4
     down: Bits | None = 4
     tensor_bits: dict[str, Bits] = {}  # noqa: RUF012 - pydantic copies defaults
+    policy_bits: bool = False
 
     @classmethod
     def parsed(cls, text: str) -> "CompressionConfig":
         """Read ``4`` (both ways) or ``up=2,down=4`` (a way that is not named stays in float).
+
+        ``policy``, alone or with either, is ``policy_bits``.
 
         Raises:
             RequestError: it is neither.
@@ -66,17 +74,22 @@ class CompressionConfig(Config):
         2
         """
         ways: dict[str, int] = {}
-        for part in text.split(","):
+        parts = text.split(",")
+        if policy := POLICY in parts:
+            parts.remove(POLICY)
+            if not parts:
+                return cls(policy_bits=True)
+        for part in parts:
             way, equals, bits = part.rpartition("=")
             if not bits.isdecimal() or way not in (("up", "down") if equals else ("",)):
                 break
             ways |= {w: int(bits) for w in ([way] if way else ["up", "down"])}
         else:
             if all(1 <= bits <= 8 for bits in ways.values()):
-                return cls(up=ways.get("up"), down=ways.get("down"))
+                return cls(up=ways.get("up"), down=ways.get("down"), policy_bits=policy)
         raise RequestError(
-            f"--compress: must be BITS, or up=BITS,down=BITS, from 1 to 8, got {text!r}; "
-            "try --compress 4"
+            "--compress: must be BITS, or up=BITS,down=BITS, from 1 to 8, with policy beside or "
+            f"alone where bits are learned, got {text!r}; try --compress 4"
         )
 
 

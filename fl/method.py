@@ -348,6 +348,17 @@ class Method:
         """Return a client's own model by the user's names: it predicts as its first view does."""
         return dict(network.model.state_dict())
 
+    def message_bits(self, network: Network, client: int) -> dict[str, int]:
+        """Return the learned bits of tensors that a client shares, by name.
+
+        Raises:
+            RequestError: no bits are learned.
+        """
+        raise RequestError(
+            "compress.policy_bits: must be off where no bits are learned; give the bits "
+            "(--compress 4), or learn some (--bits)"
+        )
+
     # --- client
 
     def introduce(self, network: Network, batches: Loader) -> Record:

@@ -54,7 +54,10 @@ class PhaseSettings:
     def float_phase(self, network: nn.Module) -> Setting:
         """Return the setting of the float phase, which trains this very network."""
         rounds = self.config.rounds if self.rounds is None else self.rounds
-        config = self.config.replaced(rounds=rounds, keep_clients=False)
+        compress = self.config.compress
+        if compress is not None:
+            compress = compress.replaced(policy_bits=False)  # there is none yet
+        config = self.config.replaced(rounds=rounds, keep_clients=False, compress=compress)
         return self._setting(network, self.method, config, self.head)
 
     def search_method(self, network: nn.Module, space: SearchSpace, limit: Limit) -> SearchRounds:
@@ -100,17 +103,18 @@ class PhaseSettings:
     def tune_phase(self, method: TuneRounds, quantized: QuantModel) -> Setting:
         """Return the setting of the tuning phase."""
         rounds = self.phases.tune_rounds
-        decay: dict[str, Any] = {}
-        if not self.config.lr_decay_rounds and self.config.lr_decay_every is None:
-            at = (-(-rounds // 2), -(-3 * rounds // 4))
-            decay = {"lr_decay": self.phases.tune_lr_decay, "lr_decay_rounds": at}
-        return self._quantized_phase(method, quantized, rounds=rounds, **decay)
+        at = (-(-rounds // 2), -(-3 * rounds // 4))
+        return self._quantized_phase(
+            method, quantized, rounds=rounds, lr_decay=self.phases.tune_lr_decay, lr_decay_rounds=at
+        )
 
     def _quantized_phase(
         self, method: QuantRounds, quantized: QuantModel, **changes: Any
     ) -> Setting:
+        # rounds at which the learning rate falls are counted in the float phase
+        ours = {"keep_clients": False, "lr_decay_rounds": (), "lr_decay_every": None}
         geometric = (*self.config.geometric, *SCALES)
-        config = self.config.replaced(geometric=geometric, keep_clients=False, **changes)
+        config = self.config.replaced(**{"geometric": geometric, **ours, **changes})
         model = copy.deepcopy(quantized)
         set_act_scales_(model, {})  # until the clients tell theirs
         head = self.head if self.head is None else f"net.{self.head}"

@@ -169,6 +169,10 @@ class QuantRounds(Wrapper, ABC):
             return Route.SHARE
         return route
 
+    def message_bits(self, network: Network, client: int) -> dict[str, int]:
+        """Return nothing: bits are not learned yet."""
+        return {}
+
     @abstractmethod
     def widths(self) -> dict[str, tuple[int, ...]]:
         """Return the bits that each activation may have in this phase, by path."""

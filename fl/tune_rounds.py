@@ -102,6 +102,11 @@ class TuneRounds(QuantRounds):
         """Return a client's policy."""
         return self.own.get(client, self.policy)
 
+    def message_bits(self, network: Network, client: int) -> dict[str, int]:
+        """Return the bits of the weights that the client shares."""
+        policy = self._shared_policy(network, client)
+        return {f"model.net.{b.name}.weight": b.weight_bits for b in policy if b.searched}
+
     def set_bits_(self, network: Network, client: int | None) -> None:
         """Give the network a client's bits, or the server's.
 
@@ -210,11 +215,11 @@ class TuneRounds(QuantRounds):
         state = super().state_for(server, client)
         if not self.own:
             return state
-        return {**state, **self._scales_for(server, self._shared_policy(server, client))}
+        return {**state, **self._scales_for(server, self._shared_policy(server.network, client))}
 
-    def _shared_policy(self, server: Server, client: int) -> BitwidthPolicy:
+    def _shared_policy(self, network: Network, client: int) -> BitwidthPolicy:
         """Return the policy of what a client shares."""
-        beside = len(quant_models(server.network)) > 1
+        beside = len(quant_models(network)) > 1
         return self.policy if beside else self.policy_of(client)
 
     def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
@@ -226,7 +231,7 @@ class TuneRounds(QuantRounds):
         weights = self.weights(server, replies)
         groups: dict[tuple[str, int], list[int]] = {}
         for i, reply in enumerate(replies):
-            own = self._widths_of(self._shared_policy(server, reply.client))
+            own = self._widths_of(self._shared_policy(server.network, reply.client))
             for path, bits in own.items():
                 groups.setdefault((path, bits), []).append(i)
         for (path, bits), members in groups.items():

@@ -53,6 +53,23 @@ def test_a_search_method_is_measured_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_bits_across_clients_are_measured_and_go_on(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-W", "ignore", FOLDER / "federated_bits.py", "--data", "synthetic_derm",
+        "--train-images", "150", "--rounds", "1", "--search-rounds", "1", "--tune-rounds", "1",
+        "--clients", "2", "--widths", "4,8", "--seeds", "0", "--personal", "0:1.5",
+        "--out", tmp_path / "out", "--table", tmp_path / "table.md",
+    ]  # fmt: skip
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text()
+    for row in ("uniform | 2.00", "few_bytes | 2.00", "float_more | +0.0", "0 | 1.5 | alone"):
+        assert f"| {row} |" in table
+    assert "few_bytes sends, up and down together, 1/" in table
+
+
+@pytest.mark.slow
 def test_federated_methods_are_measured_and_go_on(tmp_path: Path) -> None:
     script = FOLDER / "federated_methods.py"
     variants = "fedavg;loss=balanced_softmax,fednpr;around=moon,fedbn,centralized"

@@ -116,7 +116,8 @@ def federate(
     compress: Annotated[
         str | None,
         typer.Option(
-            help="Bits of the changes that travel: BITS for both ways, or up=BITS,down=BITS."
+            help="Bits of the changes that travel: BITS for both ways, or up=BITS,down=BITS; "
+            "policy beside or alone: tuned weights in the learned bits."
         ),
     ] = None,
     aggregation: Annotated[

@@ -11,6 +11,7 @@ from torch import nn
 
 import fl
 from fl.bits import ClientBudget, FederatedBits, PhasesConfig
+from fl.compression import CompressionConfig
 from fl.evaluation import primary
 from fl.phases import Learning
 from fl.quant_network import float_name
@@ -130,6 +131,36 @@ def test_wrong_requests(more: dict[str, Any], message: str, tiny: Make, hospital
 def test_a_given_policy_has_no_bits_for_single_clients(tiny: Make, hospitals: Clients) -> None:
     with pytest.raises(RequestError, match="must follow from bits that are learned, got a policy"):
         go(tiny(), hospitals(), policy=_four_bits(tiny()), budget=None, **OWN)
+
+
+def test_bits_of_the_policy_count_once_there_is_one(tiny: Make, hospitals: Clients) -> None:
+    """Eight bits in all three phases, and in the third the policy's: at most two for a weight."""
+    eight = CompressionConfig(up=8, down=8)
+    sizes = {}
+    for policy in (False, True):
+        config = QUICK.replaced(compress=eight.replaced(policy_bits=policy))
+        found = go(tiny(), hospitals(), config=config, budget=Budget(avg_weight_bits=2.0))
+        sizes[policy] = {n: (r.bytes_up, r.bytes_down) for n, r in found.phases.items()}
+    assert sizes[True]["float"] == sizes[False]["float"]
+    assert sizes[True]["search"] == sizes[False]["search"]
+    weights = sum(b.num_weights for b in found.policy)
+    saved = [a - b for a, b in zip(sizes[False]["tune"], sizes[True]["tune"], strict=True)]
+    # three clients, two rounds up; down one, since the first model is the phase's own
+    assert saved[0] >= 6 * (0.75 * weights - len(found.policy.layers))
+    assert saved[1] >= 3 * (0.75 * weights - len(found.policy.layers))
+
+
+def test_decays_of_the_float_phase_are_its_own(tiny: Make, hospitals: Clients) -> None:
+    """Tuned for eight rounds the rate falls at the fourth and the sixth, to 0.3 and 0.09."""
+    learning = Learning(
+        tiny(), QUANT, Budget(avg_weight_bits=3.0), fl.method("fedavg"), hospitals(), 3,
+        QUICK.replaced(lr=1.0, lr_decay=0.5, lr_decay_rounds=(1,), lr_decay_every=3), 4,
+        PHASES.replaced(tune_rounds=8),
+    )  # fmt: skip
+    rates = {n: [s.config.lr_in(r) for r in range(8)] for n, s in learning.check().items()}
+    assert rates["float"][:4] == [1.0, 0.5, 0.5, 0.25]
+    assert set(rates["search"]) == {1.0}
+    assert rates["tune"] == pytest.approx([1.0] * 4 + [0.3] * 2 + [0.09] * 2)
 
 
 def test_a_device_of_a_clients_own_gets_its_own_bitwidths(tiny: Make, hospitals: Clients) -> None:

@@ -131,7 +131,12 @@ def test_what_is_not_finite_is_refused() -> None:
 def test_the_option(refuses: Callable[..., Any]) -> None:
     assert CompressionConfig.parsed("3") == CompressionConfig(up=3, down=3)
     assert CompressionConfig.parsed("down=8") == CompressionConfig(up=None, down=8)
-    for wrong in ("", "0", "9", "up=x", "up=2,left=3", "3.5", "4,"):
+    assert CompressionConfig.parsed("policy") == CompressionConfig(policy_bits=True)
+    both = CompressionConfig(up=2, down=None, policy_bits=True)
+    assert (
+        CompressionConfig.parsed("up=2,policy") == CompressionConfig.parsed("policy,up=2") == both
+    )
+    for wrong in ("", "0", "9", "up=x", "up=2,left=3", "3.5", "4,", "policy,policy", "4,police"):
         with refuses("--compress: must be BITS", repr(wrong), "try --compress 4"):
             CompressionConfig.parsed(wrong)
     with pytest.raises(RequestError, match=r"CompressionConfig.tensor_bits.x"):
@@ -139,6 +144,11 @@ def test_the_option(refuses: Callable[..., Any]) -> None:
 
 
 # --- federations
+
+
+def test_bits_of_a_policy_need_one(tiny: Make, hospitals: Clients, refuses: Any) -> None:
+    with refuses("compress.policy_bits: must be off where no bits are learned", "--compress 4"):
+        prepared(tiny(), hospitals(), "fedavg", compress=CompressionConfig(policy_bits=True))
 
 
 def prepared(net: nn.Module, data: list[fl.ClientData], method: Any, **over: Any) -> Any:

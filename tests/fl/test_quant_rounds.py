@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fl
+from fl.channel import Codecs
 from fl.client import answer
+from fl.compression import CODES, CompressionConfig
 from fl.methods.fedavg import FedAvg
 from fl.quant_network import fit_own_scales_, set_act_scales_, set_bits_
 from fl.quant_rounds import ACTS, merged_scales
@@ -187,7 +189,7 @@ def policies(qmodel: QuantModel, *hidden: int) -> list[BitwidthPolicy]:
 
 
 def tune_rounds(
-    net: nn.Module, clients: list[fl.ClientData], *hidden: int
+    net: nn.Module, clients: list[fl.ClientData], *hidden: int, inner: str = "fedavg", **over: Any
 ) -> tuple[Rounds, TuneRounds]:
     """Return the tuning with these bits in one layer, of the server and of clients 0, 1, ..."""
     qmodel = quantize(net, QUANT, sample=SAMPLE)
@@ -195,8 +197,8 @@ def tune_rounds(
     set_act_scales_(qmodel, {})
     set_bits_(qmodel, of_all)
     config = TuneRoundsConfig(quant=QUANT, policy=of_all.to_json())
-    method = TuneRounds(config, FedAvg(), net, of_all, dict(enumerate(own)))
-    changed = QUICK.replaced(geometric=("*tensor_quant*",))
+    method = TuneRounds(config, fl.method(inner), net, of_all, dict(enumerate(own)))
+    changed = QUICK.replaced(geometric=("*tensor_quant*",), **over)
     setting = Setting.of(qmodel, method, changed, num_classes=3, image_shape=(1, 6, 6))
     return begun(setting, clients), method
 
@@ -249,6 +251,29 @@ def test_each_client_quantizes_at_its_own_bits(tiny: Make, hospitals: Clients) -
     # what the server's model is measured with is the server's
     next(iter(method.views("server").values()))(network, SAMPLE)
     assert network.model.policy["hidden"].weight_bits == 4
+
+
+@pytest.mark.parametrize("method", ["fedavg", "ditto"])
+def test_messages_have_the_bits_of_the_clients_policy(
+    method: str, tiny: Make, hospitals: Clients
+) -> None:
+    """``hidden`` at 1, 8 and 4 bits; beside a personal model what travels has the common 4."""
+    named = CompressionConfig(up=3, down=None, policy_bits=True, tensor_bits={"*.bias": 5})
+    rounds, _ = tune_rounds(tiny(), hospitals(), 4, 1, 8, inner=method, compress=named)
+    name = "model.net.hidden.weight"
+    weight, seen = rounds.server.model[name], {}
+
+    def look(kind: str, reply: Any) -> None:
+        if kind == "train":
+            seen[reply.client] = len(reply.record.tensors[CODES][name])
+
+    rounds.hear = look
+    rounds.round(evaluate=False)
+    bits = {0: 1, 1: 8, 2: 4} if method == "fedavg" else dict.fromkeys(range(3), 4)
+    assert seen == {k: math.ceil(weight.numel() * b / 8) for k, b in bits.items()}
+    codec = Codecs.of(rounds.setting, 1).up
+    assert codec is not None
+    assert codec.bits["model.net.hidden.bias"] == 5
 
 
 # --- the parts of a client's round
