@@ -25,7 +25,7 @@ from sdq.errors import RequestError
 from sdq.report.classes import paired
 from sdq.report.intervals import Interval
 from sdq.report.networks import Network, network_charts, network_table
-from sdq.report.page import Page, render
+from sdq.report.page import Page, encoded, render
 from sdq.report.predictions import Predictions
 from sdq.report.tables import metric_names, signed
 from sdq.report.verdict import Verdict
@@ -92,7 +92,7 @@ def compare(
     rows = [_row(each, found[0], same=same) for each in found]
     show_table(f"compared with {found[0].network.name}", rows, quiet=quiet)
     if html is not None:
-        write_bytes_atomically(html, render(_page([e.network for e in found], same)).encode())
+        write_bytes_atomically(html, encoded(render(_page([e.network for e in found], same))))
     if json_:
         show_json({"same_data": same, "runs": [_document(e, found[0], same=same) for e in found]})
 

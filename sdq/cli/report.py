@@ -21,7 +21,7 @@ from sdq.cli.run_networks import as_written, is_federation, networks_of
 from sdq.errors import RequestError, RunError
 from sdq.report.exports import Exported, export_table
 from sdq.report.networks import Network
-from sdq.report.page import Page, render
+from sdq.report.page import Page, encoded, render
 from sdq.report.tables import Cell, Table, text
 from sdq.run_folder import RunFolder
 
@@ -76,7 +76,7 @@ def report(
     material = Material(folder, data_root=root, wants_images=images)
     page, text = make_page(material, device, others)
     place = out if out is not None else run / FILE
-    write_bytes_atomically(place, text.encode())
+    write_bytes_atomically(place, encoded(text))
     if not quiet:
         print(place)
         for line in (page.verdict.text, *page.verdict.warnings, *page.missing):
@@ -152,7 +152,7 @@ def write_report(
         return
     try:
         _, text = make_page(Material(run, inputs=inputs), beside=beside)
-        write_bytes_atomically(run.path / FILE, text.encode())
+        write_bytes_atomically(run.path / FILE, encoded(text))
     except (OSError, RequestError, RunError) as error:
         print(f"warning: {run.path}: the run is done, but without report: {error}", file=sys.stderr)
 

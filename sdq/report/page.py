@@ -107,3 +107,8 @@ def _bar(interval: Interval) -> dict[str, float]:
 def _shade(count: int, row: Sequence[int]) -> int:
     """Return which of the shades 0 to 5 a cell of a row of counts has."""
     return -(-5 * count // max(sum(row), 1))
+
+
+def encoded(html: str) -> bytes:
+    """Return a page's bytes; a path that the locale could not decode keeps its own."""
+    return html.encode(errors="surrogateescape")

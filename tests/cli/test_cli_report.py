@@ -8,7 +8,7 @@ import torch
 from html_tree import Tree, parsed, rows
 from safetensors.torch import load_file, save_file
 
-from sdq.report.page import Page, render
+from sdq.report.page import Page, encoded, render
 from sdq.report.tables import Cell, Table
 from sdq.report.verdict import Verdict
 
@@ -326,3 +326,8 @@ def test_a_run_that_cannot_be_reported_is_done(sdq, files, tmp_path, monkeypatch
     done = sdq(f"{command} --search-method uniform --quiet --out {run}", plots=True)
     assert done.code == 0
     assert "the run is done, but without report" in done.err
+
+
+def test_a_name_that_the_locale_cannot_decode_keeps_its_bytes():
+    in_ascii = "q é".encode().decode("ascii", "surrogateescape")  # as LC_ALL=C has a path
+    assert encoded(f"<p>{in_ascii} µ</p>") == "<p>q é µ</p>".encode()
