@@ -70,9 +70,8 @@ class Tally:
             one = ours.output[index : index + 1]
             self.explained += near_tie(one, differing[index], self.largest)
         self._tail(gaps[~flipped])
-        for some in flipped.nonzero().reshape(-1).split(8):  # in float64, so few at a time
-            if not len(some):  # what split makes of nothing
-                continue
+        odd = flipped.nonzero().reshape(-1)
+        for some in odd.split(8) if len(odd) else ():  # in float64, so few at a time
             mine, others = _of_images(ours, some), _of_images(theirs, some)
             found = explain(self.reference, images[some], mine, others)
             for index, explanation in zip(some.tolist(), found, strict=True):
@@ -136,8 +135,8 @@ def judge(stage: RuntimeStage) -> list[str]:
     if stage.unexplained_at is not None:
         found.append(
             f"{stage.name}: {images - stage.ties} of {stage.images} images have codes that do not "
-            f"follow from ties, first at {stage.unexplained_at}: {stage.tie_distance:.2g} codes "
-            f"from a rounding boundary, where {TIE:g} is a tie"
+            f"follow from ties, first at {stage.unexplained_at}, up to {stage.tie_distance:.2g} "
+            f"codes from a rounding boundary; a tie is within {TIE:g}, or twice float32's error"
         )
     if stage.tie_codes > max(TIE_SHARE * stage.codes, FEW_TIES):
         found.append(

@@ -58,13 +58,17 @@ class Reference:
         return _traced(self.double, images.double())
 
     @torch.no_grad()
-    def replay(self, images: Tensor, codes: Mapping[str, Tensor]) -> "Replay":
+    def replay(
+        self, images: Tensor, codes: Mapping[str, Tensor], *, single: bool = False
+    ) -> Replay:
         """Run in float64, but let activation quantizers give these codes.
 
         Args:
             images: float images ``(N, C, H, W)``.
             codes: by quantizer; one that is not named gives its own.
+            single: in float32 instead.
         """
+        network, dtype = (self.single, torch.float32) if single else (self.double, torch.float64)
         before: dict[str, Tensor] = {}
         rounded: dict[str, Tensor] = {}
 
@@ -72,11 +76,11 @@ class Reference:
             def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
                 before[name] = inputs[0] / quantizer.scale
                 rounded[name] = quantizer.codes(inputs[0]).int()
-                return codes[name].double() * quantizer.scale if name in codes else output
+                return codes[name].to(dtype) * quantizer.scale if name in codes else output
 
             return hook
 
-        return Replay(_hooked(self.double, images.double(), force), before, rounded)
+        return Replay(_hooked(network, images.to(dtype), force), before, rounded)
 
     def weight(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return a layer's weight codes ``(K, ...)`` and scales, or None if it is float."""

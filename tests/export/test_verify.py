@@ -14,7 +14,7 @@ import export
 from export.float32 import Tally, caution, decisions, judge, near_tie
 from export.format import ToolMissing, Trace, load_format
 from export.reference import Reference
-from export.ties import TIE, boundary_distance
+from export.ties import TIE, WIDEST_TIE, boundary_distance
 from sdq.batches import Normalization
 from sdq.errors import RequestError
 
@@ -361,6 +361,55 @@ def test_a_tie_in_front_of_group_norm_explains_whole_maps(network, images):
     assert stage.tail < 1e-6
     assert judge(stage) == []
     assert "1 of them explained by replay (1 ties)" in stage.line
+
+
+def code_at(reference, images, name, distance):
+    """Return where a code lies nearest to this far from a boundary, how far, and the step."""
+    replay = reference.replay(images, {})
+    value, codes = replay.before[name], replay.codes[name]
+    inside = (codes > codes.min()) & (codes < codes.max())
+    far = torch.where(inside, (value - value.floor() - 0.5).abs(), 9.0)
+    index = tuple(((far - distance).abs() == (far - distance).abs().min()).nonzero()[0].tolist())
+    return index, float(far[index]), 1 if value[index] > codes[index] else -1
+
+
+def shifted(network, bias):
+    """Return a network that normalises sums of mean ``bias``, and what float32 then errs by."""
+    net = Normalized()
+    torch.nn.init.constant_(net.layers[3].bias, bias)
+    reference = Reference(network(net, act_bits=8))
+    images = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    codes = reference.float32(images).codes
+    single = reference.replay(images, codes, single=True).before["layers.6_input"]
+    return reference, (single - reference.replay(images, codes).before["layers.6_input"]).abs()
+
+
+def test_a_tie_is_as_wide_as_float32_errs(network, images):
+    """A mean of many times the spread costs bits of float32's 24."""
+    name = "layers.6_input"
+    reference, error = shifted(network, 30.0)
+    for share, explained in ((0.5, True), (20, False)):
+        index, distance, step = code_at(reference, images, name, share * float(error.max()))
+        assert TIE < distance < 0.4
+        assert (distance < 2 * float(error[index[0]].max())) is explained
+        stage = stage_of(reference, images, forced(reference, images, name, index, step))
+        assert (stage.ties == stage.flipped * 24) is explained
+        assert (judge(stage) == []) is explained
+
+    # without that mean, the same distance is none
+    reference, error = shifted(network, 0.0)
+    assert error.max() < TIE / 10
+    index, distance, step = code_at(reference, images, name, 1.5 * TIE)
+    stage = stage_of(reference, images, forced(reference, images, name, index, step))
+    assert stage.unexplained_at == name
+
+
+def test_no_error_of_float32_makes_a_tie_of_everything(network, images):
+    reference, error = shifted(network, 1e5)
+    assert error.max() > 5 * WIDEST_TIE
+    index, _, step = code_at(reference, images, "layers.6_input", 2 * WIDEST_TIE)
+    theirs = forced(reference, images, "layers.6_input", index, step)
+    assert stage_of(reference, images, theirs).unexplained_at == "layers.6_input"
 
 
 def test_decisions_that_follow_from_ties_are_a_warning(network, images):
