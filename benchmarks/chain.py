@@ -141,7 +141,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "PyTorch's float32. `codes` are the integers of all activation quantizers (in float64 of "
         "weights too) for all images; `flipped`: images with a code that differs; `explained`: "
         "those of them in which, replayed in float64 with the stage's codes, every code follows "
-        "from those before it but for ties (within 0.001 of a rounding boundary), and how many "
+        "from those before it but for ties (docs/verification.md), and how many "
         "codes were ties; `outputs`: largest difference from PyTorch's over the largest output; "
         "`tail`: the same from what float64 gives for the stage's own codes.",
     ]
