@@ -2,8 +2,8 @@
 
 Each network is trained for a little on real images, quantized with bitwidths at random, fine-tuned
 for an epoch, and written in every format that takes it; every stage of every format is compared
-with PyTorch on test images. A network that cannot be trained on the data (one for segmentation on
-labelled images) keeps its first weights.
+with PyTorch on test images, and where these are too few, on others of the data set. A network that
+cannot be trained on the data (one for segmentation on labelled images) keeps its first weights.
 
     python benchmarks/chain.py --data dermamnist --data-root DIR --out runs/chain \
         --table benchmarks/results/chain.md
@@ -67,16 +67,19 @@ def arguments() -> argparse.Namespace:
 
 
 def test_images(splits: Splits, count: int) -> Tensor:
-    """Return normalised images of the test split, evenly spread over it."""
-    assert splits.test is not None
-    count = min(count, len(splits.test))
-    places = torch.linspace(0, len(splits.test) - 1, count).long()
-    images: Tensor = Normalization.of(splits.train)(splits.test.images.take(places))
+    """Return normalised images, evenly spread over the test split, and if need be over others."""
+    parts = []
+    for split in (splits.test, splits.val, splits.train):
+        wanted = min(count - sum(map(len, parts)), 0 if split is None else len(split))
+        if split is not None and wanted:
+            places = torch.linspace(0, len(split) - 1, wanted).long()
+            parts.append(split.images.take(places))
+    images: Tensor = Normalization.of(splits.train)(torch.cat(parts))
     return images
 
 
 def prepared(name: str, splits: Splits, options: argparse.Namespace) -> sdq.QuantModel:
-    """Return a quantized network with a random policy, trained where it gives a class an image."""
+    """Return a quantized network with a random policy, trained where the data has its targets."""
     network = _reports.untrained(name, splits, options.seed, width=options.width)
     order = torch.randperm(len(splits.train), generator=generator(options.seed, "part"))
     part = splits.train.subset(order[: options.train_images].sort().values)
@@ -85,8 +88,8 @@ def prepared(name: str, splits: Splits, options: argparse.Namespace) -> sdq.Quan
         augment=Augmentation(splits.horizontal_flip, splits.vertical_flip),
     )  # fmt: skip
     sample = torch.zeros(1, *splits.image_shape)
-    labelled = network.eval()(sample).dim() == 2
-    if labelled:
+    trainable = (network.eval()(sample).dim() == 2) == (splits.task == "classification")
+    if trainable:
         sdq.train_(network, train, sdq.TrainConfig(epochs=2, seed=options.seed))
     config = export.prepare(options.prepare_for, sdq.QuantConfig(bit_choices=CHOICES))
     qmodel = sdq.quantize(network, config, sample=sample)
@@ -100,7 +103,7 @@ def prepared(name: str, splits: Splits, options: argparse.Namespace) -> sdq.Quan
         if layer.searched
     }
     sdq.apply_policy_(qmodel, qmodel.policy.with_weight_bits(drawn))
-    if labelled:
+    if trainable:
         sdq.finetune_(
             qmodel, train, teacher=network, config=sdq.TrainConfig(epochs=1, seed=options.seed)
         )
@@ -136,9 +139,11 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         f"{', '.join(map(str, CHOICES))} bits at random, 4-bit activations, first and last layer 8 "
         "bits. Each stage is compared with PyTorch: in float64 where it says so, else with "
         "PyTorch's float32. `codes` are the integers of all activation quantizers (in float64 of "
-        "weights too) for all images; `flipped`: images with a code that differs, and how many of "
-        "these began on a rounding boundary (within 0.001 of a code); `outputs`: largest "
-        "difference over the largest output.",
+        "weights too) for all images; `flipped`: images with a code that differs; `explained`: "
+        "those of them in which, replayed in float64 with the stage's codes, every code follows "
+        "from those before it but for ties (docs/verification.md), and how many "
+        "codes were ties; `outputs`: largest difference from PyTorch's over the largest output; "
+        "`tail`: the same from what float64 gives for the stage's own codes.",
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
@@ -146,8 +151,9 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             "",
             f"## {model}: {own[0]['images']} images of {' x '.join(map(str, own[0]['shape']))}",
             "",
-            "| format | stage | codes | differ | first | flipped | decisions agree | outputs |",
-            "|---|---|---|---|---|---|---|---|",
+            "| format | stage | codes | differ | first | flipped | explained | decisions agree "
+            "| outputs | tail |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [line(row) for row in own]
         lines += [
@@ -161,21 +167,21 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 def line(row: dict[str, Any]) -> str:
     """Return one line of the table."""
     if "refused" in row:
-        return f"| {row['format']} | refused: {row['refused']} | | | | | | |"
+        return f"| {row['format']} | refused: {row['refused']} | | | | | | | | |"
     start = f"| {row['format']} | {row['name']} "
     if "output_difference" in row:
         return (
             f"{start}| {row['codes']:,} | {row['different']} | {row['first_difference'] or ''} | | "
-            f"| {row['output_difference']:.0e} |"
+            f"| | {row['output_difference']:.0e} | |"
         )
     agree, outputs = f"{row['agreement']:.2%}", f"{row['relative_difference']:.0e}"
     if row["flipped"] is None:
-        return f"{start}| not readable | | | | {agree} | {outputs} |"
+        return f"{start}| not readable | | | | | {agree} | {outputs} | |"
     flipped = round(row["flipped"] * row["images"])
-    ties = f"{flipped} ({row['ties']} by a tie)" if flipped else "0"
+    explained = f"{row['ties']} ({row['tie_codes']} ties)" if flipped else ""
     return (
-        f"{start}| {row['codes']:,} | {row['different']} | {row['first_difference'] or ''} | "
-        f"{ties} | {agree} | {outputs} |"
+        f"{start}| {row['codes']:,} | {row['different']:,} | {row['first_difference'] or ''} "
+        f"| {flipped} | {explained} | {agree} | {outputs} | {row['tail']:.0e} |"
     )
 
 

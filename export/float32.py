@@ -1,10 +1,9 @@
-"""The comparison in float32: which decisions differ, and whether rounding explains them.
+"""The comparison in float32: what differs, and whether rounding explains it.
 
 That two outputs lie closer together than the runtimes differ explains nothing: it holds whenever
-a decision differs, by arithmetic. An exception is explained by where it began.
+a decision differs, by arithmetic. A difference is explained by replaying it (:mod:`export.ties`).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,15 +12,11 @@ from torch import Tensor
 from export.format import Trace
 from export.reference import Reference
 from export.report import RuntimeStage
+from export.ties import FEW_TIES, OUTPUT_TIE, TIE, TIE_SHARE, Explanation, explain
 
-TIE = 1e-3
-"""How near a rounding boundary, in codes, a float32 sum can no longer tell the sides apart: sums
-of a few thousand terms of up to 255 codes err by some 1e-4 (24 bits of mantissa, the square root
-of the number of terms), and batch normalisation may enlarge that."""
-
-OUTPUT_TIE = 1e-5
-"""The same for two outputs, relative to the largest: float32's 6e-8 times some hundred roundings
-in the last layer's sum."""
+AGREEMENT = 0.998
+"""Least share of equal decisions where a runtime's codes cannot be read: two in a thousand images
+(or a single one of fewer) may fall on the other side of a boundary without anything being wrong."""
 
 
 @dataclass
@@ -38,10 +33,13 @@ class Tally:
     readable: bool = True
     finite: bool = True
     ties: int = 0
+    tie_codes: int = 0
+    tie_distance: float | None = None
+    unexplained: dict[str, int] = field(default_factory=dict)
     exceptions: int = 0
     explained: int = 0
-    tie_distance: float | None = None
     largest: float = 0.0
+    tail: float = 0.0
     differences: list[Tensor] = field(default_factory=list)
 
     def add(self, images: Tensor, ours: Trace, output: Tensor, theirs: Trace) -> None:
@@ -63,14 +61,37 @@ class Tally:
         self.images += len(images)
         self.finite &= bool(torch.isfinite(output).all())
         self.largest = max(self.largest, float(ours.output.abs().max()))
-        self.differences.append((ours.output - output).abs().reshape(-1))
-        flipped = self._count(ours, theirs)
+        gaps = (ours.output - output).abs().reshape(len(images), -1)
+        self.differences.append(gaps.reshape(-1))
+        flipped = self._count(ours, theirs) & readable
         exceptions = differing.any(dim=1)
-        odd = (exceptions | (flipped & readable)).nonzero().reshape(-1)
+        self.exceptions += int(exceptions.sum())
+        for index in (exceptions & ~flipped).nonzero().reshape(-1).tolist():
+            one = ours.output[index : index + 1]
+            self.explained += near_tie(one, differing[index], self.largest)
+        self._tail(gaps[~flipped])
+        odd = flipped.nonzero().reshape(-1)
         for some in odd.split(8) if len(odd) else ():  # in float64, so few at a time
-            mine = _of_images(ours, some)
-            others = _of_images(theirs, some) if readable else mine
-            self._explain(images[some], mine, others, differing[some])
+            mine, others = _of_images(ours, some), _of_images(theirs, some)
+            found = explain(self.reference, images[some], mine, others)
+            for index, explanation in zip(some.tolist(), found, strict=True):
+                self._replayed(explanation, bool(exceptions[index]))
+                self._tail((explanation.output - output[index : index + 1]).abs())
+
+    def _replayed(self, found: Explanation, exception: bool) -> None:
+        """Count an image whose codes differ."""
+        self.ties += found.holds
+        self.tie_codes += found.ties
+        self.explained += found.holds and exception
+        if found.first is not None:
+            self.unexplained[found.first] = self.unexplained.get(found.first, 0) + 1
+        if found.distance is not None:
+            self.tie_distance = max(self.tie_distance or 0.0, found.distance)
+
+    def _tail(self, gaps: Tensor) -> None:
+        """Note how far outputs are from those that follow from the runtime's own codes."""
+        if gaps.numel():
+            self.tail = max(self.tail, float(gaps.max()))
 
     def _count(self, ours: Trace, theirs: Trace) -> Tensor:
         """Count codes that differ, by quantizer; return ``(N,)``: the images that have one."""
@@ -83,47 +104,72 @@ class Tally:
         self.flipped += int(flipped.sum())
         return flipped
 
-    def _explain(
-        self,
-        images: Tensor,
-        ours: dict[str, Tensor],
-        theirs: dict[str, Tensor],
-        differing: Tensor,
-    ) -> None:
-        """Find what the differences of images began with; ``differing`` are their decisions."""
-        output, before = self.reference.replay(images, ours)
-        for index, exception in enumerate(differing.any(dim=1).tolist()):
-            one = torch.tensor([index])
-            mine, other, values = (_rows(x, len(images), one) for x in (ours, theirs, before))
-            distance = first_flip_distance(self.reference.bits, mine, other, values)
-            if distance is not None:
-                tie = distance <= TIE
-                self.ties += tie
-                if exception:
-                    self.tie_distance = max(self.tie_distance or 0.0, distance)
-            else:
-                tie = near_tie(output[one], differing[index])
-            if exception:
-                self.exceptions += 1
-                self.explained += tie
-
     def stage(self, name: str) -> RuntimeStage:
         """Return what was counted for the runtime of this name."""
         step = self.reference.output_step()
-        gaps = torch.cat(self.differences)
+        gaps, largest = torch.cat(self.differences), self.largest or 1.0
         differences = gaps / (step or 1.0)
+        read = self.readable
         first = next((x for x in self.reference.names if self.different.get(x)), None)
+        wrong = next((x for x in self.reference.names if x in self.unexplained), None)
         return RuntimeStage(
             name, self.equal / self.decisions,
-            self.flipped / self.images if self.readable else None,
-            self.codes if self.readable else 0,
-            sum(self.different.values()) if self.readable else 0,
-            first if self.readable else None,
-            self.ties if self.readable else 0,
-            float(differences.median()), float(differences.max()),
-            float(gaps.max()) / (self.largest or 1.0), step, self.finite,
-            self.exceptions, self.explained, self.tie_distance,
+            self.flipped / self.images if read else None,
+            self.codes if read else 0, sum(self.different.values()) if read else 0,
+            first if read else None, self.ties if read else 0, self.tie_codes if read else 0,
+            self.tie_distance if read else None, wrong if read else None,
+            self.tail / largest if read else None,
+            float(differences.median()), float(differences.max()), float(gaps.max()) / largest,
+            step, self.finite, self.images, self.exceptions, self.explained,
         )  # fmt: skip
+
+
+def judge(stage: RuntimeStage) -> list[str]:
+    """Return what is wrong with a runtime; empty if nothing is."""
+    if not stage.finite:
+        return [f"{stage.name}: outputs must be finite"]
+    if stage.flipped is None or stage.tail is None:
+        return _judge_decisions(stage)
+    images = round(stage.flipped * stage.images)
+    found = []
+    if stage.unexplained_at is not None:
+        found.append(
+            f"{stage.name}: {images - stage.ties} of {stage.images} images have codes that do not "
+            f"follow from ties, first at {stage.unexplained_at}, up to {stage.tie_distance:.2g} "
+            f"codes from a rounding boundary; a tie is within {TIE:g}, or twice float32's error"
+        )
+    if stage.tie_codes > max(TIE_SHARE * stage.codes, FEW_TIES):
+        found.append(
+            f"{stage.name}: at most {TIE_SHARE:.2%} of the codes may be ties, got "
+            f"{stage.tie_codes} of {stage.codes}: the runtime rounds by another rule"
+        )
+    if stage.tail > OUTPUT_TIE:
+        found.append(
+            f"{stage.name}: outputs must be within {OUTPUT_TIE:g} of what follows from the "
+            f"runtime's codes, relative to the largest, got {stage.tail:.1e}"
+        )
+    return found
+
+
+def _judge_decisions(stage: RuntimeStage) -> list[str]:
+    """Judge a runtime that cannot be asked for its codes: nothing can be shown of exceptions."""
+    unexplained = stage.exceptions - stage.explained
+    if stage.agreement < AGREEMENT and (unexplained or stage.exceptions > 1):
+        return [
+            f"{stage.name}: its codes cannot be read, and at least {AGREEMENT:.1%} of the "
+            f"decisions must agree, got {stage.agreement:.2%}"
+        ]
+    return []
+
+
+def caution(stage: RuntimeStage) -> list[str]:
+    """Return what must be said of a runtime with which nothing is wrong."""
+    if stage.agreement < AGREEMENT and stage.exceptions > 1:
+        return [
+            f"{stage.name}: {stage.agreement:.2%} of the decisions agree; the runtime is right, "
+            "but this network makes other decisions of single roundings"
+        ]
+    return []
 
 
 def decisions(output: Tensor) -> Tensor:
@@ -143,60 +189,26 @@ def _by_sign(output: Tensor) -> bool:
     return output.dim() in (1, 4) or output.shape[1] == 1
 
 
-def first_flip_distance(
-    bits: Mapping[str, int],
-    ours: dict[str, Tensor],
-    theirs: dict[str, Tensor],
-    before: dict[str, Tensor],
-) -> float | None:
-    """Return how far from a rounding boundary the first codes that flipped were, in codes.
-
-    Up to the first quantizer (in execution order) whose codes differ, both runs had the same
-    codes; so its exact input, computed in float64 from those, must lie on a boundary between two
-    codes, or something else than rounding is at work.
+def near_tie(output: Tensor, differing: Tensor, largest: float) -> bool:
+    """Tell whether all those decisions of one image that differ stand on a boundary.
 
     Args:
-        bits: of the quantizers by name, in execution order.
-        ours: PyTorch's codes.
-        theirs: the runtime's codes.
-        before: PyTorch's inputs over scale, in float64.
-
-    Returns:
-        The largest distance among the codes that flipped there, in codes; a code that moved by
-        more than one counts its whole way. Float32 errs in proportion to the largest code, so of
-        wider codes than 8 bits it is that in 8 of their bits. None if no code differs.
+        output: of the image ``(1, ...)``.
+        differing: its decisions, flat.
+        largest: output of any image.
     """
-    for name, width in bits.items():
-        if name not in theirs:  # the runtime no longer has it
-            continue
-        moved = ours[name] != theirs[name]
-        if moved.any():
-            low = torch.minimum(ours[name], theirs[name])[moved].double()
-            high = torch.maximum(ours[name], theirs[name])[moved].double()
-            value = before[name][moved]
-            # between neighbours there is one boundary, and it is nearest to both
-            far = torch.maximum((value - low - 0.5).abs(), (value - high + 0.5).abs()).max()
-            return float(far) / 2 ** max(width - 8, 0)
-    return None
-
-
-def near_tie(output: Tensor, differing: Tensor) -> bool:
-    """Tell whether all those decisions of one image that differ stand on a boundary."""
     if _by_sign(output):
         margins = output.abs()
     else:
         top = output.topk(2, dim=1).values
         margins = top[:, 0] - top[:, 1]
-    return bool(margins.reshape(-1)[differing].max() <= OUTPUT_TIE * output.abs().max())
+    return bool(margins.reshape(-1)[differing].max() <= OUTPUT_TIE * largest)
 
 
 def _of_images(trace: Trace, indices: Tensor) -> dict[str, Tensor]:
-    return _rows(trace.codes, len(trace.output), indices)
-
-
-def _rows(tensors: Mapping[str, Tensor], count: int, indices: Tensor) -> dict[str, Tensor]:
-    """Return what belongs to some of ``count`` images, which may have several rows each."""
+    """Return the codes of some images, which may have several rows each."""
+    count = len(trace.output)
     return {
         name: x.reshape(count, len(x) // count, *x.shape[1:])[indices].flatten(0, 1)
-        for name, x in tensors.items()
+        for name, x in trace.codes.items()
     }

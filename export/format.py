@@ -78,7 +78,8 @@ class Format(Protocol):
         RUNTIMES: the names of the runtimes :meth:`open_runtime` knows, in the order of the way
             from the file to the device.
         REWRITES: those of them that rewrite the graph before they run it, so that reading the
-            codes may change how they compute.
+            codes may change how they compute, and codes may differ by more than ties: a warning
+            if no decision does.
         ADVICE: what to do where a runtime deviates through a fault of its own. A runtime named
             here gives a warning; it does not decide on the file.
 

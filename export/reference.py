@@ -2,16 +2,32 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from export.format import Trace
 from sdq import integer_bias
 from sdq.learned_scale import ActQuantizer
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """A run in float64 in which quantizers gave codes of another run.
+
+    Args:
+        output: of the network.
+        before: what each activation quantizer was about to round: its input over its scale.
+        codes: what each would have given.
+    """
+
+    output: Tensor
+    before: dict[str, Tensor]
+    codes: dict[str, Tensor]
 
 
 class Reference:
@@ -43,31 +59,28 @@ class Reference:
 
     @torch.no_grad()
     def replay(
-        self, images: Tensor, codes: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run in float64, but let every activation quantizer give these codes.
+        self, images: Tensor, codes: Mapping[str, Tensor], *, single: bool = False
+    ) -> Replay:
+        """Run in float64, but let activation quantizers give these codes.
 
-        Returns:
-            The output, and what each quantizer was about to round: its input over its scale.
+        Args:
+            images: float images ``(N, C, H, W)``.
+            codes: by quantizer; one that is not named gives its own.
+            single: in float32 instead.
         """
+        network, dtype = (self.single, torch.float32) if single else (self.double, torch.float64)
         before: dict[str, Tensor] = {}
+        rounded: dict[str, Tensor] = {}
 
         def force(name: str, quantizer: ActQuantizer) -> Callable[..., Tensor]:
             def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
                 before[name] = inputs[0] / quantizer.scale
-                return codes[name].double() * quantizer.scale
+                rounded[name] = quantizer.codes(inputs[0]).int()
+                return codes[name].to(dtype) * quantizer.scale if name in codes else output
 
             return hook
 
-        modules, quantizers = self.double.act_modules(), self.double.act_quantizers()
-        handles = [
-            modules[name].register_forward_hook(force(name, quantizer))
-            for name, quantizer in quantizers.items()
-        ]
-        try:
-            return self.double(images.double()), before
-        finally:
-            _remove(handles)
+        return Replay(_hooked(network, images.to(dtype), force), before, rounded)
 
     def weight(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return a layer's weight codes ``(K, ...)`` and scales, or None if it is float."""
@@ -124,17 +137,21 @@ def _traced(qmodel: QuantModel, images: Tensor) -> Trace:
 
         return hook
 
+    return Trace(_hooked(qmodel, images, record), codes)
+
+
+def _hooked(
+    qmodel: QuantModel, images: Tensor, hook: Callable[[str, ActQuantizer], Callable[..., Any]]
+) -> Tensor:
+    """Run a network with a hook at each activation quantizer."""
     modules = qmodel.act_modules()
     handles = [
-        modules[name].register_forward_hook(record(name, quantizer))
+        modules[name].register_forward_hook(hook(name, quantizer))
         for name, quantizer in qmodel.act_quantizers().items()
     ]
     try:
-        return Trace(qmodel(images), codes)
+        output: Tensor = qmodel(images)
+        return output
     finally:
-        _remove(handles)
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

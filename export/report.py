@@ -4,10 +4,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-AGREEMENT = 0.998
-"""Least share of equal decisions in float32: two in a thousand images (or a single one of fewer)
-may fall on the other side of a rounding boundary without anything being wrong."""
-
 
 @dataclass(frozen=True)
 class ExactStage:
@@ -50,17 +46,25 @@ class RuntimeStage:
             still has.
         different: how many of them differ.
         first_difference: the first activation quantizer, in execution order, with one that does.
-        ties: images whose first code that differs stood on a rounding boundary.
+        ties: images with such a code that are explained: replayed in float64 with the runtime's
+            codes, each code is what follows from those before it, or stands on a rounding boundary.
+        tie_codes: how many codes stood on one, in those replays.
+        tie_distance: of the code that is furthest from the boundary it crossed, in codes, in any
+            replay; None if none crossed one.
+        unexplained_at: the first activation quantizer, in execution order, at which an image has a
+            code that does not follow; None if there is none.
+        tail: largest difference of an output from what float64 gives for the runtime's codes (from
+            PyTorch's float32 where they have the same codes), over the largest output; None where
+            codes cannot be read.
         median_difference: of an output value; in output steps, or absolute without a step.
         largest_difference: likewise.
         relative_difference: the largest, over the largest output.
         output_step: input scale times the smallest weight scale of the last layer; None if that
             is float.
         finite: whether all outputs are.
+        images: how many were passed through.
         exceptions: images with another decision than PyTorch's.
-        explained: of them, those that are shown to be ties.
-        tie_distance: the largest distance from a rounding boundary, in codes, at which an
-            exception began; None without any.
+        explained: of them, those that are shown to follow from ties.
     """
 
     name: str
@@ -70,32 +74,44 @@ class RuntimeStage:
     different: int
     first_difference: str | None
     ties: int
+    tie_codes: int
+    tie_distance: float | None
+    unexplained_at: str | None
+    tail: float | None
     median_difference: float
     largest_difference: float
     relative_difference: float
     output_step: float | None
     finite: bool
+    images: int
     exceptions: int
     explained: int
-    tie_distance: float | None
 
     @property
     def line(self) -> str:
         """One line for people."""
         unit = "output steps" if self.output_step else "(no output step)"
-        flips = "codes not readable"
-        if self.flipped is not None:
-            where = f" (first at {self.first_difference})" if self.first_difference else ""
-            flips = f"{self.different} of {self.codes} codes differ{where}"
-            if self.different:
-                flips += f", in {self.flipped:.1%} of the images, {self.ties} of them by a tie"
         text = (
-            f"{self.name}: {self.agreement:.2%} of the decisions agree; {flips}; "
+            f"{self.name}: {self.agreement:.2%} of the decisions agree; {self._codes}; "
             f"difference {self.median_difference:.2g} median, {self.largest_difference:.2g} "
             f"largest {unit}"
         )
         if self.exceptions:
-            text += f"; {self.explained} of {self.exceptions} exceptions are ties"
+            text += f"; {self.explained} of {self.exceptions} exceptions follow from ties"
+        return text
+
+    @property
+    def _codes(self) -> str:
+        if self.flipped is None:
+            return "codes not readable"
+        where = f" (first at {self.first_difference})" if self.first_difference else ""
+        text = f"{self.different} of {self.codes} codes differ{where}"
+        if self.different:
+            text += f", in {self.flipped:.1%} of the images"
+        if self.ties:
+            text += f", {self.ties} of them explained by replay ({self.tie_codes} ties)"
+        if self.unexplained_at:
+            text += f", unexplained from {self.unexplained_at} on"
         return text
 
 
@@ -108,8 +124,8 @@ class VerifyReport:
         path: of the file.
         sha256: of the file as it was read.
         images: how many were passed through.
-        verified: every code equal in float64, the file's bits those of the policy, and decisions
-            in float32 equal but for ties.
+        verified: every code equal in float64, the file's bits those of the policy, and in the
+            runtimes' float32 everything equal but for ties and what float64 makes of them.
         reason: why, in a sentence.
         exact: the comparison in float64; None if the file could not be run.
         runtimes: one for each runtime of the format.

@@ -43,8 +43,8 @@ def export_table(exports: Sequence[Exported]) -> Table | None:
     columns = ["file", "size", "verdict", "codes that differ (float64)", "runtimes", "images"]
     note = (
         "Codes are the integers inside the network. A file is verified if every one equals "
-        "PyTorch's when both compute in float64, and if the answers in its own runtime are the "
-        "same but for ties of rounding."
+        "PyTorch's when both compute in float64, and if in its own runtime nothing differs but by "
+        "ties of rounding and what follows from them."
     )
     return Table("Exported files, compared with PyTorch", columns, rows, note)
 

@@ -11,9 +11,10 @@ import torch
 from onnx import numpy_helper
 
 import export
-from export.float32 import Tally, decisions, first_flip_distance, near_tie
+from export.float32 import Tally, caution, decisions, judge, near_tie
 from export.format import ToolMissing, Trace, load_format
 from export.reference import Reference
+from export.ties import TIE, WIDEST_TIE, boundary_distance
 from sdq.batches import Normalization
 from sdq.errors import RequestError
 
@@ -264,27 +265,24 @@ def test_float64_has_the_codes_of_float32_weights(network, images):
         assert torch.equal(double.codes(reference.double.weight(layer.name)).short(), codes)
 
 
-def test_first_flip_distance_by_hand():
-    bits = {"a": 4, "b": 8}
-    same = {"a": torch.tensor([[1, 2]]), "b": torch.tensor([[3, 4]])}
-    before = {
-        "a": torch.tensor([[1.2, 2.2]], dtype=torch.float64),
-        "b": torch.tensor([[3.4999, 4.1]], dtype=torch.float64),
-    }
-    assert first_flip_distance(bits, same, same, before) is None
+def test_boundary_distance_by_hand():
+    def distance(value, one, other, width=4):
+        exact = torch.tensor(value, dtype=torch.float64)
+        return float(boundary_distance(exact, torch.tensor(one), torch.tensor(other), width))
+
+    assert distance(2.2, 2, 2) == 0
     # 3 became 4, and 3.4999 is 0.0001 from the boundary 3.5
-    tie = {"a": same["a"], "b": torch.tensor([[4, 4]])}
-    assert first_flip_distance(bits, same, tie, before) == pytest.approx(1e-4, rel=1e-3)
-    # 2 became 3 although 2.2 is 0.3 from 2.5: not a tie; what follows in b does not matter
-    wrong = {"a": torch.tensor([[1, 3]]), "b": torch.tensor([[4, 4]])}
-    assert first_flip_distance(bits, same, wrong, before) == pytest.approx(0.3)
+    assert distance(3.4999, 3, 4) == pytest.approx(1e-4, rel=1e-3)
+    # 2 became 3 although 2.2 is 0.3 from 2.5
+    assert distance(2.2, 3, 2) == pytest.approx(0.3)
     # a code that moved by two crossed two boundaries, one of them far
-    far = {"a": same["a"], "b": torch.tensor([[5, 4]])}
-    assert first_flip_distance(bits, same, far, before) == pytest.approx(1.0001, rel=1e-3)
+    assert distance(3.4999, 3, 5) == pytest.approx(1.0001, rel=1e-3)
+    # on the boundary itself: no distance, but moved
+    assert 0 < distance(2.5, 2, 3) < 1e-300
+    # clipped far below the lowest code, and yet another code
+    assert distance(-9.0, 0, 1) == pytest.approx(9.5)
     # a code of 16 bits is a 256th of one of 8
-    assert first_flip_distance({**bits, "b": 16}, same, far, before) == pytest.approx(
-        1.0001 / 256, rel=1e-3
-    )
+    assert distance(3.4999, 3, 5, 16) == pytest.approx(1.0001 / 256, rel=1e-3)
 
 
 def test_decisions():
@@ -299,86 +297,265 @@ def test_a_tie_is_judged_where_decisions_differ():
     maps = torch.tensor([[[[1e-7, 2.0]], [[-3.0, 1.0]]]])
     where = torch.zeros(4, dtype=torch.bool)
     where[0] = True
-    assert near_tie(maps, where)
+    assert near_tie(maps, where, 3.0)
     where[3] = True
-    assert not near_tie(maps, where)
+    assert not near_tie(maps, where, 3.0)
     classes = torch.tensor([[1.0, 1.000001, -5.0]])
-    assert near_tie(classes, torch.tensor([True]))
-    assert not near_tie(torch.tensor([[1.0, 1.1, -5.0]]), torch.tensor([True]))
+    assert near_tie(classes, torch.tensor([True]), 5.0)
+    assert not near_tie(torch.tensor([[1.0, 1.1, -5.0]]), torch.tensor([True]), 5.0)
 
 
-def nudged(ours, name, index, step):
-    """Return a runtime's trace: a code off by ``step``, and another decision for the image."""
-    codes = {key: value.clone() for key, value in ours.codes.items()}
-    if name is not None:
-        codes[name][index] += step
-    output = ours.output.clone()
-    output[index[0], (output[index[0]].argmax() + 1) % output.shape[1]] += 10
-    return Trace(output, codes)
+def forced(reference, images, name, index, step, codes=None):
+    """Return the trace of a runtime that is float64's but for one code, with all that follows."""
+    codes = dict(codes or {})
+    moved = reference.replay(images, codes).codes | codes
+    moved[name] = moved[name].clone()
+    moved[name][index] += step
+    before = {}
+    for key in reference.names:
+        before[key] = moved[key]
+        if key == name:
+            break
+    replay = reference.replay(images, before)
+    return Trace(replay.output.float(), replay.codes | before)
+
+
+def nearest_tie(reference, images, name):
+    """Return where a code lies nearest to a boundary, how near, and the step across it."""
+    replay = reference.replay(images, {})
+    value, codes = replay.before[name], replay.codes[name]
+    low, high = codes.min(), codes.max()
+    distance = torch.where((codes > low) & (codes < high), (value - value.floor() - 0.5).abs(), 1.0)
+    index = tuple((distance == distance.min()).nonzero()[0].tolist())
+    return index, float(distance.min()), 1 if value[index] > codes[index] else -1
+
+
+def far_code(reference, images, name, codes=None):
+    """Return where a code lies in the middle between two boundaries, and others above it."""
+    replay = reference.replay(images, codes or {})
+    value, codes = replay.before[name], replay.codes[name]
+    inside = (codes > codes.min()) & (codes < codes.max() - 2)
+    return tuple((inside & ((value - codes).abs() < 0.2)).nonzero()[0].tolist())
+
+
+def stage_of(reference, images, theirs):
+    tally = Tally(reference)
+    tally.add(images, reference.float32(images), theirs.output, theirs)
+    return tally.stage("somewhere")
+
+
+class Normalized(torch.nn.Module):
+    """One normalisation of a whole map behind another, and a decision a pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.GroupNorm(1, 4), torch.nn.ReLU(),
+            torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.GroupNorm(1, 4), torch.nn.ReLU(),
+            torch.nn.Conv2d(4, 1, 1),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_a_tie_in_front_of_group_norm_explains_whole_maps(network, images):
+    reference = Reference(network(Normalized(), act_bits=8))
+    index, distance, step = nearest_tie(reference, images, "layers.0_input")
+    assert distance < TIE
+    theirs = forced(reference, images, "layers.0_input", index, step)
+    stage = stage_of(reference, images, theirs)
+    assert stage.different > 3  # one code, and what follows from it all over the map
+    assert (stage.ties, stage.tie_codes, stage.unexplained_at) == (1, 1, None)
+    assert stage.tie_distance == pytest.approx(distance, abs=1e-12)
+    assert stage.tail < 1e-6
+    assert judge(stage) == []
+    assert "1 of them explained by replay (1 ties)" in stage.line
+
+
+def code_at(reference, images, name, distance):
+    """Return where a code lies nearest to this far from a boundary, how far, and the step."""
+    replay = reference.replay(images, {})
+    value, codes = replay.before[name], replay.codes[name]
+    inside = (codes > codes.min()) & (codes < codes.max())
+    far = torch.where(inside, (value - value.floor() - 0.5).abs(), 9.0)
+    index = tuple(((far - distance).abs() == (far - distance).abs().min()).nonzero()[0].tolist())
+    return index, float(far[index]), 1 if value[index] > codes[index] else -1
+
+
+def shifted(network, bias):
+    """Return a network that normalises sums of mean ``bias``, and what float32 then errs by."""
+    net = Normalized()
+    torch.nn.init.constant_(net.layers[3].bias, bias)
+    reference = Reference(network(net, act_bits=8))
+    images = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    codes = reference.float32(images).codes
+    single = reference.replay(images, codes, single=True).before["layers.6_input"]
+    return reference, (single - reference.replay(images, codes).before["layers.6_input"]).abs()
+
+
+def test_a_tie_is_as_wide_as_float32_errs(network, images):
+    """A mean of many times the spread costs bits of float32's 24."""
+    name = "layers.6_input"
+    reference, error = shifted(network, 100.0)
+    for share, explained in ((0.25, True), (20, False)):
+        index, distance, step = code_at(reference, images, name, share * float(error.max()))
+        assert TIE < distance < 0.4
+        assert (distance < 2 * float(error[index[0]].max())) is explained
+        stage = stage_of(reference, images, forced(reference, images, name, index, step))
+        assert (stage.ties == stage.flipped * 24) is explained
+        assert (judge(stage) == []) is explained
+
+    # without that mean, the same distance is none
+    reference, error = shifted(network, 0.0)
+    assert error.max() < TIE / 10
+    index, distance, step = code_at(reference, images, name, 1.5 * TIE)
+    stage = stage_of(reference, images, forced(reference, images, name, index, step))
+    assert stage.unexplained_at == name
+
+
+def test_no_error_of_float32_makes_a_tie_of_everything(network, images):
+    reference, error = shifted(network, 1e5)
+    assert error.max() > 5 * WIDEST_TIE
+    index, _, step = code_at(reference, images, "layers.6_input", 2 * WIDEST_TIE)
+    theirs = forced(reference, images, "layers.6_input", index, step)
+    assert stage_of(reference, images, theirs).unexplained_at == "layers.6_input"
+
+
+def test_decisions_that_follow_from_ties_are_a_warning(network, images):
+    """The replayed network decides otherwise at many pixels: right, and worth knowing."""
+    reference = Reference(network(Normalized(), act_bits=8))
+    index, _, step = nearest_tie(reference, images, "layers.0_input")
+    theirs = forced(reference, images, "layers.0_input", index, step)
+    ours = reference.float32(images)
+    stage = stage_of(reference, images, theirs)
+    assert caution(stage) == []
+    tally = Tally(reference)
+    far = Trace(-ours.output, ours.codes)  # as if PyTorch had decided otherwise everywhere
+    tally.add(images, far, theirs.output, theirs)
+    (sentence,) = caution(tally.stage("somewhere"))
+    assert "0.00% of the decisions agree" in sentence
+
+
+def test_a_wrong_code_is_no_tie_whatever_follows_from_it(network, images):
+    """Everything behind it is as it must be: it is the code itself that nothing explains."""
+    reference = Reference(network(Normalized(), act_bits=8))
+    index = far_code(reference, images, "layers.3_input")
+    stage = stage_of(reference, images, forced(reference, images, "layers.3_input", index, 1))
+    assert (stage.ties, stage.unexplained_at) == (0, "layers.3_input")
+    assert stage.tie_distance > 0.3
+    (reason,) = judge(stage)
+    assert "1 of 24 images have codes that do not follow from ties, first at layers.3_in" in reason
+
+
+def test_a_tie_does_not_excuse_a_wrong_code_behind_it(network, images):
+    """The whole map has other codes, and one of them is wrong by one."""
+    reference = Reference(network(Normalized(), act_bits=8))
+    index, _, step = nearest_tie(reference, images, "layers.0_input")
+    tie = forced(reference, images, "layers.0_input", index, step)
+    image = slice(index[0], index[0] + 1)
+    first = {name: tie.codes[name] for name in ("layers.0_input", "layers.3_input")}
+    mine = {name: codes[image] for name, codes in first.items()}
+    where = far_code(reference, images[image], "layers.6_input", mine)
+    both = forced(reference, images, "layers.6_input", (index[0], *where[1:]), 1, first)
+    stage = stage_of(reference, images, both)
+    assert stage.first_difference == "layers.0_input"
+    assert (stage.flipped, stage.ties) == (1 / 24, 0)
+    assert stage.unexplained_at == "layers.6_input"
+    assert len(judge(stage)) == 1
 
 
 def test_an_exception_is_explained_by_a_tie_only(network, images):
     reference = Reference(network("plain", bits=3))
     ours = reference.float32(images)
-    _, before = reference.replay(images, ours.codes)
-    fraction = (before["8_input"] - ours.codes["8_input"]).abs()
-    inside = (ours.codes["8_input"] > 0) & (ours.codes["8_input"] < 15)
-    far = tuple((inside & (fraction < 0.2)).nonzero()[0].tolist())
-
-    tally = Tally(reference)
-    theirs = nudged(ours, "8_input", far, 1)
-    tally.add(images, ours, theirs.output, theirs)
-    stage = tally.stage("somewhere")
+    index = far_code(reference, images, "8_input")
+    codes = {key: value.clone() for key, value in ours.codes.items()}
+    codes["8_input"][index] += 1
+    output = ours.output.clone()
+    output[index[0], (output[index[0]].argmax() + 1) % output.shape[1]] += 10
+    stage = stage_of(reference, images, Trace(output, codes))
     assert (stage.exceptions, stage.explained) == (1, 0)
     assert stage.tie_distance > 0.3
     assert stage.flipped == 1 / len(images)
     assert (stage.different, stage.first_difference, stage.ties) == (1, "8_input", 0)
     assert stage.codes == sum(codes.numel() for codes in ours.codes.values())
     assert stage.agreement == 1 - 1 / len(images)
+    gap = (ours.output - output).abs().max() / ours.output.abs().max()
+    assert stage.relative_difference == pytest.approx(float(gap))
 
     # no code differs, and the output is far from a tie: unexplained
-    tally = Tally(reference)
-    theirs = nudged(ours, None, far, 0)
-    tally.add(images, ours, theirs.output, theirs)
-    assert (tally.exceptions, tally.explained, tally.tie_distance) == (1, 0, None)
+    stage = stage_of(reference, images, Trace(output, ours.codes))
+    assert (stage.exceptions, stage.explained, stage.tie_distance) == (1, 0, None)
+    assert "outputs must be within 1e-05" in judge(stage)[0]
 
 
-def test_a_flip_that_changes_no_decision_is_counted_and_explained(network, images):
+def test_a_flip_that_changes_no_decision_is_judged(network, images):
     reference = Reference(network("plain", bits=3))
     ours = reference.float32(images)
     codes = {name: value.clone() for name, value in ours.codes.items()}
     codes["8_input"][3, 0, 0, 0] += 2  # across two boundaries: no tie
     del codes["0_input"]  # a runtime without this quantizer
-    tally = Tally(reference)
-    tally.add(images, ours, ours.output, Trace(ours.output, codes))
-    stage = tally.stage("elsewhere")
+    stage = stage_of(reference, images, Trace(ours.output, codes))
     assert (stage.different, stage.first_difference, stage.ties) == (1, "8_input", 0)
     assert stage.codes == sum(x.numel() for x in codes.values())
     assert (stage.exceptions, stage.agreement, stage.flipped) == (0, 1, 1 / len(images))
     assert "1 of" in stage.line
     assert "first at 8_input" in stage.line
+    assert "unexplained from 8_input on" in stage.line
+    assert judge(stage)
 
 
-def test_an_exception_that_begins_on_a_boundary_is_explained(network, images):
-    """Of some thousand random codes, the nearest to a boundary is flipped."""
+def test_outputs_must_follow_from_the_codes(network, images):
+    """All codes and decisions are right; what comes behind the last quantizer is not."""
     reference = Reference(network("plain", bits=3))
     ours = reference.float32(images)
-    value = reference.replay(images, ours.codes)[1]["0_input"]
-    inside = ours.codes["0_input"].abs() < 127
-    distance = torch.where(inside, (value - value.floor() - 0.5).abs(), 1.0)
-    index = tuple((distance == distance.min()).nonzero()[0].tolist())
-    step = 1 if value[index] > ours.codes["0_input"][index] else -1
+    stage = stage_of(reference, images, Trace(1.0001 * ours.output, ours.codes))
+    assert (stage.different, stage.exceptions) == (0, 0)
+    (reason,) = judge(stage)
+    assert "outputs must be within 1e-05" in reason
+    assert judge(stage_of(reference, images, Trace(1.000001 * ours.output, ours.codes))) == []
 
-    tally = Tally(reference)
-    theirs = nudged(ours, "0_input", index, step)
-    tally.add(images, ours, theirs.output, theirs)
-    assert (tally.exceptions, tally.explained) == (1, 1)
-    assert tally.tie_distance == pytest.approx(float(distance.min()), abs=1e-12)
-    stage = tally.stage("somewhere")
-    assert stage.ties == 1
-    gap = (ours.output - theirs.output).abs().max() / ours.output.abs().max()
-    assert stage.relative_difference == pytest.approx(float(gap))
-    assert tally.tie_distance < 1e-3
+
+def test_a_runtime_with_another_rule_of_rounding_has_too_many_ties(network):
+    """Halves up instead of to even: each code is a tie, all of them together are not chance."""
+    qmodel = network("plain", bits=3, restrict_scale="power_of_two")
+    reference = Reference(qmodel)
+    scale = qmodel.act_quantizers()["0_input"].scale.detach()
+    halves = torch.randint(-20, 20, (24, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    images = (halves + 0.5) * scale
+    replay = reference.replay(images, {"0_input": halves + 1})
+    theirs = Trace(replay.output.float(), replay.codes | {"0_input": (halves + 1).int()})
+    stage = stage_of(reference, images, theirs)
+    assert (stage.flipped, stage.ties, stage.unexplained_at) == (1, 24, None)
+    (reason,) = judge(stage)
+    assert "the runtime rounds by another rule" in reason
+
+
+@pytest.mark.parametrize("rewrites", [False, True])
+def test_a_wrong_code_of_a_runtime(tmp_path, network, sample, images, rewrites):
+    """It is named by its layer, and decides unless the runtime may round in other places."""
+    plugin = load_format("onnx")[1]
+
+    def open_runtime(path, runtime, *, taps):
+        run = plugin.open_runtime(path, runtime, taps=taps)
+
+        def wrong(feed):
+            trace = run(feed)
+            if "8_input" in trace.codes:
+                trace.codes["8_input"][0, 0, 0, 0] ^= 2
+            return trace
+
+        return wrong
+
+    damaged = SimpleNamespace(**{**vars(plugin), "open_runtime": open_runtime, "ADVICE": {}})
+    damaged.RUNTIMES = (plugin.OPTIMISED if rewrites else plugin.AS_WRITTEN,)
+    qmodel = network("plain")
+    export.write(qmodel, tmp_path, format="onnx", sample=sample)
+    report = export.verify(qmodel, tmp_path, format=damaged, inputs=images)
+    assert report.verified is rewrites
+    sentence = "1 of 24 images have codes that do not follow from ties, first at 8_input"
+    assert sentence in (report.warnings[0] if rewrites else report.reason)
+    assert len(report.warnings) == rewrites
 
 
 def test_codes_of_a_runtime_that_computes_otherwise_when_read_are_not_used(network, images):
