@@ -64,6 +64,8 @@ def check(setting: "Setting") -> None:
                 f"out{instead}"
             )
     _check_options(config)
+    if config.compress is not None and config.compress.policy_bits:
+        method.message_bits(setting.network, 0)  # refuses where there is no policy
     if config.privacy is not None:
         _check_private(setting)
 

@@ -213,6 +213,7 @@ def test_a_split_file_says_whose_each_image_is(sdq, command, home, tmp_path):
         ("--clients 3 --participation 0", "participation: input should be greater than 0"),
         ("--clients 3 --lr nan", "--lr: must be a finite number"),
         ("--clients 3 --compress 9", "--compress: must be BITS, or up=BITS,down=BITS, from 1 to 8"),
+        ("--clients 3 --compress 4,policy", "policy_bits: must be off where no bits are learned"),
         ("--clients 3 --aggregation mode", "aggregation: must be mean, median or trimmed_mean:SH"),
         ("--clients 3 --method climb --aggregation median", "climb: must go without robust aggreg"),
         ("--clients 3 --head nowhere", "no linear layer 'nowhere'"),
