@@ -6,7 +6,8 @@ r"""Bits learned across clients, beside what one could do instead.
     uniform      the same bits everywhere, tuned in the rounds of search and tuning
     one_client   bits learned by the client with most images, in as many epochs as the search has
                  rounds; tuned as ``sdq``
-    ptq          float_more quantized after training, on images that one client has
+    hessian      bits by ``hessian`` from images and soft labels of that client; tuned as ``sdq``
+    ptq          float_more quantized after training with such bits, on the same images
     few_bytes    ``sdq``, but float phase and all with --compress
     personal     ``sdq``, with a budget of their own for the clients of --personal
     alone        each of those clients as a federation of one: all phases on its own images
@@ -44,7 +45,8 @@ from sdq.metrics import agreement, classification_metrics, predict
 from sdq.ptq import soft_labelled
 
 ROWS = (
-    "float", "float_more", "sdq", "uniform", "one_client", "ptq", "few_bytes", "personal", "alone"
+    "float", "float_more", "sdq", "uniform", "one_client", "hessian", "ptq", "few_bytes",
+    "personal", "alone",
 )  # fmt: skip
 PTQ_IMAGES = 512
 DECAY = PhasesConfig().tune_lr_decay
@@ -158,9 +160,18 @@ class Bench:
         )  # fmt: skip
         return [self.learned(self.federated(policy=policy))]
 
+    def row_hessian(self) -> list[dict[str, Any]]:
+        return [self.learned(self.federated(policy=self.without_labels("float")[0].policy))]
+
     def row_ptq(self) -> list[dict[str, Any]]:
+        qmodel, images = self.without_labels("float_more")
+        sdq.ptq_(qmodel, images, sdq.PtqConfig(seed=self.seed))
+        return [self.quantized(qmodel, 0, 0)]
+
+    def without_labels(self, row: str) -> tuple[sdq.QuantModel, torch.Tensor]:
+        """Return a float row's network under bits by ``hessian``, and the images they are from."""
         largest = max(self.clients, key=lambda c: len(c.train))
-        network = self.network("float_more")
+        network = self.network(row)
         images = torch.cat([x for x, _ in self.batches(largest.train, augmented=False)])
         images = images[:PTQ_IMAGES]
         data = soft_labelled(network, images)
@@ -171,8 +182,7 @@ class Bench:
             config=sdq.SearchConfig(train_weights=False, seed=self.seed),
         )  # fmt: skip
         sdq.apply_policy_(qmodel, policy)
-        sdq.ptq_(qmodel, images, sdq.PtqConfig(seed=self.seed))
-        return [self.quantized(qmodel, 0, 0)]
+        return qmodel, images
 
     def row_few_bytes(self) -> list[dict[str, Any]]:
         few = CompressionConfig.parsed(self.options.compress)

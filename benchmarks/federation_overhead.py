@@ -241,7 +241,7 @@ def cells(figures: dict[str, float]) -> str:
 
 def main() -> None:
     parser = _reports.parser(__doc__)
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=7, help="at least 2; 0 leaves the part out")
     parser.add_argument("--rounds", type=int, default=12, help="with many clients")
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--sampled", type=int, nargs="+", default=[10, 30, 100])
@@ -258,6 +258,23 @@ def main() -> None:
         f"{platform.machine()} CPU, 1 thread, torch {torch.__version__}, Python "
         f"{platform.python_version()}. CPU time of the process; how it is measured stands at the "
         "head of the script.", "",
+    ]  # fmt: skip
+    aims = []
+    if asked.turns:
+        found, aims = against_steps(asked.turns)
+        lines += found
+    found, aim = many_clients(asked)
+    lines += [*found, "", "| aim | at most | found | |", "|---|---|---|---|", *aims, aim, ""]
+    if asked.table:
+        picture = asked.table.with_suffix(".svg").name
+        lines += [f"![time and memory over clients, and over those sampled]({picture})", ""]
+        asked.table.write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def against_steps(turns: int) -> tuple[list[str], list[str]]:
+    """Return the table of rounds against their steps, and its aims."""
+    lines = [
         f"## A round of {SAMPLED} clients against their bare training steps", "",
         "| network | method | images a client | round s | steps s | ratio | quartiles |",
         "|---|---|---|---|---|---|---|",
@@ -266,7 +283,7 @@ def main() -> None:
     for name, method, images in (
         ("small", "fedavg", 64), ("small", "fedavg", 256), ("resnet20", "fedavg", 64)
     ):  # fmt: skip
-        f = ratios(name, method, images, asked.turns)
+        f = ratios(name, method, images, turns)
         steps = -(-images // BATCH)
         aims.append(
             f"| a round, {name}, {steps} steps a client | {AIM_RATIO} | {f['ratio']:.3f} | "
@@ -277,6 +294,11 @@ def main() -> None:
             f"{f['ratio']:.3f} | {f['low']:.3f} to {f['high']:.3f} |"
         )
         print(lines[-1], flush=True)
+    return [*lines, ""], aims
+
+
+def many_clients(asked: argparse.Namespace) -> tuple[list[str], str]:
+    """Return the tables of many clients, and the aim; draw them."""
     most, states = max(asked.clients), {True: "files", False: "memory"}
     found: dict[bool, list[dict[str, float]]] = {}
     for on_disk in states:
@@ -285,9 +307,11 @@ def main() -> None:
         ]
         print(on_disk, found[on_disk], flush=True)
     of_most = [measured(most, sampled, METHOD, True, asked.rounds) for sampled in asked.sampled]
+    if asked.table:
+        plot(asked.table.with_suffix(".svg"), asked.clients, found, asked.sampled, of_most)
     figures = "CPU s a round | peak MiB | of these images | files MiB |"
-    lines += [
-        "", f"## {SAMPLED} clients sampled of many: {METHOD}, small CNN, {IMAGES} images each", "",
+    lines = [
+        f"## {SAMPLED} clients sampled of many: {METHOD}, small CNN, {IMAGES} images each", "",
         f"| states in | clients | {figures}", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for on_disk, values in found.items():
@@ -304,18 +328,10 @@ def main() -> None:
         "All images are in one array in memory, as the column says; the rest stays as it is.",
     ]
     peak = max(v["mib"] for values in (*found.values(), of_most) for v in values)
-    lines += [
-        "", "| aim | at most | found | |", "|---|---|---|---|",
-        *aims,
+    return lines, (
         f"| memory with {most} clients | {AIM_MIB} MiB | {peak:.0f} MiB | "
-        f"{'met' if peak <= AIM_MIB else 'missed'} |", "",
-    ]  # fmt: skip
-    if asked.table:
-        picture = asked.table.with_suffix(".svg")
-        plot(picture, asked.clients, found, asked.sampled, of_most)
-        lines += [f"![time and memory over clients, and over those sampled]({picture.name})", ""]
-        asked.table.write_text("\n".join(lines))
-    print("\n".join(lines))
+        f"{'met' if peak <= AIM_MIB else 'missed'} |"
+    )
 
 
 if __name__ == "__main__":
