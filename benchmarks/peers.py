@@ -158,7 +158,8 @@ class Group:
     def request(self, bits: int) -> Request:
         options, names = self.options, list(layers(self.network))
         return Request(
-            options.model, self.facts["classes"], options.task, bits, options.edge_bits, options.act_bits,
+            options.model, self.facts["classes"], options.task, bits, options.edge_bits,
+            options.act_bits,
             (names[0], names[-1]), options.calibration, options.epochs, options.search_epochs,
             self.normalization.mean, self.normalization.std, tuple(self.facts["flips"]), self.seed,
         )  # fmt: skip
@@ -334,16 +335,17 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     lines = [
         "# SDQ beside other toolkits",
         "",
-        f"Float weights, images, their order and, in `qat`, loop, loss (the float network's soft "
-        f"labels) and learning rates are the same for all. First and last layer have "
-        f"{options.edge_bits} bits. `bytes` are bits times weights of all layers, over 8; "
-        "scales, biases and normalisation are not counted. No toolkit's weights have more levels "
-        "than its bits allow, unless a row says so. `CPU s` and `MiB` (the highest resident set) "
-        "are of the whole process that quantizes, torch included, with one thread. `file` is its "
-        "ONNX file in KiB, `same` the share of images on which onnxruntime decides by that file as "
-        "the toolkit's own network does. `less than SDQ` is in points, with the standard error of "
-        "the difference on these test images: below two of them it is nothing to speak of. `speed` is "
-        "the float file's time over this file's in onnxruntime, batches of 8, one thread.",
+        "Float weights, images, their order and, in `qat`, loop, loss (the float network's soft "
+        "labels) and learning rates are the same for all. First and last layer have "
+        f"{options.edge_bits} bits. `bytes` are bits times weights of all layers, over 8; scales, "
+        "biases and normalisation are not counted. No toolkit's weights have more levels than its "
+        "bits allow, unless a row says so. `less than SDQ` is in points, with the standard error "
+        "of the difference on these test images. `agreement` is the share of images on which the "
+        "network decides as the float one. `CPU s` is the time to quantize, with one thread, and "
+        "`MiB` the highest resident set of the process that does it, torch included. `file` is its "
+        "ONNX file in KiB, or why there is none; `same` the share of images on which onnxruntime "
+        "decides by that file as the toolkit's own network does; `speed` the float file's time "
+        "over this file's in onnxruntime, batches of 8, one thread.",
         "",
         "```",
         *options.commands,

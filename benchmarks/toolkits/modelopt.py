@@ -11,8 +11,13 @@ import torch
 
 from benchmarks.toolkits._job import Answer, Job, layers
 
-REQUIRES = ("nvidia-modelopt==0.47.0", "requests", "onnx==1.22.0", "onnxscript==0.7.2")
-# it imports requests and does not declare it
+REQUIRES = (
+    "nvidia-modelopt==0.47.0",
+    "requests==2.34.2",  # this and the next it imports and does not declare
+    "huggingface_hub==2.4.0",
+    "onnx==1.23.2",
+    "onnxscript==0.7.2",
+)
 
 
 def run(job: Job) -> Answer:

@@ -23,7 +23,7 @@ from nncf.torch.quantization.layers import BaseQuantizer
 
 from benchmarks.toolkits._job import CALIBRATION_BATCH, Answer, Job
 
-REQUIRES = ("nncf==3.4.0", "onnx==1.22.0", "onnxscript==0.7.2")
+REQUIRES = ("nncf==3.4.0", "onnx==1.23.2", "onnxscript==0.7.2")
 
 
 def run(job: Job) -> Answer:

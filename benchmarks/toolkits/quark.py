@@ -13,7 +13,7 @@ from quark.torch.quantization.observer.observer import PerChannelMinMaxObserver
 
 from benchmarks.toolkits._job import CALIBRATION_BATCH, Answer, Job
 
-REQUIRES = ("amd-quark==0.13", "onnx==1.22.0", "onnxscript==0.7.2")
+REQUIRES = ("amd-quark==0.13",)
 DTYPES = {2: Dtype.int2, 3: Dtype.int3, 4: Dtype.int4, 8: Dtype.int8}
 
 

@@ -1,7 +1,8 @@
 """torchao: export quantization (PT2E) with its x86 quantizer, whose weight ranges are narrowed.
 
 ``quantize_`` and its int4 kernels are for linear layers; convolutions go this way. Its x86
-quantizer is made for int8; the range of the codes is part of a public ``QuantizationSpec`` and may be any.
+quantizer is made for int8; the range of the codes is part of a public ``QuantizationSpec`` and may
+be any.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 
 from benchmarks.toolkits._job import Answer, Job
 
-REQUIRES = ("torchao==0.18.0", "onnx==1.22.0", "onnxscript==0.7.2")
+REQUIRES = ("torchao==0.18.0", "onnx==1.23.2", "onnxscript==0.7.2")
 
 
 def run(job: Job) -> Answer:
