@@ -20,6 +20,7 @@ from nncf.quantization.advanced_parameters import (
     QuantizationParameters,
 )
 from nncf.torch.quantization.layers import BaseQuantizer
+from torch import nn
 
 from benchmarks.toolkits._job import CALIBRATION_BATCH, Answer, Job
 
@@ -44,7 +45,8 @@ def run(job: Job) -> Answer:
     if job.request.task == "qat":
         job.train_(network)
     network.eval()
-    plain = nncf.strip(network, strip_format=nncf.StripFormat.IN_PLACE)
+    with torch.no_grad():
+        weights = {n: q(network.get_submodule(n).weight) for n, q in quantizers.items()}
 
     def write(file: Path) -> None:
         native = nncf.strip(network, example_input=job.example)
@@ -56,16 +58,23 @@ def run(job: Job) -> Answer:
     return Answer(
         network,
         {name: quantizer.num_bits for name, quantizer in quantizers.items()},
-        {name: plain.get_submodule(name).weight for name in quantizers},
+        weights,
         write,
     )
 
 
-def weight_quantizers(network: torch.nn.Module, job: Job) -> dict[str, BaseQuantizer]:
-    """Return the quantizers of the layers' weights by the layers' names."""
-    hooks = {path: m for path, m in network.named_modules() if isinstance(m, BaseQuantizer)}
+def weight_quantizers(network: nn.Module, job: Job) -> dict[str, BaseQuantizer]:
+    """Return the quantizers of the layers' weights, hooks on an operation's input 1, by layer."""
+    hooks = {
+        path.replace(":", "/"): module
+        for path, module in network.named_modules()
+        if isinstance(module, BaseQuantizer)
+    }
     found = {}
     for name in job.uniform():
-        place = f".{name.replace('.', ':')}:weight__"
-        found[name] = next(module for path, module in hooks.items() if place in path)
+        start = f"pre_hooks.{name.replace('.', '/')}/"
+        here = [module for path, module in hooks.items() if start in path and "__1." in path]
+        if len(here) != 1:
+            raise SystemExit(f"layer {name}: must have one weight quantizer, got {list(hooks)}")
+        found[name] = here[0]
     return found
