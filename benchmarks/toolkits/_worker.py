@@ -10,7 +10,6 @@ ONNX file.
 import importlib
 import importlib.metadata
 import json
-import resource
 import sys
 import time
 import warnings
@@ -35,7 +34,7 @@ def main() -> None:
     found = {
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_bytes(),
         "bits": dict(answer.bits),
         "note": answer.note,
         "versions": versions(toolkit.REQUIRES),
@@ -57,9 +56,18 @@ def main() -> None:
     (out / "result.json").write_text(json.dumps(found))
 
 
+def peak_bytes() -> int:
+    """Return the highest resident set of this program.
+
+    ``getrusage`` would give at least that of the process it was started from.
+    """
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(x for x in status if x.startswith("VmHWM")).split()[1]) * 1024
+
+
 def versions(requirements: tuple[str, ...]) -> dict[str, str]:
-    names = [requirement.split("==")[0] for requirement in requirements]
-    return {name: importlib.metadata.version(name) for name in ("torch", *names)}
+    names = ["torch", "brevitas", *(requirement.split("==")[0] for requirement in requirements)]
+    return {d.name: d.version for d in importlib.metadata.distributions() if d.name in names}
 
 
 if __name__ == "__main__":
