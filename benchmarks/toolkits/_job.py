@@ -6,7 +6,7 @@ can be imported in every toolkit's own environment.
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -100,7 +100,6 @@ class Job:
 
     request: Request
     folder: Path
-    losses: list[float] = field(default_factory=list)
 
     @cached_property
     def _images(self) -> dict[str, np.ndarray]:
