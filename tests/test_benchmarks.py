@@ -4,8 +4,11 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(FOLDER.glob("[!_]*.py"))  # what they share has a name that begins with _
@@ -33,6 +36,58 @@ def test_a_printed_command_names_no_folder_of_its_reader(monkeypatch: pytest.Mon
     assert reports.command() == (
         "python benchmarks/ptq.py --data-root DIR --weights=FILE --variants 'a;b=1' --bits=2"
     )
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    return importlib.import_module("peers")
+
+
+def test_levels_are_counted_in_the_channel_that_has_most(peers: ModuleType) -> None:
+    codes = torch.tensor([[-2.0, -1.0, 0.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0, 3.0]])
+    weight = codes * torch.tensor([[0.1], [0.7]])
+    assert peers.levels(weight) == 4
+    assert peers.levels(weight * (1 + 1e-7 * torch.randn(2, 5))) == 4  # a last digit is no level
+    weight[0, 4] = 0.05
+    assert peers.levels(weight) == 5
+    eight = torch.arange(-128.0, 128.0) * 0.013
+    assert peers.levels(eight[None]) == 256
+
+
+def test_a_difference_counts_the_same_images(peers: ModuleType) -> None:
+    ours, theirs = np.array([1.0, 1.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0, 1.0])
+    # differences 0 1 0 0: mean 1/4, variance (1 - 1/4) / 3 = 1/4, over sqrt(4)
+    assert peers.difference(theirs, ours) == "+25.00 ± 25.00"
+    assert peers.difference(ours, ours) == ""
+
+
+def test_requirements_of_toolkits_are_read_without_importing_them(peers: ModuleType) -> None:
+    toolkits = [path.stem for path in (FOLDER / "toolkits").glob("[!_]*.py")]
+    assert set(peers.TOOLKITS.split(",")) <= set(toolkits)
+    for name in toolkits:
+        assert all("==" in requirement for requirement in peers.required(name)), name
+    assert peers.required("torchao")[0].startswith("torchao==")
+    assert peers.required("sdq") == ()
+
+
+@pytest.mark.slow
+def test_toolkits_are_measured_and_go_on(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-W", "ignore", FOLDER / "peers.py", "--data", "synthetic_derm",
+        "--model", "vgg_like", "--float-epochs", "1", "--train-images", "128",
+        "--test-images", "100", "--calibration", "32", "--task", "qat", "--bits", "2",
+        "--epochs", "2", "--toolkits", "sdq,brevitas", "--out", tmp_path / "out",
+        "--table", tmp_path / "table.md",
+    ]  # fmt: skip
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert "## qat, vgg_like on synthetic_derm, W2A8, seed 0" in table
+    assert "| sdq | 0." in table
+    assert "| brevitas | 0." in table
+    assert "failed" not in table
 
 
 @pytest.mark.slow

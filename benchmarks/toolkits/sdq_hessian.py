@@ -1,0 +1,11 @@
+"""SDQ with bits by sensitivity (``hessian``), for which nothing is trained."""
+
+from benchmarks.toolkits import sdq as ours
+from benchmarks.toolkits._job import Answer, Job
+
+REQUIRES: tuple[str, ...] = ()
+
+
+def run(job: Job) -> Answer:
+    """Return a network of mixed bits."""
+    return ours.quantized(job, "hessian")
