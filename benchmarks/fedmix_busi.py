@@ -198,7 +198,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "# FedMix on BUSI",
         "",
         f"Lesion images at {options.image_size} x {options.image_size}, a fifth to test; U-Net of "
-        f"width {options.width}; {options.rounds} rounds of {options.local_epochs} epochs, Adam "
+        f"width {options.width}; {options.rounds} rounds, local epochs {options.local_epochs}, Adam "
         f"{options.lr:g}, kept over rounds, weight decay 1e-4, batches of {options.batch_size}, "
         f"loss `{options.loss}`; last round; seeds {', '.join(map(str, seeds))}; mean ± standard "
         f"deviation over seeds. torch {torch.__version__}, device {options.device}.",
@@ -206,10 +206,11 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         f"`{_reports.command()}`",
         "",
         "Figures are means over the clients' test images, of the server's model; of `local`, of "
-        "each client's own. Dice and IoU in percent, HD95 in pixels. `sat out`: rounds in which a "
-        "client found nothing to learn from, over all clients.",
+        "each client's own. Dice and IoU in percent, HD95 in pixels. `seed by seed`: Dice beyond "
+        "that of `labelled`, in points. `sat out`: rounds in which a client found nothing to learn "
+        "from, over all clients.",
         "",
-        "| clients | variant | Dice | IoU | HD95 | Dice by client | sat out | seconds |",
+        "| clients | variant | Dice | IoU | HD95 | seed by seed | Dice by client | sat out |",
         "|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -217,21 +218,26 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         group = groups.setdefault((row["mix"], row["variant"]), [])
         if all(row["seed"] != other["seed"] for other in group):
             group.append(row)
-    lines += [f"| {mix} | {variant} | {cells(group)} |" for (mix, variant), group in groups.items()]
+    base = {row["seed"]: figure(row, "dice") for row in rows if row["variant"] == "labelled"}
+    lines += [
+        f"| {mix} | {variant} | {cells(group, base)} |" for (mix, variant), group in groups.items()
+    ]
     _reports.write(options.table, lines)
 
 
-def cells(rows: list[dict[str, Any]]) -> str:
-    """Return a variant's figures over the seeds."""
-    found = [
-        _reports.spread([figure(row, metric) * (1 if metric == "hd95" else 100) for row in rows])
-        for metric in METRICS
-    ]
+def cells(rows: list[dict[str, Any]], base: dict[int, float]) -> str:
+    """Return a variant's figures over the seeds; ``base`` is Dice to compare with, by seed."""
+    found = []
+    for metric in METRICS:
+        values = [figure(row, metric) * (1 if metric == "hd95" else 100) for row in rows]
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        found.append(f"{statistics.mean(values):.1f} ± {deviation:.1f}")
+    beyond = (100 * (figure(r, "dice") - base[r["seed"]]) for r in rows if r["seed"] in base)
+    found.append(", ".join(f"{value:+.1f}" for value in beyond))
     parts = [(row["server"] or row["own"])["clients"] for row in rows]
     each = (statistics.mean(100 * part[k]["dice"] for part in parts) for k in parts[0])
     found.append(", ".join(f"{value:.1f}" for value in each))
     found.append(f"{statistics.mean(sum(row['sat_out']) for row in rows):.0f}")
-    found.append(f"{statistics.mean(row['seconds'] for row in rows):.0f}")
     return " | ".join(found)
 
 
