@@ -1,5 +1,6 @@
 """Segmentation with mixed labels: weights, labels that networks make, and masks nobody sees."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -277,6 +278,35 @@ def test_the_mixes_of_the_paper(mix: str, tiny_maps: Make, hospitals_with_masks:
     assert not any(r["failures"] for r in found.history)
     # all of them learned something by the end
     assert found.history[-1]["replied"] == list(range(len(wanted)))
+
+
+def test_a_class_that_every_image_shows_tells_nothing(hospitals_with_masks: Clients) -> None:
+    """Of one class, shown by all, an image label is no more than no label."""
+    clients = []
+    for client in hospitals_with_masks()[:3]:
+        assert client.train.masks is not None
+        masks = client.train.masks.take(torch.arange(len(client.train))) > 0
+        assert masks.flatten(1).any(1).all()
+        train = replace(client.train, masks=ArrayImages(masks.to(torch.uint8)))
+        clients.append(replace(client, train=train, val=None, test=None))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Conv2d(clients[0].train.images.shape[1], 1, 3, padding=1)
+    ends = [
+        fl.run(
+            copy.deepcopy(network), method=fl.method("fedmix_seg", agreement=0.1),
+            num_classes=1, config=QUICK,
+            clients=[weakened(c, x, 1, 0) for c, x in zip(clients, mix, strict=True)],
+        )
+        for mix in (("pixel", "box", "image"), ("pixel", "box", "none"), ("pixel", "box", "box"))
+    ]  # fmt: skip
+    same = [
+        all(torch.equal(value, other.state[name]) for name, value in ends[0].state.items())
+        for other in ends[1:]
+    ]
+    assert same == [True, False]
+    # the third client trained: what is equal is not that it sat out
+    assert all(round["replied"] == [0, 1, 2] for round in ends[1].history)
 
 
 def test_classification_is_refused(
