@@ -85,7 +85,10 @@ class Material:
         if (inputs := self.open_data()) is None:
             self.missing.append("Pictures of test images: they need the data.")
             return None
-        return inputs.splits.test or inputs.splits.val
+        found = inputs.splits.test or inputs.splits.val
+        if found is None:
+            self.missing.append("Pictures of test images: the data have no test part of their own.")
+        return found
 
     def overlays(self, networks: Callable[[], dict[str, nn.Module]]) -> Overlays | None:
         """Return test images with outlines, if there are pictures.
@@ -94,7 +97,7 @@ class Material:
             networks: reads them, by the name on the page; called if there are pictures.
         """
         images = self.images()
-        if images is None or not len(images) or self.inputs is None:
+        if images is None or self.inputs is None:
             return None
         try:
             return overlays(networks(), images, self.inputs.normalization)
