@@ -2,17 +2,22 @@ r"""Mixed labels on BUSI: FedMix against what needs more masks, or uses fewer la
 
 The images with a lesion are divided at random among clients, of which each has what
 ``--supervision`` says: masks (pixel), boxes (box), the class alone (image) or nothing (none); boxes
-are made from masks, and only from them. A client that has less than masks has no masks. Variants:
+are made from masks, and only from them. A client that has less than masks has no masks. A number
+behind each level says in what proportions the clients have the training images
+(``pixel12-box41-image47``); without it they have as many each. Test images are dealt out equally,
+whatever the proportions: more of them measure the same thing better. Clients with nothing have the
+training images without a lesion besides, as in the paper. Variants:
 
     full        FedAvg, every client with its masks: what the others lack
     local       every client alone, with its masks
-    labelled    FedAvg of the clients that have masks
+    labelled    FedAvg of the clients that have masks; what the others know does not matter
     fedst, fedrgd, fedmix_seg    what else is there, used
 
 ``labelled``, ``fedst``, ``fedrgd`` and ``fedmix_seg`` take hyper-parameters as
-``fedmix_seg;loss_power=3``. Every variant has the same images, clients, first weights and test set.
-A seed is another division into training and test images, other clients and other first weights.
-Each finished run is kept in ``--out``; interrupted, the command goes on after the last whole round.
+``fedmix_seg;loss_power=3``; ``;config.rounds=200`` behind any variant is for that one. All have the
+same images, clients, first weights and test set. A seed is another division into training and test
+images, other clients and other first weights. Each finished run is kept in ``--out``; interrupted,
+the command goes on after the last whole round.
 
     python benchmarks/fedmix_busi.py --data busi --data-root DIR --out runs/fedmix \
         --table benchmarks/results/fedmix_busi.md
@@ -20,6 +25,7 @@ Each finished run is kept in ``--out``; interrupted, the command goes on after t
 
 import argparse
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -32,6 +38,7 @@ from torch import nn
 
 import fl
 from fl.method import Supervision
+from fl.partition import in_shares
 from fl.supervision import parsed, weakened
 from sdq.batches import Augmentation, generator
 from sdq.data import DataOptions, ImageSet, open_data
@@ -39,7 +46,7 @@ from sdq.models.unet import UNet
 
 VARIANTS = "full,local,labelled,fedst,fedrgd,fedmix_seg"
 METHODS = {"full": "fedavg", "local": "local", "labelled": "fedavg_labelled"}
-MIXES = "pixel-box-image pixel-box-none"
+MIXES = "pixel12-box41-image47 pixel12-box41-none47"
 WITH_ALL_MASKS = ("full", "local")
 METRICS = ("dice", "iou", "hd95")
 
@@ -84,21 +91,25 @@ class Bench:
         opened = DataOptions(options.data_root, seed, options.image_size, (0.8, 0.0, 0.2))
         splits = open_data(options.data, opened)
         assert splits.test is not None
-        self.train, self.test = with_lesions(splits.train), with_lesions(splits.test)
+        (self.train, self.normal), (self.test, _) = map(by_lesion, (splits.train, splits.test))
         self.augment = Augmentation(splits.horizontal_flip, splits.vertical_flip)
         self.channels = splits.image_shape[0]
         self.classes = len(splits.class_names)
 
-    def clients(self, levels: tuple[Supervision, ...]) -> list[fl.ClientData]:
+    def clients(self, mix: str) -> list[fl.ClientData]:
         """Deal the images out at random; each client then forgets what it is not to know."""
-        train, test = (
-            [part.subset(i) for i in fl.iid(part.labels, len(levels), self.seed)]
-            for part in (self.train, self.test)
-        )
-        return [
-            weakened(fl.ClientData(level, own, None, held), level, self.classes, self.seed)
-            for own, held, level in zip(train, test, levels, strict=True)
-        ]
+        levels, shares = read(mix)
+        equally = [fl.iid(p.labels, len(levels), self.seed) for p in (self.train, self.test)]
+        own = in_shares(self.train.labels, shares, self.seed) if shares else equally[0]
+        normal = iter(fl.iid(self.normal.labels, max(1, levels.count("none")), self.seed))
+        clients = []
+        for indices, held, level in zip(own, equally[1], levels, strict=True):
+            train = self.train.subset(indices)
+            if level == "none":
+                train = ImageSet.joined([train, self.normal.subset(next(normal))])
+            client = fl.ClientData(level, train, None, self.test.subset(held))
+            clients.append(weakened(client, level, self.classes, self.seed))
+        return clients
 
     def network(self) -> nn.Module:
         with torch.random.fork_rng():
@@ -106,20 +117,22 @@ class Bench:
             found = UNet(self.classes, self.channels, self.options.width)
         return found.to(self.options.device)
 
-    def config(self) -> fl.FederationConfig:
+    def config(self, **changes: Any) -> fl.FederationConfig:
         options = self.options
-        return fl.FederationConfig(
+        found = fl.FederationConfig(
             rounds=options.rounds, local_epochs=options.local_epochs, lr=options.lr,
             batch_size=options.batch_size, weight_decay=1e-4, keep_optimizer=True,
-            loss=fl.LossConfig(name=options.loss), evaluate_every=options.rounds, seed=self.seed,
-        )  # fmt: skip
+            loss=fl.LossConfig(name=options.loss), seed=self.seed,
+        ).replaced(**changes)  # fmt: skip
+        return found.replaced(evaluate_every=found.rounds)
 
     def figures(self, mix: str, variant: str) -> dict[str, Any]:
         """Return a finished run's figures, or run it."""
-        method, hyper, _ = settings(variant)
-        levels = parsed(mix.replace("-", ","), mix.split("-"))
+        method, hyper, changes = settings(variant)
         if method in WITH_ALL_MASKS:  # whatever the mix: these runs serve every one
-            levels, mix = ("pixel",) * len(levels), "-".join(["pixel"] * len(levels))
+            mix = re.sub("[a-z]+", "pixel", mix)
+        elif method == "labelled":
+            mix = re.sub("box|image", "none", mix)
         folder = self.options.out / f"{mix}-{variant.replace(';', '+')}-{self.seed}"
         file = folder / "figures.json"
         if file.exists():
@@ -128,7 +141,7 @@ class Bench:
         start = time.perf_counter()
         found = fl.run(
             self.network(), method=fl.method(METHODS.get(method, method), **hyper),
-            clients=self.clients(levels), num_classes=self.classes, config=self.config(),
+            clients=self.clients(mix), num_classes=self.classes, config=self.config(**changes),
             augment=self.augment, folder=folder,
         )  # fmt: skip
         row = {
@@ -143,11 +156,23 @@ class Bench:
         return row
 
 
-def with_lesions(images: ImageSet) -> ImageSet:
-    """Return the images whose mask is not empty."""
+def read(mix: str) -> tuple[tuple[Supervision, ...], list[float]]:
+    """Return levels and shares, the latter empty where none is said.
+
+    >>> read("pixel1-none9")
+    (('pixel', 'none'), [1.0, 9.0])
+    """
+    words = [re.fullmatch(r"([a-z]+)([\d.]*)", client) for client in mix.split("-")]
+    assert all(words), f"--supervision: {mix} must be LEVEL[SHARE]-LEVEL[SHARE]-..."
+    levels, shares = zip(*(word.groups() for word in words if word), strict=True)
+    return parsed(",".join(levels), levels), [float(s) for s in shares if s]
+
+
+def by_lesion(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Return the images whose mask is not empty, and the others."""
     assert images.masks is not None
-    masks = images.masks.take(torch.arange(len(images)))
-    return images.subset(masks.flatten(1).any(1).nonzero()[:, 0])
+    there = images.masks.take(torch.arange(len(images))).flatten(1).any(1)
+    return images.subset(there.nonzero()[:, 0]), images.subset((~there).nonzero()[:, 0])
 
 
 def figure(row: dict[str, Any], metric: str) -> float:
@@ -173,18 +198,19 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "# FedMix on BUSI",
         "",
         f"Lesion images at {options.image_size} x {options.image_size}, a fifth to test; U-Net of "
-        f"width {options.width}; {options.rounds} rounds of {options.local_epochs} epochs, Adam "
-        f"{options.lr:g}, kept over rounds, weight decay 1e-4, batches of {options.batch_size}, "
-        f"loss `{options.loss}`; last round; seeds {', '.join(map(str, seeds))}; mean ± standard "
-        f"deviation over seeds. torch {torch.__version__}, device {options.device}.",
+        f"width {options.width}; {options.rounds} rounds, local epochs {options.local_epochs}, "
+        f"Adam {options.lr:g}, kept over rounds, weight decay 1e-4, batches of "
+        f"{options.batch_size}, loss `{options.loss}`; last round; seeds "
+        f"{', '.join(map(str, seeds))}; mean ± standard deviation over seeds. torch {torch.__version__}, device {options.device}.",
         "",
         f"`{_reports.command()}`",
         "",
         "Figures are means over the clients' test images, of the server's model; of `local`, of "
-        "each client's own. Dice and IoU in percent, HD95 in pixels. `sat out`: rounds in which a "
-        "client found nothing to learn from, over all clients.",
+        "each client's own. Dice and IoU in percent, HD95 in pixels. `seed by seed`: Dice beyond "
+        "that of `labelled`, in points. `sat out`: rounds in which a client found nothing to learn "
+        "from, over all clients.",
         "",
-        "| clients | variant | Dice | IoU | HD95 | Dice by client | sat out | seconds |",
+        "| clients | variant | Dice | IoU | HD95 | seed by seed | Dice by client | sat out |",
         "|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -192,21 +218,26 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         group = groups.setdefault((row["mix"], row["variant"]), [])
         if all(row["seed"] != other["seed"] for other in group):
             group.append(row)
-    lines += [f"| {mix} | {variant} | {cells(group)} |" for (mix, variant), group in groups.items()]
+    base = {row["seed"]: figure(row, "dice") for row in rows if row["variant"] == "labelled"}
+    lines += [
+        f"| {mix} | {variant} | {cells(group, base)} |" for (mix, variant), group in groups.items()
+    ]
     _reports.write(options.table, lines)
 
 
-def cells(rows: list[dict[str, Any]]) -> str:
-    """Return a variant's figures over the seeds."""
-    found = [
-        _reports.spread([figure(row, metric) * (1 if metric == "hd95" else 100) for row in rows])
-        for metric in METRICS
-    ]
+def cells(rows: list[dict[str, Any]], base: dict[int, float]) -> str:
+    """Return a variant's figures over the seeds; ``base`` is Dice to compare with, by seed."""
+    found = []
+    for metric in METRICS:
+        values = [figure(row, metric) * (1 if metric == "hd95" else 100) for row in rows]
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        found.append(f"{statistics.mean(values):.1f} ± {deviation:.1f}")
+    beyond = (100 * (figure(r, "dice") - base[r["seed"]]) for r in rows if r["seed"] in base)
+    found.append(", ".join(f"{value:+.1f}" for value in beyond))
     parts = [(row["server"] or row["own"])["clients"] for row in rows]
     each = (statistics.mean(100 * part[k]["dice"] for part in parts) for k in parts[0])
     found.append(", ".join(f"{value:.1f}" for value in each))
     found.append(f"{statistics.mean(sum(row['sat_out']) for row in rows):.0f}")
-    found.append(f"{statistics.mean(row['seconds'] for row in rows):.0f}")
     return " | ".join(found)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fl import count_tables
 from fl.method import ClientData
-from fl.partition import by_shares, dirichlet_with_shares, iid
+from fl.partition import by_shares, dirichlet_with_shares, iid, in_shares
 from sdq.data import ImageSet, Splits, divide
 from sdq.errors import RequestError
 
@@ -36,15 +36,17 @@ class Partition:
         kind: ``natural``, by centre; ``iid``; ``dirichlet``; ``counts``, as a published federation.
         alpha: of ``dirichlet``.
         table: of ``counts``, see :mod:`fl.count_tables`.
+        shares: of ``iid``, one a client, by their proportions; none for clients of one size.
     """
 
     kind: Literal["natural", "iid", "dirichlet", "counts"]
     alpha: float = math.nan
     table: str = ""
+    shares: tuple[float, ...] = ()
 
     @classmethod
     def parsed(cls, text: str) -> "Partition":
-        """Read ``natural``, ``iid``, ``dirichlet:0.3`` or ``counts:ich10``.
+        """Read ``natural``, ``iid``, ``iid:1,4,5``, ``dirichlet:0.3`` or ``counts:ich10``.
 
         Raises:
             RequestError: it is none of them.
@@ -59,14 +61,17 @@ class Partition:
             return cls("iid")
         if kind == "counts" and value in count_tables.TABLES:
             return cls("counts", table=value)
-        if kind == "dirichlet":
-            try:
+        try:
+            if kind == "dirichlet":
                 return cls("dirichlet", alpha=float(value))
-            except ValueError:
-                pass  # the sentence below says what it must be
+            if kind == "iid" and value:
+                return cls("iid", shares=tuple(map(float, value.split(","))))
+        except ValueError:
+            pass  # the sentence below says what it must be
         tables = ", ".join(f"counts:{name}" for name in count_tables.TABLES)
         raise RequestError(
-            f"--partition: must be natural, iid, dirichlet:ALPHA or one of {tables}, got {text!r}"
+            "--partition: must be natural, iid, iid:SHARE,SHARE,..., dirichlet:ALPHA or one of "
+            f"{tables}, got {text!r}"
         )
 
 
@@ -121,6 +126,10 @@ def _division(
         _check_number(f"counts:{partition.table}", clients, shares.shape[1])
         names = count_tables.CENTRES.get(partition.table) or _numbered(shares.shape[1])
         return (lambda images: by_shares(images.labels, shares, seed)), names
+    if partition.shares:
+        _check_number("iid:SHARE,...", clients, len(partition.shares))
+        names = _numbered(len(partition.shares))
+        return (lambda images: in_shares(images.labels, partition.shares, seed)), names
     if clients is None:
         raise RequestError("--clients: must say how many, for this partition; pass --clients N")
     if partition.kind == "iid":

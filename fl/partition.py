@@ -1,5 +1,7 @@
 """Divide one labelled data set among clients."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +23,30 @@ def iid(labels: Tensor, clients: int, seed: int) -> list[Tensor]:
     _check(labels, clients)
     order = np.random.default_rng(seed).permutation(len(labels))
     return [torch.from_numpy(np.sort(part)) for part in np.array_split(order, clients)]
+
+
+def in_shares(labels: Tensor, shares: Sequence[float], seed: int) -> list[Tensor]:
+    """Give clients random parts of given sizes, with the set's mix of classes.
+
+    Args:
+        labels: int64 ``(N,)``.
+        shares: one a client; they count by their proportions.
+        seed: of which images a client gets.
+
+    Returns:
+        As :func:`by_shares`.
+
+    Raises:
+        RequestError: there is no share, or one is not positive and finite.
+    """
+    given = np.array(shares, dtype=float)
+    if not len(given) or not (np.isfinite(given) & (given > 0)).all():
+        raise RequestError(
+            f"partition: shares must be positive and finite, got {list(shares)}; give one number "
+            "for each client"
+        )
+    classes = int(labels.max()) + 1 if len(labels) else 0
+    return by_shares(labels, np.tile(given / given.sum(), (classes, 1)), seed)
 
 
 def dirichlet(

@@ -16,8 +16,10 @@ from sdq.data import ImageSet
 from sdq.errors import RequestError, nearest
 from sdq.weak_labels import box_masks, classes_present
 
-BOX_MARGIN = 9 / 256
-"""Most that a simulated box is wider than the mask, on each side, as a share of the image's side.
+BOX_MARGINS = (1 / 256, 9 / 256)
+"""Least and most that a simulated box is wider than the mask, as shares of the image's side.
+
+Each of the box's four sides is drawn alone.
 
 Source: Wicaksana et al., FedMix, https://arxiv.org/abs/2205.01840: 1 to 9 pixels of 256.
 """
@@ -57,7 +59,7 @@ def weakened(client: ClientData, level: Supervision, classes: int, seed: int) ->
     Args:
         client: with masks.
         level: what it is to know. ``box``: of each class, a box around all of the image's pixels
-            of it, wider than the mask by random margins of up to :data:`BOX_MARGIN`.
+            of it, wider than the mask by random margins of :data:`BOX_MARGINS`.
         classes: number of foreground classes.
         seed: of the margins.
     """
@@ -82,8 +84,8 @@ def _where(
     masks = images.masks.take(torch.arange(len(images)))
     if level == "image":
         return classes_present(masks, classes)[:, :, None, None]
-    greatest = max(1, round(BOX_MARGIN * masks.shape[-1]))
-    return box_masks(masks, rng, (1, greatest), classes=classes).bool()
+    least, greatest = (round(margin * masks.shape[-1]) for margin in BOX_MARGINS)
+    return box_masks(masks, rng, (least, max(1, greatest)), classes=classes).bool()
 
 
 def check_client(method: Method, client: ClientData) -> None:

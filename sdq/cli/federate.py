@@ -63,8 +63,9 @@ def federate(
     partition: Annotated[
         str | None,
         typer.Option(
-            help="natural (by centre), iid, dirichlet:ALPHA, or the class counts of a published "
-            "federation: counts:ich10, ich5, isic2019, dermoscopic4."
+            help="natural (by centre), iid, iid:SHARE,SHARE,... (a share for each client), "
+            "dirichlet:ALPHA, or the class counts of a published federation: counts:ich10, ich5, "
+            "isic2019, dermoscopic4."
         ),
     ] = None,
     local_epochs: Annotated[

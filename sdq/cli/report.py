@@ -44,7 +44,10 @@ def report(
         ),
     ] = None,
     images: Annotated[
-        bool, typer.Option(help="Show test images whose answer changed: mind who sees the page.")
+        bool,
+        typer.Option(
+            help="Show some test images (whose answer changed, say): mind who sees the page."
+        ),
     ] = True,
     target: Annotated[
         str | None,

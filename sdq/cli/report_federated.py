@@ -3,14 +3,19 @@
 from dataclasses import replace
 from typing import Any
 
+from sdq.cli import inputs as inp
 from sdq.cli.federation_progress import LOGGED
 from sdq.cli.report_quantized import Material, single_page
 from sdq.cli.run_networks import method_folders
 from sdq.report import federated as fed
 from sdq.report import story
+from sdq.report.overlays import Overlays
 from sdq.report.page import Page
 from sdq.report.verdict import federated_verdict
 from sdq.run_folder import RunFolder
+
+MOST_OUTLINES = 3
+"""Methods whose outlines are drawn on one picture: more could not be told apart."""
 
 
 def federated_page(material: Material) -> Page:
@@ -36,9 +41,28 @@ def federated_page(material: Material) -> Page:
             *(fed.round_table(method) for method in methods),
         ],
     )
-    if len(methods) > 1 or "quantized" not in methods[0].metrics:
+    if len(methods) == 1 and "quantized" in methods[0].metrics:
+        return _with_bits(page, material)
+    if not any(method.segmenting for method in methods):
         return page
-    return _with_bits(page, material)
+    return replace(page, overlays=_overlays(material, folders))
+
+
+def _overlays(material: Material, folders: dict[str, RunFolder]) -> Overlays | None:
+    """Return test images with outlines of what the methods' server models find."""
+    drawn: dict[str, RunFolder] = {}
+    for name, folder in folders.items():
+        if folder.read_json("run.json").get("server_model") is False:
+            material.missing.append(f"Outlines of {name}: it has no model of the server's.")
+        elif len(drawn) == MOST_OUTLINES:
+            material.missing.append(f"Outlines of {name}: those of {', '.join(drawn)} are shown.")
+        else:
+            drawn[name] = folder
+    if not drawn:
+        return None
+    # of several methods each has the data in its own folder, and what is missing is one list
+    own = replace(material, run=next(iter(drawn.values())))
+    return own.overlays(lambda: {name: inp.load_float(folder) for name, folder in drawn.items()})
 
 
 def _with_bits(page: Page, material: Material) -> Page:

@@ -1,8 +1,11 @@
 """The page of one network: of ``sdq train``, ``search``, ``quantize``, or of a federation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+from torch import nn
 
 from sdq.cli import inputs as inp
 from sdq.cli.device import DeviceRequest
@@ -18,6 +21,7 @@ from sdq.report.charts import Chart, Series, chart
 from sdq.report.classes import ClassRow, class_rows, confusion, reliability
 from sdq.report.layers import LayerRow, layer_rows, trajectory_charts
 from sdq.report.networks import Network, network_charts, network_table
+from sdq.report.overlays import Overlays, overlays
 from sdq.report.page import MOST_CLASSES, Confusion, Page
 from sdq.report.predictions import Predictions
 from sdq.report.tables import Table, number, share, text
@@ -73,24 +77,46 @@ class Material:
             )
         return found
 
-    def images(self, count: int) -> ImageSet | None:
-        """Return the test images that ``count`` predictions are of, if pictures are wanted."""
+    def images(self) -> ImageSet | None:
+        """Return the test images, if pictures are wanted."""
         if not self.wants_images:
             self.missing.append("Pictures: the report was made with --no-images.")
             return None
         if (inputs := self.open_data()) is None:
-            self.missing.append("Pictures of the images whose answer changed: they need the data.")
+            self.missing.append("Pictures of test images: they need the data.")
             return None
-        part = inputs.splits.test or inputs.splits.val
-        return part if part is not None and len(part) == count else None
+        found = inputs.splits.test or inputs.splits.val
+        if found is None:
+            self.missing.append("Pictures of test images: the data have no test part of their own.")
+        return found
+
+    def overlays(self, networks: Callable[[], dict[str, nn.Module]]) -> Overlays | None:
+        """Return test images with outlines, if there are pictures.
+
+        Args:
+            networks: reads them, by the name on the page; called if there are pictures.
+        """
+        images = self.images()
+        if images is None or self.inputs is None:
+            return None
+        try:
+            return overlays(networks(), images, self.inputs.normalization)
+        except (RequestError, RunError, OSError) as error:
+            self.missing.append(f"Outlines: the networks could not be run: {error}")
+            return None
+
+
+def _networks(run: RunFolder) -> dict[str, nn.Module]:
+    """Return a run's float network and, where there is one, the quantized one."""
+    found = {"float": inp.load_float(run)}
+    if run.read_json("run.json").get("quant"):
+        found["quantized"] = inp.load_quantized(run)
+    return found
 
 
 def _predict(run: RunFolder, inputs: inp.Inputs) -> Predictions:
-    before, labels = predict(inp.load_float(run), inputs.held_out())
-    after = None
-    if run.read_json("run.json").get("quant"):
-        after, _ = predict(inp.load_quantized(run), inputs.held_out())
-    return Predictions(labels, before, after)
+    found = [predict(network, inputs.held_out()) for network in _networks(run).values()]
+    return Predictions(found[0][1], found[0][0], found[1][0] if len(found) > 1 else None)
 
 
 def single_page(
@@ -137,7 +163,7 @@ def _of_classes(
 ) -> dict[str, Any]:
     """Return the parts of a page that need the answer to each image."""
     if "accuracy" not in metrics["float"]:  # not one class an image
-        return {}
+        return {"overlays": material.overlays(partial(_networks, material.run))}
     predictions = material.predictions()
     if predictions is None:
         return {}
@@ -151,7 +177,9 @@ def _of_classes(
     found |= _confusions(predictions, names, [row.name for row in rows])
     found["reliability"] = _reliability(predictions, metrics)
     if predictions.after is not None:
-        images = material.images(len(predictions.labels))
+        images = material.images()
+        if images is not None and len(images) != len(predictions.labels):
+            images = None
         order = [row.name for row in rows]
         changed, count = changed_images(predictions, names, order, images)
         found |= {"changed": changed, "changed_count": count}

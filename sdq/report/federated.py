@@ -46,6 +46,12 @@ class Federation:
         asked = {client for record in self.rounds for client in record["asked"]}
         return len(self.clients) or len(asked)
 
+    @property
+    def segmenting(self) -> bool:
+        """Whether its networks give maps."""
+        kinds = ("generalization", "specialization")
+        return any("dice" in (self.metrics.get(kind) or {}) for kind in kinds)
+
     def client(self, number: int) -> str:
         """Return a client's name."""
         known = 0 <= number < len(self.clients)

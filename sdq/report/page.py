@@ -14,6 +14,7 @@ from sdq.report.charts import Chart
 from sdq.report.classes import ClassRow
 from sdq.report.intervals import Interval
 from sdq.report.layers import LayerRow
+from sdq.report.overlays import Overlays
 from sdq.report.tables import NBSP, Table, signed
 from sdq.report.thumbnails import Changed
 from sdq.report.verdict import Verdict
@@ -53,6 +54,7 @@ class Page:
         reliability: how far confidence can be believed.
         changed: images with another answer.
         changed_count: how many there are in all.
+        overlays: images with outlines, of networks that give maps.
         layers: first to last.
         course: of the search.
         details: tables that few will read.
@@ -73,6 +75,7 @@ class Page:
     reliability: Chart | None = None
     changed: Sequence[Changed] = ()
     changed_count: int = 0
+    overlays: Overlays | None = None
     layers: Sequence[LayerRow] = ()
     course: Sequence[Chart] = ()
     details: Sequence[Table] = ()

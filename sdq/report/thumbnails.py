@@ -96,14 +96,14 @@ def changed_images(
     return found, len(where)
 
 
-def data_uri(image: Tensor) -> str:
-    """Return a PNG of an image uint8 ``(C, H, W)``, made smaller if need be, as a data URI.
+def data_uri(image: Tensor, side: int = SIDE) -> str:
+    """Return a PNG of an image uint8 ``(C, H, W)`` as a data URI, a side at most ``side`` pixels.
 
     Of three channels it is in colour; of any other number the first channel is shown.
     """
     pixels = image.permute(1, 2, 0).numpy() if len(image) == 3 else image[0].numpy()
     picture = Image.fromarray(pixels)
-    picture.thumbnail((SIDE, SIDE))
+    picture.thumbnail((side, side))
     content = io.BytesIO()
     picture.save(content, format="png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode("ascii")

@@ -181,7 +181,7 @@ def test_data_that_are_gone(sdq, files, tmp_path):
     assert done.code == 0
     missing = " ".join(done.json["missing"])
     assert f"{data}: no such file" in missing
-    assert "Pictures of the images whose answer changed" in missing
+    assert "Pictures of test images" in missing
     root = parsed(run / "report.html")
     assert root.all("table", id="class-table")
     assert not root.all("img")

@@ -1,6 +1,7 @@
 """Segmentation from training to a verified file, with a U-Net of four channels."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,18 @@ def test_costs_and_a_page(home, sdq):
     assert sdq(f"cost {home / 'q'} --target pynq_z2 --quiet").code == 0
     done = sdq(f"report {home / 'q'} --out", home / "page.html")
     assert done.code == 0, done.err
-    assert "Dice" in (home / "page.html").read_text()
+    page = (home / "page.html").read_text()
+    assert "Dice" in page
+    pictures = re.findall(r'<image href="([^"]*)"', page)
+    assert len(pictures) == 8
+    assert all(picture.startswith("data:image/png;base64,") for picture in pictures)
+    assert "8 of 160 test images" in page
+    for network in ("float", "quantized"):
+        assert len(re.findall(rf"{network}: \d+\xa0%", page)) == 8
+    done = sdq(f"report {home / 'f'} --no-images --out", home / "page.html")
+    assert done.code == 0, done.err
+    assert "<image" not in (home / "page.html").read_text()
+    assert "Pictures: the report was made with --no-images." in done.out
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """``sdq federate`` with masks: what clients know, what is written of them, and what is refused."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +69,36 @@ def test_masks_for_all_without_the_option(sdq, command, tmp_path):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "each client&#39;s own network" in page
     assert f"{100 * worst['worst_dice']:.1f}" in page
+
+
+def test_outlines_of_several_methods(sdq, command, tmp_path):
+    found = sdq(f"{command} --method local,fedavg,fedst,fedrgd,fedprox --out {tmp_path}/run")
+    assert found.code == 0, found.err
+    assert sdq(f"report {tmp_path}/run --quiet").code == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "8 of 9 test images" in page
+    assert page.count('<image href="data:image/png;base64,') == 8
+    assert page.count("<title>truth</title>") == 8
+    for drawn in ("fedavg", "fedst", "fedrgd"):
+        assert len(re.findall(rf"^{drawn}: ", page, re.MULTILINE)) == 8
+    assert not re.findall(r"^(fedprox|local): ", page, re.MULTILINE)
+    assert "Outlines of fedprox: those of fedavg, fedst, fedrgd are shown." in page
+    assert "Outlines of local: it has no model of the server&#39;s." in page
+
+
+def test_no_outlines_on_images_that_clients_trained_on(sdq, command, tmp_path):
+    """Without test images of the set each client holds some out, and the report knows none."""
+    home = Path(command.split("--data ")[1].split()[0])
+    with np.load(home) as arrays:
+        kept = {name: arrays[name] for name in ("train_images", "train_masks")}
+    np.savez(tmp_path / "train.npz", **kept)
+    asked = command.replace(str(home), str(tmp_path / "train.npz"))
+    found = sdq(f"{asked} --method fedavg --out {tmp_path}/run")
+    assert found.code == 0, found.err
+    done = sdq(f"report {tmp_path}/run")
+    assert done.code == 0, done.err
+    assert "Pictures of test images: the data have no test part of their own." in done.out
+    assert "<image" not in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

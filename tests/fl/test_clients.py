@@ -44,7 +44,9 @@ def all_of(clients: list[ClientData], part: str) -> list[int]:
     return sorted(i for c in clients for i in which(getattr(c, part)))
 
 
-@pytest.mark.parametrize("text", ["iid", "dirichlet:0.5", "counts:ich10"])
+@pytest.mark.parametrize(
+    "text", ["iid", "iid:1,9,1,9,2,8,1,1,1,1", "dirichlet:0.5", "counts:ich10"]
+)
 def test_every_image_is_one_clients_and_in_its_own_part(text: str) -> None:
     clients = clients_of(splits(), Partition.parsed(text), 10, 0)
     assert len(clients) == 10
@@ -60,6 +62,14 @@ def counts(part: ImageSet | None, classes: int) -> np.ndarray:
     if part is None:
         return np.zeros(classes)
     return np.bincount(part.labels.numpy(), minlength=classes)
+
+
+def test_clients_of_given_sizes() -> None:
+    clients = clients_of(splits((1000, 0, 500)), Partition.parsed("iid:0.1,0.5,0.4"), None, 0)
+    assert [c.name for c in clients] == ["client 0", "client 1", "client 2"]
+    assert [len(c.test) for c in clients if c.test is not None] == [50, 250, 200]
+    # a tenth of each client's training images is held out to validate
+    assert [len(c.train) for c in clients] == [90, 450, 360]
 
 
 @pytest.mark.parametrize("text", ["dirichlet:0.3", "counts:ich10"])

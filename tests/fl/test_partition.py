@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fl.partition import dirichlet, iid
+from fl.partition import dirichlet, iid, in_shares
 from sdq.errors import RequestError
 
 
@@ -31,6 +31,22 @@ def test_iid_is_a_partition_into_equal_parts(n: int, clients: int, seed: int) ->
     is_partition(parts, n)
     sizes = [len(p) for p in parts]
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_shares_are_of_every_class() -> None:
+    y = torch.arange(300) % 3
+    parts = in_shares(y, [1, 4, 5], 0)
+    is_partition(parts, 300)
+    assert [y[p].bincount().tolist() for p in parts] == [[10] * 3, [40] * 3, [50] * 3]
+    again, other = in_shares(y, [0.1, 0.4, 0.5], 0), in_shares(y, [1, 4, 5], 1)
+    assert all(map(torch.equal, parts, again))
+    assert not torch.equal(parts[0], other[0])
+
+
+@pytest.mark.parametrize("shares", [[], [1, 0], [1, -1], [1, float("nan")], [1, float("inf")]])
+def test_shares_that_are_none(shares: list[float]) -> None:
+    with pytest.raises(RequestError, match="shares must be positive and finite"):
+        in_shares(labels(10, 2), shares, 0)
 
 
 def test_iid_shuffles() -> None:
