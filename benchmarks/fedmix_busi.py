@@ -199,9 +199,10 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "",
         f"Lesion images at {options.image_size} x {options.image_size}, a fifth to test; U-Net of "
         f"width {options.width}; {options.rounds} rounds, local epochs {options.local_epochs}, "
-        f"Adam {options.lr:g}, kept over rounds, weight decay 1e-4, batches of "
-        f"{options.batch_size}, loss `{options.loss}`; last round; seeds "
-        f"{', '.join(map(str, seeds))}; mean ± standard deviation over seeds. torch {torch.__version__}, device {options.device}.",
+        f"Adam {options.lr:g}, kept over rounds, weight decay 1e-4, "
+        f"batches of {options.batch_size}, loss `{options.loss}`; last round; "
+        f"seeds {', '.join(map(str, seeds))}; mean ± standard deviation over seeds. "
+        f"torch {torch.__version__}, device {options.device}.",
         "",
         f"`{_reports.command()}`",
         "",
