@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sdq.batches import Batches, Normalization
 from sdq.data import ImageSet
+from sdq.errors import RunError
 from sdq.metrics import predict
 from sdq.report.thumbnails import data_uri
 from sdq.segmentation import class_maps, soft_dice
@@ -78,11 +79,16 @@ def overlays(
         normalization: of the networks.
 
     Raises:
-        RunError: an output is NaN or infinite.
+        RunError: an output is NaN or infinite, or no map (of a run whose files disagree).
     """
     places = _even(len(images), MOST_LOOKED_AT)
     judged = list(networks.values())[-1]
     logits, masks = predict(judged, _batches(images, places, normalization))
+    if logits.dim() != 4 or masks.dim() < 3:
+        raise RunError(
+            f"the network and the data must give maps (N, C, H, W), got {tuple(logits.shape)} and "
+            f"{tuple(masks.shape)}; is the run's metrics.json its own?"
+        )
     order = soft_dice(logits > 0, class_maps(masks, logits.shape[1])).argsort(stable=True)
     chosen = places[order[_even(len(order), MOST_SHOWN)]]
     found = {

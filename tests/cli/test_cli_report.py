@@ -263,6 +263,8 @@ def test_metrics_of_segmentation_are_shown(sdq, copied):
     assert told["Dice"] == [[0.91], [0.89]]
     assert told["boundary"] == [[2.5], [2.5]]
     assert "Dice went from 91.0 % to 89.0 %" in root.one("div", id="verdict").text
+    # the network classifies all the same: it has no outlines
+    assert "must give maps (N, C, H, W)" in (copied / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
