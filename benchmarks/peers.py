@@ -15,7 +15,6 @@ What is in ``--out`` already is not done again, so several calls gather in one t
 import argparse
 import ast
 import json
-import math
 import os
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 import _reports
 import numpy as np
 import torch
+from _peer_table import lines_of
 from onnxruntime_speed import session, take_turns
 from safetensors.torch import load_file
 
@@ -39,7 +39,7 @@ from sdq.plugins import load
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # for `benchmarks.toolkits`
 
-from benchmarks.toolkits._job import Request, layers  # noqa: E402
+from benchmarks.toolkits._job import Request, layers, write_onnx  # noqa: E402
 
 TOOLKITS = "sdq,sdq_uniform,brevitas,modelopt,torchao,quark,nncf,inc"
 NEEDED = ("safetensors", "pydantic", "lightning-fabric", "torchmetrics", "numpy")
@@ -63,7 +63,8 @@ def main() -> None:
             if options.speed_seconds:
                 group.time_files(bits)
     if options.table:
-        write(options, [known(file) for file in sorted(options.out.glob("*/*/row.json"))])
+        rows = [known(file) for file in sorted(options.out.glob("*/*/row.json"))]
+        _reports.write(options.table, lines_of(rows, options.edge_bits, options.commands))
 
 
 def arguments() -> argparse.Namespace:
@@ -211,11 +212,11 @@ class Group:
             **self.file_figures(out, answer["onnx"], logits),
         }
 
-    def file_figures(self, out: Path, error: str, logits: torch.Tensor) -> dict[str, Any]:
+    def file_figures(self, out: Path, refused: str, logits: torch.Tensor) -> dict[str, Any]:
         """Return size and faithfulness of an ONNX file, or why there is none."""
         file = out / "model.onnx"
         if not file.exists():
-            return {"file": error or "no exporter"}
+            return {"file": refused or "no exporter"}
         try:
             opened = session(file, 1, precise=True)
             name = opened.get_inputs()[0].name
@@ -231,10 +232,7 @@ class Group:
         images = next(iter(self.test_batches(8)))[0].numpy()
         paths = {"float": self.folder / "float.onnx"}
         if not paths["float"].exists():
-            torch.onnx.export(
-                self.network, (torch.from_numpy(images),), str(paths["float"]), dynamo=False,
-                opset_version=17, input_names=["images"], dynamic_axes={"images": {0: "N"}},
-            )  # fmt: skip
+            write_onnx(self.network, torch.from_numpy(images), paths["float"])
         for name in self.options.toolkits.split(","):
             row = json.loads((self.out(name, bits) / "row.json").read_text())
             if row.get("file") == "":
@@ -329,82 +327,6 @@ def run(name: str, python: Path, folder: Path, out: Path) -> str:
             command, env={**os.environ, **place}, stdout=log, stderr=subprocess.STDOUT, cwd=out
         ).returncode
     return (out / "log.txt").read_text().strip().splitlines()[-1][:300] if code else ""
-
-
-def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Write the tables as Markdown: one for each network, data set and task."""
-    lines = [
-        "# SDQ beside other toolkits",
-        "",
-        "Float weights, images, their order and, in `qat`, loop, loss (the float network's soft "
-        "labels) and learning rates are the same for all. First and last layer have "
-        f"{options.edge_bits} bits. `bytes` are bits times weights of all layers, over 8; scales, "
-        "biases and normalisation are not counted. No toolkit's weights have more levels than its "
-        "bits allow, unless a row says so. `less than SDQ` is in points, with the standard error "
-        "of the difference on these test images. `agreement` is the share of images on which the "
-        "network decides as the float one. `CPU s` is the time to quantize, with one thread, and "
-        "`MiB` the highest resident set of the process that does it, torch included. `file` is its "
-        "ONNX file in KiB, or why there is none; `same` the share of images on which onnxruntime "
-        "decides by that file as the toolkit's own network does; `speed` the float file's time "
-        "over this file's in onnxruntime, batches of 8, one thread.",
-        "",
-        "```",
-        *options.commands,
-        "```",
-    ]
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        key = (row["task"], row["data"], row["model"], row["bits"], row["act_bits"], row["seed"])
-        groups.setdefault(key, []).append(row)
-    for (task, data, model, bits, act, seed), found in sorted(groups.items()):
-        first = found[0]
-        ours = next((row["right"] for row in found if row["toolkit"] == "sdq"), None)
-        images = (
-            f"{first['calibration']} calibration images without labels"
-            if task == "ptq"
-            else f"{first['train_images']:,} training images, {first['epochs']} epochs"
-        )
-        lines += [
-            "",
-            f"## {task}, {model} on {data}, W{bits}A{act}, seed {seed}",
-            "",
-            f"{images}; {first['test_images']:,} test images; float accuracy {first['float']:.4f}.",
-            "",
-            "| toolkit | accuracy | less than SDQ | agreement | inner bits | bytes | CPU s | MiB "
-            "| file | same | speed |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
-            *(line(row, ours) for row in sorted(found, key=lambda row: -row.get("accuracy", 0))),
-        ]
-    versions = {k: v for row in rows for k, v in row.get("versions", {}).items()}
-    lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in sorted(versions.items())) + "."]
-    _reports.write(options.table, lines)
-
-
-def difference(right: np.ndarray, ours: np.ndarray | None) -> str:
-    """Return by how much less is right than SDQ has, with the standard error, in points."""
-    if ours is None or right is ours:
-        return ""
-    less = 100 * (ours - right)
-    return f"{less.mean():+.2f} ± {less.std(ddof=1) / math.sqrt(len(less)):.2f}"
-
-
-def line(row: dict[str, Any], ours: np.ndarray | None) -> str:
-    """Return a toolkit's line of a table."""
-    if "failed" in row:
-        return f"| {row['toolkit']} | failed: {row['failed']} |" + " |" * 9
-    notes = [row["note"]] if row["note"] else []
-    notes += [f"too many levels in {name}" for name in row["too_many_levels"]]
-    name = row["toolkit"] + (f" ({'; '.join(notes)})" if notes else "")
-    written = "file_bytes" in row
-    cells = [
-        name, f"{row['accuracy']:.4f}", difference(row["right"], ours), f"{row['agreement']:.4f}",
-        f"{row['inner_bits']:.3f}", f"{row['weight_bytes']:,.0f}", f"{row['cpu_seconds']:.0f}",
-        f"{row['peak_bytes'] / 2**20:.0f}",
-        f"{row['file_bytes'] / 1024:.0f}" if written else row["file"],
-        f"{row['file_agreement']:.4f}" if written else "",
-        f"{row['file_speedup']:.2f}" if "file_speedup" in row else "",
-    ]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

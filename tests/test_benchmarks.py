@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -58,8 +59,9 @@ def test_levels_are_counted_in_the_channel_that_has_most(peers: ModuleType) -> N
 def test_a_difference_counts_the_same_images(peers: ModuleType) -> None:
     ours, theirs = np.array([1.0, 1.0, 0.0, 1.0]), np.array([1.0, 0.0, 0.0, 1.0])
     # differences 0 1 0 0: mean 1/4, variance (1 - 1/4) / 3 = 1/4, over sqrt(4)
-    assert peers.difference(theirs, ours) == "+25.00 ± 25.00"
-    assert peers.difference(ours, ours) == ""
+    difference = importlib.import_module("_peer_table").difference
+    assert difference(theirs, ours) == "+25.00 ± 25.00"
+    assert difference(ours, ours) == ""
 
 
 def test_requirements_of_toolkits_are_read_without_importing_them(peers: ModuleType) -> None:
@@ -71,6 +73,14 @@ def test_requirements_of_toolkits_are_read_without_importing_them(peers: ModuleT
     assert peers.required("sdq") == ()
 
 
+def measured_twice(command: Sequence[str | Path], folder: Path) -> str:
+    """Run a script, and again on what it kept; return the table in the folder."""
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return (folder / "table.md").read_text()
+
+
 @pytest.mark.slow
 def test_toolkits_are_measured_and_go_on(tmp_path: Path) -> None:
     command = [
@@ -80,10 +90,7 @@ def test_toolkits_are_measured_and_go_on(tmp_path: Path) -> None:
         "--epochs", "2", "--toolkits", "sdq,brevitas", "--out", tmp_path / "out",
         "--table", tmp_path / "table.md",
     ]  # fmt: skip
-    for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    table = (tmp_path / "table.md").read_text()
+    table = measured_twice(command, tmp_path)
     assert "## qat, vgg_like on synthetic_derm, W2A8, seed 0" in table
     assert "| sdq | 0." in table
     assert "| brevitas | 0." in table
@@ -99,10 +106,7 @@ def test_a_search_method_is_measured_and_goes_on(tmp_path: Path) -> None:
         "--variants", "sdq,uniform;train.bin_weight=0", "--seeds", "0", "--device", "cpu",
         "--out", tmp_path / "out", "--table", tmp_path / "table.md",
     ]  # fmt: skip
-    for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    table = (tmp_path / "table.md").read_text()
+    table = measured_twice(command, tmp_path)
     assert "| sdq | 2 |" in table
     assert "| uniform;train.bin_weight=0 | 2 |" in table
 
@@ -115,10 +119,7 @@ def test_bits_across_clients_are_measured_and_go_on(tmp_path: Path) -> None:
         "--clients", "2", "--widths", "4,8", "--seeds", "0", "--personal", "0:1.5",
         "--out", tmp_path / "out", "--table", tmp_path / "table.md",
     ]  # fmt: skip
-    for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    table = (tmp_path / "table.md").read_text()
+    table = measured_twice(command, tmp_path)
     for row in ("uniform | 2.00", "few_bytes | 2.00", "float_more | +0.0", "0 | 1.5 | alone"):
         assert f"| {row} |" in table
     assert "few_bytes sends, up and down together, 1/" in table
@@ -133,10 +134,7 @@ def test_federated_methods_are_measured_and_go_on(tmp_path: Path) -> None:
         "--rounds", "1", "--seeds", "0,1", "--partitions", "dirichlet:1.0,counts:ich10",
         "--variants", variants, "--out", tmp_path / "out", "--table", tmp_path / "table.md",
     ]  # fmt: skip
-    for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    table = (tmp_path / "table.md").read_text()
+    table = measured_twice(command, tmp_path)
     assert "## counts:ich10" in table
     assert "| fedbn | refused |" in table  # the network has none
     files = sorted(p.name for p in (tmp_path / "out").glob("*.json"))
@@ -154,9 +152,6 @@ def test_bytes_of_a_federation_are_measured_and_go_on(tmp_path: Path) -> None:
         "--train-images", "200", "--rounds", "2", "--last", "1", "--variants", "float up=2,down=4",
         "--out", tmp_path / "out", "--table", tmp_path / "table.md",
     ]  # fmt: skip
-    for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    rows = [x for x in (tmp_path / "table.md").read_text().splitlines() if x.startswith("| ")]
+    rows = [x for x in measured_twice(command, tmp_path).splitlines() if x.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows] == ["| bits", "| float", "| up=2,down=4"]
     assert "| 1/1.0 |" in rows[1]

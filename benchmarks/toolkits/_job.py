@@ -180,3 +180,11 @@ def layers(network: nn.Module) -> dict[str, nn.Module]:
     """Return the convolutions and linear layers of a float network by name."""
     kinds = (nn.Conv2d, nn.Linear)
     return {name: module for name, module in network.named_modules() if isinstance(module, kinds)}
+
+
+def write_onnx(network: nn.Module, example: Tensor, file: Path) -> None:
+    """Write a network by torch's tracing exporter, for any number of images."""
+    torch.onnx.export(
+        network, (example,), str(file), dynamo=False, opset_version=17,
+        input_names=["images"], dynamic_axes={"images": {0: "N"}},
+    )  # fmt: skip

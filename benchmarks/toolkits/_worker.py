@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from benchmarks._reports import resident
 from benchmarks.toolkits._job import Answer, Job, Request
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     found = {
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": resident("VmHWM"),  # this program's own; getrusage has its parent's
         "bits": dict(answer.bits),
         "note": answer.note,
         "versions": versions(toolkit.REQUIRES),
@@ -54,15 +55,6 @@ def main() -> None:
         except Exception as error:  # noqa: BLE001  # a toolkit's own exporter may raise anything
             found["onnx"] = f"{type(error).__name__}: {(str(error) or ' ').splitlines()[0]}"[:300]
     (out / "result.json").write_text(json.dumps(found))
-
-
-def peak_bytes() -> int:
-    """Return the highest resident set of this program.
-
-    ``getrusage`` would give at least that of the process it was started from.
-    """
-    status = Path("/proc/self/status").read_text().splitlines()
-    return int(next(x for x in status if x.startswith("VmHWM")).split()[1]) * 1024
 
 
 def versions(requirements: tuple[str, ...]) -> dict[str, str]:

@@ -4,12 +4,11 @@ Its documentation names INT8 alone for convolutional networks; narrower integers
 as well. Learned scales (``lsq``) it has for NVFP4 blocks only.
 """
 
-from pathlib import Path
+from functools import partial
 
 import modelopt.torch.quantization as mtq
-import torch
 
-from benchmarks.toolkits._job import Answer, Job, layers
+from benchmarks.toolkits._job import Answer, Job, layers, write_onnx
 
 REQUIRES = (
     "nvidia-modelopt==0.47.0",
@@ -37,18 +36,7 @@ def run(job: Job) -> Answer:
         job.train_(network)
     network.eval()
 
-    def write(file: Path) -> None:
-        torch.onnx.export(
-            network,
-            (job.example,),
-            str(file),
-            dynamo=False,
-            opset_version=17,
-            input_names=["images"],
-            dynamic_axes={"images": {0: "N"}},
-        )
-
     weights = {
         name: layer.weight_quantizer(layer.weight) for name, layer in layers(network).items()
     }
-    return Answer(network, bits, weights, write)
+    return Answer(network, bits, weights, partial(write_onnx, network, job.example))

@@ -1,16 +1,15 @@
 """NNCF: ``nncf.quantize`` for its NPU target, the one that has 4-bit convolutions.
 
 Convolutions can have 4 or 8 bits, no fewer. The ranges of its quantizers are parameters, so that
-the quantized network is trained as it stands.
+the quantized network is trained as it stands. This file has not run to its end yet.
 """
 
 import os
 from pathlib import Path
 
 os.environ.setdefault("NNCF_CI", "1")  # sends no statistics of use
-os.environ.setdefault(
-    "NNCF_EXTENSION_LOAD_TIMEOUT", "0"
-)  # however long its kernels take to compile
+# 0: however long its kernels take to compile
+os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")
 
 import nncf
 import torch
@@ -22,7 +21,7 @@ from nncf.quantization.advanced_parameters import (
 from nncf.torch.quantization.layers import BaseQuantizer
 from torch import nn
 
-from benchmarks.toolkits._job import CALIBRATION_BATCH, Answer, Job
+from benchmarks.toolkits._job import CALIBRATION_BATCH, Answer, Job, write_onnx
 
 REQUIRES = ("nncf==3.4.0", "onnx==1.23.2", "onnxscript==0.7.2")
 
@@ -50,10 +49,7 @@ def run(job: Job) -> Answer:
 
     def write(file: Path) -> None:
         native = nncf.strip(network, example_input=job.example)
-        torch.onnx.export(
-            native, (job.example,), str(file), dynamo=False, opset_version=17,
-            input_names=["images"], dynamic_axes={"images": {0: "N"}},
-        )  # fmt: skip
+        write_onnx(native, job.example, file)
 
     return Answer(
         network,

@@ -1,4 +1,7 @@
-"""AMD Quark: eager quantization, integers of 2, 3, 4 or 8 bits, ranges by greatest magnitude."""
+"""AMD Quark: eager quantization, integers of 2, 3, 4 or 8 bits, ranges by greatest magnitude.
+
+This file has not run yet: it is written from the toolkit's documentation and signatures.
+"""
 
 import torch
 from quark.torch import ModelQuantizer
