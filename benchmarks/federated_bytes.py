@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = _reports.data_parser(__doc__, "group_norm_cnn")
+    parser = federated_methods.network_parser(__doc__)
     parser.add_argument("--method", default="fedavg")
     parser.add_argument("--partition", default="dirichlet:1.0")
     parser.add_argument("--clients", type=int, default=6)

@@ -75,8 +75,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = _reports.data_parser(__doc__, "group_norm_cnn")
-    parser.add_argument("--widths", default="32,64,128", help="channels of group_norm_cnn's layers")
+    parser = network_parser(__doc__)
     parser.add_argument("--partitions", default=PARTITIONS)
     parser.add_argument("--clients", type=int, default=6, help="of a Dirichlet partition")
     parser.add_argument("--variants", default=",".join((*BESIDE, *names("fl.methods"))))
@@ -92,6 +91,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", type=Path, required=True)
     return parser.parse_args()
+
+
+def network_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what :class:`Bench` makes its network of."""
+    parser = _reports.data_parser(description, "group_norm_cnn")
+    parser.add_argument("--widths", default="32,64,128", help="channels of group_norm_cnn's layers")
+    return parser
 
 
 def group_norm_cnn(classes: int, channels: int, widths: list[int]) -> nn.Module:
