@@ -21,7 +21,7 @@ from fl.privacy import privatised
 from fl.record import Failure, Record, Reply, Request, Tensors, misfit, not_finite, picked
 from fl.setting import Setting
 from fl.state import load_
-from sdq.batches import Batches, Loader, generator
+from sdq.batches import Batches, Loader, balanced_indices, generator
 from sdq.data import ArrayImages
 from sdq.errors import RequestError
 
@@ -245,6 +245,9 @@ def _batches(setting: Setting, data: ClientData, client: int, round: int) -> Cal
         epoch: int, *, augmented: bool = True, indices: Tensor | None = None,
         masks: Tensor | None = None,
     ) -> Loader:  # fmt: skip
+        if setting.config.sampling == "balanced" and augmented and indices is None:
+            rng = client_generator(setting.config.seed, client, f"balanced {epoch}", round)
+            indices = balanced_indices(data.train.labels, len(data.train), rng)
         images = data.train if indices is None else data.train.subset(indices)
         if masks is not None:
             images = replace(images, masks=ArrayImages(masks))

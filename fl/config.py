@@ -12,6 +12,7 @@ from fl.state import BatchNormPolicy
 from sdq.config import Config
 
 Optimizer = Literal["sgd", "adam", "adamw"]
+Sampling = Literal["all", "balanced"]
 Select = Literal["last", "generalization", "specialization"]
 
 
@@ -23,6 +24,8 @@ class FederationConfig(Config):
         local_epochs: passes over a client's training set in a round.
         batch_size: images in a batch. A last batch of one is dropped, unless it is the only one;
             then batch normalisation uses its running statistics.
+        sampling: an epoch has ``all`` of a client's images once; or, ``balanced``, as many images
+            drawn with equal chances for the classes that the client has.
         optimizer: ``sgd``; ``adam``, with decay added to the gradient; ``adamw``.
         lr: learning rate of the clients.
         momentum: of ``sgd``.
@@ -61,6 +64,7 @@ class FederationConfig(Config):
     rounds: Annotated[int, Field(ge=1)] = 10
     local_epochs: Annotated[int, Field(ge=1)] = 1
     batch_size: Annotated[int, Field(ge=1)] = 32
+    sampling: Sampling = "all"
     optimizer: Optimizer = "adam"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -5,7 +5,7 @@ of all clients. A class of which the client has none never pulls on the others: 
 1e-9 in the logarithm), its weight is never asked for, its margin is that of one image.
 
 Segmentation has two losses of its own, ``dice_bce``, the engine's, and ``dice``, which are no
-losses of classes.
+losses of classes; a method may bring another, as :mod:`fl.methods.cpa` does.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from torch import Tensor
 from sdq.config import Config
 from sdq.data import TaskName
 from sdq.errors import RequestError
-from sdq.segmentation import dice_loss, segmentation_loss
+from sdq.segmentation import class_maps, dice_loss, segmentation_loss
 
 LossName = Literal[
     "ce", "weighted", "focal", "balanced_softmax", "ldam_drw", "cpa", "dice", "dice_bce"
@@ -57,15 +57,17 @@ class LossConfig(Config):
     beta: Annotated[float, Field(ge=0)] = 0.8
 
 
-def loss_of(task: TaskName, asked: LossConfig | None) -> LossConfig:
-    """Return the loss asked for, or the task's own choice.
+def loss_of(
+    task: TaskName, asked: LossConfig | None, of_method: LossConfig | None = None
+) -> LossConfig:
+    """Return the loss asked for, or the method's, or the task's own choice.
 
     Raises:
         RequestError: a loss of another task.
     """
     known = OF_TASK[task]
     if asked is None:
-        return LossConfig(name=known[0])
+        return of_method or LossConfig(name=known[0])
     if asked.name not in known:
         raise RequestError(
             f"--loss: must be one of {', '.join(known)} in {task}, got {asked.name!r}; choose one "
@@ -213,6 +215,33 @@ def prototype_aligned(
     return loss.mean()
 
 
+def prototype_aligned_maps(
+    logits: Tensor, targets: Tensor, mitigation: Tensor, class_weight: Tensor | None = None
+) -> Tensor:
+    r"""Return CPA's form for segmentation: half of CPA, half of cross-entropy, and Dice.
+
+    A map is a network's answer to two classes, outside with logit 0 and inside; CPA is that of its
+    pixels, and the mean over maps. Dice is smoothed with 1.
+
+    Args:
+        logits: ``(N, L, H, W)``.
+        targets: see :func:`sdq.segmentation.class_maps`.
+        mitigation: s between outside and inside, ``(L, 2, 2)``.
+        class_weight: gamma of outside and inside, ``(L, 2)``; None is 1.
+
+    Source: Chen et al., IEEE TMI 41(12), 2022, and its released code, for the sum.
+    """
+    z = logits.float()
+    maps = class_maps(targets, z.shape[1])
+    aligned = []
+    for number, (of_map, inside) in enumerate(zip(z.unbind(1), maps.unbind(1), strict=True)):
+        pair = torch.stack([torch.zeros_like(of_map), of_map], dim=-1).view(-1, 2)
+        weight = None if class_weight is None else class_weight[number]
+        aligned.append(prototype_aligned(pair, inside.long().flatten(), mitigation[number], weight))
+    pixels = F.binary_cross_entropy_with_logits(z, maps)
+    return (torch.stack(aligned).mean() + pixels) / 2 + dice_loss(z, maps, smooth=1.0)
+
+
 def alignment_weight(own: Tensor, common: Tensor, present: Tensor, tau: float = 3.0) -> Tensor:
     r"""Return CPA's :math:`\gamma_c = (1+\tau)/(\cos(m_c, g_c)+\tau)`, 1 for an absent class.
 
@@ -220,7 +249,8 @@ def alignment_weight(own: Tensor, common: Tensor, present: Tensor, tau: float = 
         own: the client's prototypes m, ``(C, D)``.
         common: the prototypes of all clients g, ``(C, D)``.
         present: bool ``(C,)``: where both exist.
-        tau: more than 1.
+        tau: at least 1.
     """
-    gamma = (1 + tau) / (F.cosine_similarity(own, common, dim=1) + tau)
+    # opposite prototypes have no finite weight at tau = 1
+    gamma = (1 + tau) / (F.cosine_similarity(own, common, dim=1) + tau).clamp_min(1e-3)
     return torch.where(present, gamma, torch.ones_like(gamma)).detach()

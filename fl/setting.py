@@ -95,6 +95,11 @@ class Setting:
                 f"--adjust: must be 0 in segmentation, got {config.adjust}; masks have no prior of "
                 "classes, leave it out"
             )
+        if task is SEGMENTATION and config.sampling == "balanced":
+            raise RequestError(
+                "--sampling: must be all in segmentation, got 'balanced'; an image with masks has "
+                "no class to be drawn by, leave it out"
+            )
         require_head(method, network)
         method.check(config)
         method.extend_(network, generator(config.seed, "extras"))
@@ -113,7 +118,7 @@ class Setting:
             ),
             initial=picked(network.state_dict(), network.state_dict()),
             task=task,
-            loss=loss_of(task.name, config.loss or method.loss),
+            loss=loss_of(task.name, config.loss, method.loss),
             num_classes=num_classes,
             image_shape=image_shape,
             normalization=normalization or default,

@@ -28,6 +28,18 @@ def generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
 
 
+def balanced_indices(labels: Tensor, count: int, rng: torch.Generator) -> Tensor:
+    """Return indices of images, drawn with equal chances for each class that occurs.
+
+    Args:
+        labels: int64 ``(N,)``.
+        count: how many to draw; an image may come several times.
+        rng: to draw with.
+    """
+    chances = 1 / torch.bincount(labels).double()[labels]
+    return torch.multinomial(chances, count, replacement=True, generator=rng)
+
+
 @dataclass(frozen=True)
 class Normalization:
     """``(pixel / 255 - mean) / std`` for each channel, in float32."""

@@ -28,14 +28,15 @@ def class_maps(targets: Tensor, classes: int) -> Tensor:
     return (targets[:, None] == numbers).float()
 
 
-def soft_dice(a: Tensor, b: Tensor) -> Tensor:
+def soft_dice(a: Tensor, b: Tensor, smooth: float = SMOOTH) -> Tensor:
     r"""Return the Dice coefficient of each image, over all its maps together.
 
-    .. math:: \frac{2 \sum ab + \epsilon}{\sum a + \sum b + \epsilon}, \qquad \epsilon = 10^{-4}
+    .. math:: \frac{2 \sum ab + \epsilon}{\sum a + \sum b + \epsilon}
 
     Args:
         a: ``(N, ...)``, probabilities or 0 and 1.
         b: of the same shape.
+        smooth: epsilon.
 
     Returns:
         ``(N,)``; two empty masks have 1.
@@ -46,18 +47,19 @@ def soft_dice(a: Tensor, b: Tensor) -> Tensor:
     0.6666777729988098
     """
     a, b = a.flatten(1).float(), b.flatten(1).float()
-    return (2 * (a * b).sum(1) + SMOOTH) / (a.sum(1) + b.sum(1) + SMOOTH)
+    return (2 * (a * b).sum(1) + smooth) / (a.sum(1) + b.sum(1) + smooth)
 
 
-def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def dice_loss(logits: Tensor, targets: Tensor, smooth: float = SMOOTH) -> Tensor:
     """Return one minus the mean Dice coefficient.
 
     Args:
         logits: ``(N, C, H, W)``.
         targets: see :func:`class_maps`.
+        smooth: see :func:`soft_dice`.
     """
     maps = class_maps(targets, logits.shape[1])
-    return 1 - soft_dice(logits.float().sigmoid(), maps).mean()
+    return 1 - soft_dice(logits.float().sigmoid(), maps, smooth).mean()
 
 
 def segmentation_loss(logits: Tensor, targets: Tensor) -> Tensor:

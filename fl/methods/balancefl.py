@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fl.method import Client, Method
 from fl.network import Outputs
-from sdq.batches import Loader
+from sdq.batches import Loader, balanced_indices
 from sdq.config import Config
 
 
@@ -36,12 +36,6 @@ class BalanceFLConfig(Config):
 
     weight: Annotated[float, Field(ge=0)] = 1.0
     temperature: Annotated[float, Field(gt=0)] = 2.0
-
-
-def balanced_indices(labels: Tensor, count: int, rng: torch.Generator) -> Tensor:
-    """Return ``count`` indices, drawn with equal chances for each class that occurs."""
-    chances = 1 / torch.bincount(labels).double()[labels]
-    return torch.multinomial(chances, count, replacement=True, generator=rng)
 
 
 def inheritance(logits: Tensor, received: Tensor, absent: Tensor, temperature: float) -> Tensor:

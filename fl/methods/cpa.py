@@ -17,35 +17,60 @@ Medical Data", IEEE TMI 41(12), 2022.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from fl.composition import refusals
 from fl.config import FederationConfig
-from fl.losses import LossConfig, alignment_weight, prototype_aligned, seesaw
+from fl.losses import (
+    Criterion,
+    LossConfig,
+    alignment_weight,
+    prototype_aligned,
+    prototype_aligned_maps,
+    seesaw,
+)
 from fl.method import Aggregated, Progress, Server
-from fl.network import Outputs
+from fl.network import Network, Outputs
 from fl.record import Record, Reply, Tensors
 from fl.wrapper import Wrapper, WrapperClient, WrapperConfig
+from sdq.batches import Loader
 from sdq.errors import RequestError
+from sdq.segmentation import class_maps
 
 GROUP = "cpa"
+Common = Literal["gaussian", "mean"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the paper has for each task, where nothing else is asked for."""
+
+    tau: float
+    warmup: float
+    common: Common
+
+
+CLASSES = Chosen(tau=3.0, warmup=15 / 50, common="gaussian")
+MASKS = Chosen(tau=1.0, warmup=1 / 20, common="mean")
 
 
 class CPAConfig(WrapperConfig):
-    """Hyper-parameters; the defaults are the paper's for classification.
+    """Hyper-parameters; None is the paper's value, for classification and for segmentation.
 
     Args:
         around: name of the method inside.
         inner: its hyper-parameters.
-        tau: how little the prototypes weigh; 1 for segmentation.
+        tau: how little the prototypes weigh; None: 3, of masks 1.
         beta: exponent of the mitigation between classes.
-        warmup: share of the rounds without prototypes: 15 of 50.
+        warmup: share of the rounds without prototypes; None: 15 of 50, of masks 1 of 20.
         common: a common prototype is the clients' ``mean``, or drawn by a ``gaussian`` with their
-            mean and standard deviation.
+            mean and standard deviation; None: the gaussian, of masks the mean.
         min_std: least standard deviation of the draw; 1 in the released code, which is far more
             than the prototypes differ.
         exchange: a client's own prototypes are renewed each ``round``, or each local ``epoch``.
@@ -53,13 +78,22 @@ class CPAConfig(WrapperConfig):
             with ``exchange="epoch"`` do they come to anything.
     """
 
-    tau: Annotated[float, Field(gt=1)] = 3.0
+    tau: Annotated[float, Field(ge=1)] | None = None
     beta: Annotated[float, Field(ge=0)] = 0.8
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.3
-    common: Literal["gaussian", "mean"] = "gaussian"
+    warmup: Annotated[float, Field(ge=0, le=1)] | None = None
+    common: Common | None = None
     min_std: Annotated[float, Field(ge=0)] = 0.0
     exchange: Literal["round", "epoch"] = "round"
     reset: bool = False
+
+    def chosen(self, *, masks: bool) -> Chosen:
+        """Return what was asked for, or else the paper's, for masks or for classes of images."""
+        paper = MASKS if masks else CLASSES
+        return Chosen(
+            tau=paper.tau if self.tau is None else self.tau,
+            warmup=paper.warmup if self.warmup is None else self.warmup,
+            common=self.common or paper.common,
+        )
 
 
 class CPAClient(WrapperClient):
@@ -70,44 +104,57 @@ class CPAClient(WrapperClient):
         context, config = self.context, self.method.config
         self.received: Tensors = context.received.tensors.get(GROUP, {})
         self.own: Tensors = context.memory.tensors.get(GROUP, {})
-        self.active = context.round >= config.warmup * context.config.rounds
-        self.mitigation = seesaw(context.all_counts, config.beta)
+        self.pixels = self.received.get("pixels")  # (L, 2): there are masks
+        self.chosen = config.chosen(masks=self.pixels is not None)
+        self.active = context.round >= self.chosen.warmup * context.config.rounds
+        self.counts = context.all_counts if self.pixels is None else self.pixels
         self._forget()
         self._weigh(first=True)
         super().start()
 
     def _forget(self) -> None:
         self.sums: Tensor | None = None
-        self.seen = torch.zeros(len(self.context.own_counts))
+        self.seen = torch.zeros(self.counts.numel())
 
     def _weigh(self, *, first: bool) -> None:
         """Put the loss with the weights of the prototypes as they are in the context."""
-        config = self.method.config
+        config, tau = self.method.config, self.chosen.tau
         gamma = None
-        if self.active and self.received:
+        if self.active and "prototypes" in self.received:
             common = self.received["prototypes"]
             present = self.received["present"] > 0
             if config.reset and first:
                 # all ones, drawn around as the server would
-                std = config.min_std if config.common == "gaussian" else 0.0
+                std = config.min_std if self.chosen.common == "gaussian" else 0.0
                 rng = self.context.generator("prototypes")
                 noise = std * torch.randn(common.shape, generator=rng)
                 ones = torch.ones_like(common)
-                gamma = alignment_weight(ones, ones + noise, present, config.tau)
+                gamma = alignment_weight(ones, ones + noise, present, tau)
             elif self.own:
                 present = present & (self.own["present"] > 0)
-                gamma = alignment_weight(self.own["prototypes"], common, present, config.tau)
-        mitigation = self.mitigation
-        self.context.criterion = lambda z, y: prototype_aligned(z, y, mitigation, gamma)
+                gamma = alignment_weight(self.own["prototypes"], common, present, tau)
+        self.context.criterion = self._criterion(gamma)
+
+    def _criterion(self, gamma: Tensor | None) -> Criterion:
+        beta, pixels = self.method.config.beta, self.pixels
+        if pixels is None:
+            mitigation = seesaw(self.counts, beta)
+            return lambda z, y: prototype_aligned(z, y, mitigation, gamma)
+        each = torch.stack([seesaw(pair, beta) for pair in pixels])  # (L, 2, 2)
+        weight = None if gamma is None else gamma.view_as(pixels)
+        return lambda z, y: prototype_aligned_maps(z, y, each, weight)
 
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """Sum the features by class; a personal model's, where there is one beside the shared."""
-        features = (outputs.own or outputs).known_features.detach().flatten(1).float().cpu()
-        if self.sums is None:
-            self.sums = torch.zeros(len(self.seen), features.shape[1])
-        y = labels.cpu()
-        self.sums.index_add_(0, y, features)
-        self.seen += torch.bincount(y, minlength=len(self.seen))
+        features = (outputs.own or outputs).known_features.detach()
+        if self.pixels is None:
+            share = F.one_hot(labels, len(self.seen)).to(features)  # (N, C)
+            features = features.flatten(1)
+        else:
+            share, features = _of_pixels(labels, features, len(self.pixels))
+        sums = (share.T @ features).float().cpu()
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.seen += share.sum(0).cpu()
         return super().loss(outputs, labels)
 
     def end_epoch(self, epoch: int) -> None:
@@ -128,28 +175,44 @@ class CPAClient(WrapperClient):
         return Record({**inner.tensors, GROUP: self.own}, inner.values)
 
 
+def _of_pixels(targets: Tensor, features: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Return which pixels are of which class, and their features.
+
+    Args:
+        targets: see :func:`sdq.segmentation.class_maps`.
+        features: ``(N, D, h, w)``, of any size.
+        classes: L maps.
+
+    Returns:
+        ``(N h w, 2 L)`` of 0 and 1, the outside and the inside of each map; ``(N h w, D)``.
+    """
+    maps = F.interpolate(class_maps(targets, classes).to(features), features.shape[2:])
+    share = torch.stack([1 - maps, maps], dim=2).flatten(1, 2)  # (N, 2 L, h, w)
+    return share.movedim(1, -1).flatten(0, 2), features.movedim(1, -1).flatten(0, 2)
+
+
 def common_prototypes(
-    sent: Sequence[Tensors], before: Tensors, config: CPAConfig, rng: torch.Generator
+    sent: Sequence[Tensors], before: Tensors, min_std: float | None, rng: torch.Generator
 ) -> Tensors:
     """Return the prototypes of all clients: ``prototypes`` ``(C, D)`` and ``present`` ``(C,)``.
 
     Args:
         sent: by clients, in the same form.
-        before: the last ones, for classes that no client sent; or empty.
-        config: how.
-        rng: for the gaussian.
+        before: with the last ones, for classes that no client sent; or without.
+        min_std: draw with the clients' standard deviation, and at least this; None: the mean.
+        rng: to draw with.
     """
     each = torch.stack([s["prototypes"] for s in sent])  # (K, C, D)
     has = torch.stack([s["present"] for s in sent])[:, :, None]  # (K, C, 1)
     count = has.sum(0)
     mean = (each * has).sum(0) / count.clamp_min(1)
-    if config.common == "gaussian":
+    if min_std is not None:
         squares = ((each - mean).square() * has).sum(0)
         # without Bessel's correction one client would have no standard deviation
-        std = (squares / (count - 1).clamp_min(1)).sqrt().clamp_min(config.min_std)
+        std = (squares / (count - 1).clamp_min(1)).sqrt().clamp_min(min_std)
         mean = mean + torch.randn(mean.shape, generator=rng) * std
     present = (count > 0)[:, 0].float()
-    if before:
+    if "prototypes" in before:
         missing = present == 0
         mean = torch.where(missing[:, None], before["prototypes"], mean)
         present = torch.maximum(present, before["present"])
@@ -165,7 +228,6 @@ class CPA(Wrapper):
         aggregation="common prototypes are plain means",
         noise="mean features of its images leave the client by class",
     )
-    tasks = ("classification",)
     needs_head = True
 
     def __init__(self, config: Any = None) -> None:
@@ -180,8 +242,29 @@ class CPA(Wrapper):
                 f"cpa: the federation's loss must be cpa, got {config.loss.name!r}; leave it out"
             )
 
+    def introduce(self, network: Network, batches: Loader) -> Record:
+        """Tell the pixels outside and inside of each map, where the training images have masks."""
+        told = super().introduce(network, batches)
+        total: Tensor | None = None
+        for _, targets in batches:
+            if targets.dim() == 1:
+                return told
+            inside = class_maps(targets, len(network.head.weight)).double()  # (N, L, H, W)
+            pairs = torch.stack([1 - inside, inside], dim=2).sum(dim=(0, 3, 4))
+            total = pairs if total is None else total + pairs
+        if total is None:
+            return told
+        return Record({**told.tensors, GROUP: {"pixels": total}}, told.values)
+
+    def start_server(self, server: Server) -> None:
+        """Add up the pixels."""
+        super().start_server(server)
+        told = [r.tensors[GROUP]["pixels"] for r in server.told.values() if GROUP in r.tensors]
+        if told:
+            server.memory.tensors[GROUP] = {"pixels": torch.stack(told).sum(0)}
+
     def send(self, server: Server, client: int) -> Record:
-        """Send the common prototypes, once there are any."""
+        """Send the pixels, and the common prototypes once there are any."""
         inner = super().send(server, client)
         known = server.memory.tensors.get(GROUP)
         return Record({**inner.tensors, **({GROUP: known} if known else {})}, inner.values)
@@ -189,10 +272,13 @@ class CPA(Wrapper):
     def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
         """Let the inner method aggregate, and renew the common prototypes."""
         found = super().aggregate(server, replies)
-        server.memory.tensors[GROUP] = common_prototypes(
+        before = server.memory.tensors.get(GROUP, {})
+        gaussian = self.config.chosen(masks="pixels" in before).common == "gaussian"
+        renewed = common_prototypes(
             [r.record.tensors[GROUP] for r in replies],
-            server.memory.tensors.get(GROUP, {}),
-            self.config,
+            before,
+            self.config.min_std if gaussian else None,
             server.generator("prototypes"),
         )
+        server.memory.tensors[GROUP] = {**before, **renewed}
         return found

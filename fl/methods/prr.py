@@ -21,6 +21,9 @@ PAPER = FederationConfig(
 )  # fmt: skip
 """The paper's federation, for classification."""
 
+PAPER_MASKS = PAPER.replaced(rounds=20, batch_size=8, lr=1e-3)
+"""And for segmentation."""
+
 
 class PRRConfig(Config):
     """Hyper-parameters of the three parts, as their files name them; the defaults are the paper's.

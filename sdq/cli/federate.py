@@ -10,7 +10,7 @@ from torch import nn
 
 from fl.bits import PhasesConfig, SearchMethod
 from fl.compression import CompressionConfig
-from fl.config import FederationConfig, Select
+from fl.config import FederationConfig, Sampling, Select
 from fl.config import Optimizer as OptimizerKind
 from fl.losses import LossConfig, LossName
 from fl.state import BatchNormPolicy
@@ -74,6 +74,13 @@ def federate(
     loss: Annotated[
         LossName | None, typer.Option(help="What clients minimise; default: the method's.")
     ] = None,
+    sampling: Annotated[
+        Sampling,
+        typer.Option(
+            help="Of an epoch: all of a client's images once, or as many with equal chances for "
+            "its classes (balanced)."
+        ),
+    ] = DEFAULTS.sampling,
     hyper: Annotated[
         list[str] | None,
         typer.Option(help="KEY=VALUE, or METHOD.KEY=VALUE with several. Repeatable."),
@@ -208,6 +215,7 @@ def federate(
         rounds=rounds or 1, local_epochs=local_epochs, batch_size=images.batch_size,
         optimizer=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay,
         participation=participation, batch_norm=batch_norm, loss=_loss(loss, file),
+        sampling=sampling,
         evaluate_every=evaluate_every, adjust=adjust, select=select, keep_clients=keep_clients,
         seed=images.seed, aggregation=aggregation,
         compress=None if compress is None else CompressionConfig.parsed(compress),

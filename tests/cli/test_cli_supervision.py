@@ -112,6 +112,7 @@ def test_no_outlines_on_images_that_clients_trained_on(sdq, command, tmp_path):
         ("--method fca", "fca: is for classification, got segmentation"),
         ("--method fedavg --loss focal", "--loss: must be one of dice_bce, dice in segmentation"),
         ("--method fedavg --select specialization --adjust 1", "--adjust: must be 0"),
+        ("--method fedavg --sampling balanced", "--sampling: must be all in segmentation"),
     ],
 )
 def test_refusals(sdq, command, tmp_path, options, message):

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import fl
 from fl.method import Method
-from fl.methods.balancefl import balanced_indices, inheritance
+from fl.methods.balancefl import inheritance
 from fl.methods.climb import CLIMB
 from fl.methods.creff import CReFFConfig, head_gradients, matched, retrained
 from fl.methods.fedlc import calibrated
+from sdq.batches import balanced_indices
 
 Clients = Callable[..., list[fl.ClientData]]
 Make = Callable[..., nn.Module]
@@ -51,6 +52,15 @@ def test_balanced_draws() -> None:
     share = found.bincount(minlength=4) / 30000
     # the standard deviation of a share is .0027
     torch.testing.assert_close(share, torch.tensor([1, 0, 1, 1]) / 3, atol=0.01, rtol=0)
+
+
+def test_any_method_with_balanced_draws(tiny: Make, hospitals: Clients) -> None:
+    """With every class at every client BalanceFL inherits nothing: it is FedAvg drawing so."""
+    clients = hospitals((12, 5, 4), (3, 10, 6))
+    found = run(tiny(), clients, "fedavg", sampling="balanced")
+    balanced, plain = (run(tiny(), clients, name) for name in ("balancefl", "fedavg"))
+    assert all(torch.equal(t, balanced.state[n]) for n, t in found.state.items())
+    assert not all(torch.equal(t, plain.state[n]) for n, t in found.state.items())
 
 
 def test_inheritance_by_hand() -> None:

@@ -19,8 +19,10 @@ from fl.losses import (
     ldam_margins,
     log_prior,
     prototype_aligned,
+    prototype_aligned_maps,
     seesaw,
 )
+from sdq.segmentation import dice_loss
 
 Z = torch.tensor([[2.0, 0.5, -1.0]])
 COUNTS = torch.tensor([5408.0, 941.0, 994.0])
@@ -66,6 +68,41 @@ def test_cpa_of_a_missing_prototype_is_not_weighted() -> None:
 def test_cpa_of_a_class_nobody_has_is_finite() -> None:
     s = seesaw(torch.tensor([10.0, 0.0]))
     torch.testing.assert_close(s, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        # inside: log(1 + 1/e); outside: log(1 + 0.0436/e); their mean with cross-entropy, which
+        # is log(1 + 1/e) for both, halved; Dice of 0.7311 and 0.2689: 1 - 2.4621 / 3
+        (None, (0.164587 + 0.313262) / 2 + 0.179294),
+        # twice the outside's
+        (torch.tensor([[2.0, 1.0]]), (0.172544 + 0.313262) / 2 + 0.179294),
+    ],
+)
+def test_cpa_of_masks_by_hand(weight: Tensor | None, expected: float) -> None:
+    z = torch.tensor([[[[1.0, -1.0]]]])
+    s = torch.tensor([[[1.0, 0.0436], [1.0, 1.0]]])
+    for targets in (torch.tensor([[[1, 0]]]), torch.tensor([[[[1.0, 0.0]]]])):
+        found = prototype_aligned_maps(z, targets, s, weight)
+        assert float(found) == pytest.approx(expected, abs=5e-6)
+
+
+def test_cpa_of_several_maps_is_their_mean() -> None:
+    """But for Dice, which is of an image and not of a map."""
+    rng = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 2, 3, 3, generator=rng)
+    y = (torch.rand(2, 2, 3, 3, generator=rng) < 0.4).float()
+    s = torch.stack([seesaw(torch.tensor(n)) for n in ([90.0, 10.0], [5.0, 7.0])])
+    weight = torch.tensor([[1.0, 1.5], [1.2, 1.1]])
+
+    def without_dice(*which: int) -> Tensor:
+        i = list(which)
+        total = prototype_aligned_maps(z[:, i], y[:, i], s[i], weight[i])
+        return total - dice_loss(z[:, i], y[:, i], smooth=1.0)
+
+    mean = (without_dice(0) + without_dice(1)) / 2
+    torch.testing.assert_close(without_dice(0, 1), mean)
 
 
 def test_focal_by_hand() -> None:

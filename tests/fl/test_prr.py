@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import fl
+from fl.client import answer
 from fl.method import Method
-from fl.methods import det, fca, fednpr, prr
-from fl.methods.cpa import CPAConfig, common_prototypes
+from fl.methods import cpa, det, fca, fednpr, prr
+from fl.methods.cpa import common_prototypes
 from fl.methods.det import DET, DETClient, both_losses, next_stage
+from fl.record import Record, Reply, Request
 from fl.setting import Setting
 from fl.state import Route
 
@@ -108,10 +110,10 @@ def test_common_prototypes_are_the_means_of_those_who_have_the_class() -> None:
     )
     before = sent(([[9.0, 9.0], [9.0, 9.0], [7.0, 7.0]], [1.0, 1.0, 1.0]))[0]
     rng = torch.Generator().manual_seed(0)
-    found = common_prototypes(each, {}, CPAConfig(common="mean"), rng)
+    found = common_prototypes(each, {}, None, rng)
     torch.testing.assert_close(found["prototypes"], torch.tensor([[2.0, 3], [4, 4], [0, 0]]))
     assert found["present"].tolist() == [1, 1, 0]
-    kept = common_prototypes(each, before, CPAConfig(common="mean"), rng)
+    kept = common_prototypes(each, before, None, rng)
     assert kept["prototypes"][2].tolist() == [7, 7]
     assert kept["present"].tolist() == [1, 1, 1]
 
@@ -124,8 +126,8 @@ def test_the_gaussian_has_the_clients_deviation(min_std: float, expected: float)
         {"prototypes": 3 + 0.2 * torch.randn(1, 20000, generator=rng), "present": torch.ones(1)}
         for _ in range(5)
     ]
-    mean = common_prototypes(each, {}, CPAConfig(common="mean"), rng)["prototypes"]
-    drawn = common_prototypes(each, {}, CPAConfig(min_std=min_std), rng)["prototypes"]
+    mean = common_prototypes(each, {}, None, rng)["prototypes"]
+    drawn = common_prototypes(each, {}, min_std, rng)["prototypes"]
     assert float((drawn - mean).std()) == pytest.approx(expected, rel=0.05)
 
 
@@ -147,6 +149,59 @@ def test_prototypes_travel(tiny: Make, hospitals: Clients) -> None:
     with_them = run(tiny(), hospitals(), "cpa", rounds=1)
     assert with_them.bytes_up - plain.bytes_up == 3 * 27 * 4
     assert with_them.bytes_down == plain.bytes_down
+
+
+def masks_and_answer(
+    data: fl.ClientData, setting: Setting, kind: Any, record: Record
+) -> tuple[Tensor, Reply]:
+    """Return whether each pixel is inside of each class ``(N, L, H, W)``, and a client's reply."""
+    assert data.train.masks is not None
+    values = data.train.masks.take(torch.arange(len(data.train)))
+    inside = values == torch.arange(1, setting.num_classes + 1).view(1, -1, 1, 1)
+    return inside, answer(setting, data, Request(kind, 0, 0, record), None)[0]
+
+
+def test_pixels_and_their_prototypes(tiny_maps: Make, hospitals_with_masks: Clients) -> None:
+    """A client tells its pixels outside and inside, and their mean features, taken one by one."""
+    method, data = fl.method("cpa"), hospitals_with_masks()[0]
+    config = QUICK.replaced(lr=1e-12, batch_size=99)  # all at once: one batch normalisation
+    setting = Setting.of(tiny_maps(), method, config, num_classes=3, image_shape=(1, 6, 6))
+    inside, reply = masks_and_answer(data, setting, "counts", Record())
+    pixels = torch.stack([(~inside).sum((0, 2, 3)), inside.sum((0, 2, 3))], dim=1)
+    assert torch.equal(reply.record.tensors["cpa"]["pixels"], pixels.double())
+    received = Record(
+        {"model": setting.initial, "cpa": {"pixels": pixels.double()}}, {"class_counts": [1.0]}
+    )
+    _, reply = masks_and_answer(data, setting, "train", received)
+    found = reply.record.tensors["cpa"]
+    images = data.train.images.take(torch.arange(len(data.train)))
+    outputs = setting.network.train().outputs(setting.normalization(images))
+    features = outputs.known_features.detach().movedim(1, -1)
+    for number in range(3):
+        for side, chosen in enumerate((~inside[:, number], inside[:, number])):
+            mean = features[chosen].mean(0)
+            torch.testing.assert_close(found["prototypes"][2 * number + side], mean)
+    assert found["present"].tolist() == [1.0] * 6
+
+
+def test_masks_smaller_features_take_the_nearest() -> None:
+    """Of 4 x 4 pixels the nearest for 2 x 2 features are those of even rows and columns."""
+    targets = torch.zeros(1, 4, 4, dtype=torch.int64)
+    targets[0, 0, 2], targets[0, 1, 1] = 1, 1
+    share, features = cpa._of_pixels(targets, torch.arange(8.0).view(1, 2, 2, 2), 1)
+    assert share.tolist() == [[1, 0], [0, 1], [1, 0], [1, 0]]
+    assert features.tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+def test_prototypes_weigh_pixels(tiny_maps: Make, hospitals_with_masks: Clients) -> None:
+    """From the second of twenty rounds on; without them it is another federation."""
+    plain, with_them = (
+        run(tiny_maps(), hospitals_with_masks(), fl.method("cpa", **hyper), rounds=20)
+        for hyper in ({"warmup": 1.0}, {})
+    )
+    losses = [[r["train_loss"] for r in found.history] for found in (plain, with_them)]
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1] < losses[1][1]  # a weight is 1 or more
 
 
 def test_cpa_has_a_loss_of_its_own(refuses: Any, tiny: Make, hospitals: Clients) -> None:
@@ -183,6 +238,7 @@ def test_the_released_ways_run(tiny: Make, hospitals: Clients) -> None:
 def test_the_papers_federations() -> None:
     rates = [prr.PAPER.lr_in(t) for t in (0, 4, 5, 49)]
     assert rates == pytest.approx([1e-2, 1e-2, 5e-3, 1e-2 / 2**9])
+    assert prr.PAPER_MASKS.lr_in(5) == pytest.approx(5e-4)
     for module in (fca, fednpr):
         rates = [module.PAPER.lr_in(t) for t in (59, 60, 70, 79)]
         assert rates == pytest.approx([1e-3, 1e-4, 1e-5, 1e-5])
