@@ -21,7 +21,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,16 +96,23 @@ def arguments() -> argparse.Namespace:
 def network_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser of what :class:`Bench` makes its network of."""
     parser = _reports.data_parser(description, "group_norm_cnn")
-    parser.add_argument("--widths", default="32,64,128", help="channels of group_norm_cnn's layers")
+    parser.add_argument("--widths", default="32,64,128", help="channels of a small network")
     return parser
 
 
-def group_norm_cnn(classes: int, channels: int, widths: list[int]) -> nn.Module:
-    """Return a small network without statistics of batches: 95,000 values at 32, 64, 128."""
+SMALL: dict[str, Callable[[int], nn.Module]] = {
+    "group_norm_cnn": lambda size: nn.GroupNorm(8, size),
+    "batch_norm_cnn": nn.BatchNorm2d,
+}
+"""Normalisation of networks that are no one's model: without statistics of batches, and with."""
+
+
+def small_cnn(classes: int, channels: int, widths: list[int], model: str) -> nn.Module:
+    """Return a network of as many layers as there are widths: 95,000 values at 32, 64, 128."""
     layers: list[nn.Module] = []
     for size in widths:
         layers += [
-            nn.Conv2d(channels, size, 3, padding=1), nn.GroupNorm(8, size), nn.ReLU(),
+            nn.Conv2d(channels, size, 3, padding=1), SMALL[model](size), nn.ReLU(),
             nn.MaxPool2d(2),
         ]  # fmt: skip
         channels = size
@@ -139,9 +146,9 @@ class Bench:
     def network(self) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(generator(self.seed, "weights").initial_seed())
-            if self.options.model == "group_norm_cnn":
+            if self.options.model in SMALL:
                 widths = [int(width) for width in self.options.widths.split(",")]
-                found = group_norm_cnn(self.classes, self.channels, widths)
+                found = small_cnn(self.classes, self.channels, widths, self.options.model)
             else:
                 found = load("sdq.models", self.options.model).build(self.classes, self.channels)
         return found.to(self.options.device)
@@ -234,7 +241,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the tables as Markdown, one a partition."""
     part = f"{options.train_images:,} of its training images, " if options.train_images else ""
     model = options.model
-    if model == "group_norm_cnn":
+    if model in SMALL:
         model += f" (widths {options.widths.replace(',', ', ')})"
     lines = [
         f"# Federated methods: {model} on {Path(options.data).stem}",
