@@ -316,7 +316,7 @@ def test_classification_is_refused(
         fl.run(tiny(), method="fedmix_seg", clients=hospitals(), num_classes=3, config=QUICK)
 
 
-@pytest.mark.parametrize("name", ["fca", "fedlc", "creff", "balancefl", "fednpr", "fedrod", "prr"])
+@pytest.mark.parametrize("name", ["fca", "fedlc", "creff", "balancefl", "fednpr", "fedrod"])
 def test_methods_of_classes_refuse_masks(
     name: str, tiny_maps: Make, hospitals_with_masks: Clients, refuses: Callable[..., Any]
 ) -> None:
