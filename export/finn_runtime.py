@@ -13,8 +13,12 @@ import onnx
 import onnxruntime
 from onnx import helper
 
-FOR_EACH_IMAGE = ("Im2Col", "ConvolutionInputGenerator")
-"""Their windows come out in the order of a single image."""
+FOR_EACH_IMAGE = ("Im2Col", "ConvolutionInputGenerator", "Shuffle")
+"""Their windows come out in the order of a single image, or they have its shape as an attribute."""
+
+ONE_TALL_IMAGE = ("VVAU",)
+"""They want one image, and treat each of its pixels alike: several lie one above the other. Each
+call of theirs makes a matrix of the depthwise weights that is zero almost everywhere."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -107,6 +111,13 @@ class _Pass:
                 found.append(context[node.output[0]])
             context[node.input[0]] = whole
             context[node.output[0]] = np.concatenate(found)
+        elif node.op_type in ONE_TALL_IMAGE and self.size > 1:
+            whole = context[node.input[0]]
+            context[node.input[0]] = whole.reshape(1, -1, *whole.shape[2:])
+            self._custom(node, run, context, single=True)
+            context[node.input[0]] = whole
+            made = context[node.output[0]]
+            context[node.output[0]] = made.reshape(*whole.shape[:-1], made.shape[-1])
         else:
             self._custom(node, run, context)
 
