@@ -1,8 +1,8 @@
 """Runs the graphs that FINN makes, on FINN's own Python, several images at a time.
 
 FINN's graphs are for one image. Its layers compute on arrays, most of them whatever the batch size;
-those that do not are called for each image. Which ones that is, nobody promises: the first image of
-the first batch also passes alone, and if anything differs, all images do.
+those that do not are called for each image, or get several as one. Which ones that is, nobody
+promises: the first image of the first batch also passes alone, and if anything differs, all do.
 """
 
 from collections.abc import Collection
@@ -13,8 +13,12 @@ import onnx
 import onnxruntime
 from onnx import helper
 
-FOR_EACH_IMAGE = ("Im2Col", "ConvolutionInputGenerator")
-"""Their windows come out in the order of a single image."""
+FOR_EACH_IMAGE = ("Im2Col", "ConvolutionInputGenerator", "Shuffle")
+"""Their windows come out in the order of a single image, or they have its shape as an attribute."""
+
+ONE_TALL_IMAGE = ("VVAU",)
+"""They want one image, and treat each of its pixels alike: several lie one above the other. Each
+call of theirs makes a matrix of the depthwise weights that is zero almost everywhere."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -99,16 +103,29 @@ class _Pass:
             values = run.run(None, {name: context[name] for name in node.input if name})
             context.update(zip(node.output, values, strict=True))
         elif node.op_type in FOR_EACH_IMAGE and self.size > 1:
-            whole = context[node.input[0]]
-            found = []
-            for image in whole:
-                context[node.input[0]] = image[None]
-                self._custom(node, run, context, single=True)
-                found.append(context[node.output[0]])
-            context[node.input[0]] = whole
-            context[node.output[0]] = np.concatenate(found)
+            self._each(node, run, context)
+        elif node.op_type in ONE_TALL_IMAGE and self.size > 1:
+            self._stacked(node, run, context)
         else:
             self._custom(node, run, context)
+
+    def _each(self, node: onnx.NodeProto, run: Any, context: Arrays) -> None:
+        whole = context[node.input[0]]
+        found = []
+        for image in whole:
+            context[node.input[0]] = image[None]
+            self._custom(node, run, context, single=True)
+            found.append(context[node.output[0]])
+        context[node.input[0]] = whole
+        context[node.output[0]] = np.concatenate(found)
+
+    def _stacked(self, node: onnx.NodeProto, run: Any, context: Arrays) -> None:
+        whole = context[node.input[0]]
+        context[node.input[0]] = whole.reshape(1, -1, *whole.shape[2:])
+        self._custom(node, run, context, single=True)
+        made = context[node.output[0]]
+        context[node.input[0]] = whole
+        context[node.output[0]] = made.reshape(*whole.shape[:-1], made.shape[-1])
 
     def _custom(
         self, node: onnx.NodeProto, run: Any, context: Arrays, *, single: bool = False

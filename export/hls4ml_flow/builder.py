@@ -107,7 +107,7 @@ class Builder:
                 "result": str(kind) if declared else "auto",
             },
             "Trace": True,
-            **self._reuse(weights.values.size),
+            **self._reuse(weights),
         }  # fmt: skip
         w = self._weight(name, weights)
         if weights.values.ndim == 2:
@@ -270,7 +270,8 @@ class Builder:
         self.shapes[tensor] = shape
         return tensor
 
-    def _constant(self, name: str, values: Array) -> str:
+    def _constant(self, path: str, values: Array) -> str:
+        name = self.name(path)  # in hls4ml a constant is a layer, and must not have another's name
         self.constants.append(numpy_helper.from_array(values, name))
         self.shapes[name] = values.shape
         return name
@@ -284,17 +285,38 @@ class Builder:
             for part, value in (("scale", kind.step), ("zero_point", 0), ("bits", kind.width))
         ]
         quantizer = helper.make_node(
-            "Quant", [source, *inputs], [f"{name}_weight"], f"{name}_weight_quant", domain=QUANT,
-            signed=int(kind.signed), narrow=0, rounding_mode="ROUND",
+            "Quant", [source, *inputs], [f"{name}_weight"], self.name(f"{name}_weight_quant"),
+            domain=QUANT, signed=int(kind.signed), narrow=0, rounding_mode="ROUND",
         )  # fmt: skip
         self.nodes.append(quantizer)
         self.shapes[f"{name}_weight"] = values.shape
         return f"{name}_weight"
 
-    def _reuse(self, products: int) -> dict[str, Any]:
-        factor = self.reuse_factor or math.ceil(products / self.parallel_products)
+    def _reuse(self, weights: Weights) -> dict[str, Any]:
+        products, outputs = weights.values.size, len(weights.values)
+        wanted = self.reuse_factor or math.ceil(products / self.parallel_products)
+        if weights.depthwise:  # hls4ml's Resource takes the weights it has from ONNX in wrong order
+            return {"ReuseFactor": wanted, "Strategy": "Latency"}
+        factor = allowed_reuse(wanted, products // outputs, outputs)
         strategy = "Latency" if factor == 1 and products <= UNROLLED else "Resource"
         return {"ReuseFactor": factor, "Strategy": strategy}
+
+
+def allowed_reuse(wanted: int, inputs: int, outputs: int) -> int:
+    """Return the next reuse factor that hls4ml's multiplications are written for, or the last.
+
+    It divides the inputs, or is a multiple of them by a divisor of the outputs. hls4ml mends others
+    itself, but not those of convolutions with a kernel of 1 x 1, which then stop the simulation.
+
+    Args:
+        wanted: at least so often is a multiplier used.
+        inputs: products of one output.
+        outputs: of the layer.
+    """
+    if wanted <= inputs:
+        return next(n for n in range(wanted, inputs + 1) if inputs % n == 0)
+    least = min(math.ceil(wanted / inputs), outputs)
+    return inputs * next(n for n in range(least, outputs + 1) if outputs % n == 0)
 
 
 def _ends(kind: FixedType) -> tuple[float, float]:

@@ -141,10 +141,12 @@ def test_pixels_go_in_where_the_file_has_the_preprocessing(tmp_path, network, sa
 
 
 @needs_finn
-def test_several_images_at_a_time_are_one_by_one(tmp_path, network, sample, images):
-    exported(tmp_path, network, sample, "residual")
-    run = finn.open_runtime(tmp_path / finn.FILE, finn.CONVERTED, taps=True)
+@pytest.mark.parametrize("net", ["residual", Separable, to_one_pixel])
+def test_several_images_at_a_time_are_one_by_one(tmp_path, network, sample, images, net):
+    _, result = exported(tmp_path, network, sample, net)
+    run = finn._Compiled(result.path, graph.load(result.path), finn.CONVERTED, taps=True)
     together, alone = run(images[:5]), [run(image[None]) for image in images[:5]]
+    assert run.executor.batches  # no layer was given what it does not take
     for name, codes in together.codes.items():
         assert torch.equal(codes, torch.cat([trace.codes[name] for trace in alone])), name
     torch.testing.assert_close(together.output, torch.cat([trace.output for trace in alone]))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import export
 from export.formats import hls4ml, qonnx
-from export.hls4ml_flow.builder import Builder
+from export.hls4ml_flow.builder import Builder, allowed_reuse
 from export.hls4ml_flow.fixed_point import holding
 from export.hls4ml_flow.operators import OPERATORS
 from export.hls4ml_flow.pending import Unsupported
@@ -144,6 +144,9 @@ def test_the_network_for_hls4ml_has_the_same_codes(tmp_path, network, images, ne
     qmodel = network(net, **config)
     made, ours = translated(qmodel, tmp_path), Reference(qmodel).float64(images)
     values = run(made.model, rounded(made, images))
+    graph = made.model.graph  # hls4ml makes a layer of each constant, and knows layers by name
+    names = [x.name for x in [*graph.input, *graph.initializer, *graph.node]]
+    assert len(set(names)) == len(names)
     assert len(made.taps) == len(ours.codes) - 1  # all but the input
     for name, tap in made.taps.items():
         codes = (values[tap.tensor] / tap.scale).reshape(len(images), *tap.shape)
@@ -189,6 +192,16 @@ def test_large_layers_use_their_multipliers_again(tmp_path, network):
     layers = translated(network(module, **SHIFTS), tmp_path, stream=False).layers
     assert (layers["layer_1"]["ReuseFactor"], layers["layer_1"]["Strategy"]) == (3, "Resource")
     assert (layers["layer_3"]["ReuseFactor"], layers["layer_3"]["Strategy"]) == (1, "Latency")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "inputs", "outputs", "allowed"),
+    [(1, 64, 384, 1), (6, 64, 384, 8), (16, 64, 384, 16), (65, 64, 384, 128), (300, 64, 5, 320),
+     (9999, 3, 4, 12)],
+)  # fmt: skip
+def test_reuse_factors_are_those_hls4ml_takes(wanted, inputs, outputs, allowed):
+    """``_validate_reuse_factor`` of hls4ml's FPGA backends, worked by hand."""
+    assert allowed_reuse(wanted, inputs, outputs) == allowed
 
 
 # what cannot be
