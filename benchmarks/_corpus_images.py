@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _reader import Reader
 from PIL import Image
 
-from _reader import Reader
 from sdq import image_folder, npz_file
 from sdq.ct_files import BRAIN, patient, read_slice
 from sdq.data import ArrayImages, DataOptions, ImageSet, Splits
@@ -149,6 +149,7 @@ def _write_split(folder: Path) -> None:
     rows = [f"{i},{'xyz'[i % 3]},{'train' if i < 20 else 'test'}" for i in range(24)]
     (folder / "SPLIT.csv").write_text("\n".join(["index,client,split", *rows]) + "\n")
 
+
 def _masks(count: int, classes: int = 1) -> np.ndarray:
     found = np.zeros((count, SIDE, SIDE), np.uint8)
     for i in range(count):
@@ -163,10 +164,10 @@ def _save_masked(image: Path, mask: Path, number: int, values: np.ndarray) -> No
 
 
 def _write_masks_npz(folder: Path) -> None:
-    names, labels = np.array(["a", "b"]), np.arange(12) % 3
-    parts = {f"{p}_{k}": v for p in ("train", "test")
-             for k, v in (("images", image_array(12)), ("masks", _masks(12, 2)), ("labels", labels))}  # fmt: skip
-    np.savez(folder / "set.npz", **parts, mask_names=names, class_names=np.array(["x", "y", "z"]))
+    part = {"images": image_array(12), "masks": _masks(12, 2), "labels": np.arange(12) % 3}
+    parts = {f"{name}_{key}": array for name in ("train", "test") for key, array in part.items()}
+    names = {"mask_names": np.array(["a", "b"]), "class_names": np.array(["x", "y", "z"])}
+    np.savez(folder / "set.npz", **parts, **names)
     np.savez(folder / "whole.npz", images=image_array(20)[..., 0], masks=_masks(20) * 255)
 
 
@@ -249,9 +250,7 @@ def _write_meta_image(folder: Path) -> None:
         place = folder / f"retouch/{vendor}/TRAIN{i}"
         place.mkdir(parents=True)
         scan, mask = image_array(3, i)[..., 0].astype("<u2").tobytes(), _masks(3, 3).tobytes()
-        header = META_IMAGE.format(
-            compressed=i == 1, side=SIDE, kind="MET_USHORT", data="oct.raw"
-        )
+        header = META_IMAGE.format(compressed=i == 1, side=SIDE, kind="MET_USHORT", data="oct.raw")
         (place / "oct.mhd").write_text(header)
         (place / "oct.raw").write_bytes(zlib.compress(scan) if i == 1 else scan)
         header = META_IMAGE.format(compressed=False, side=SIDE, kind="MET_UCHAR", data="LOCAL")
@@ -270,7 +269,8 @@ def _write_boxes(folder: Path) -> None:
     sides = zip(("xmin", "ymin", "xmax", "ymax"), (2, 3, 9, 12), strict=True)
     box = "".join(f"<{side}>{value}</{side}>" for side, value in sides)
     objects = "".join(
-        f"<object><name>{name}</name><bndbox>{box}</bndbox></object>" for name in ("lesion", "vessel")
+        f"<object><name>{name}</name><bndbox>{box}</bndbox></object>"
+        for name in ("lesion", "vessel")
     )
     size = "<size><width>30</width><height>20</height><depth>3</depth></size>"
     (folder / "boxes.xml").write_text(

@@ -1,6 +1,7 @@
 """What runs write and read: policies, weights, run folders, exports, federations."""
 
 import contextlib
+import copy
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -11,14 +12,14 @@ from typing import Any
 
 import click
 import torch
+from _corpus_images import SIDE, image_array, write_npz
+from _reader import Reader
 from torch import Tensor, nn
 
 import export
 import fl
 import hw
 import sdq
-from _corpus_images import SIDE, image_array, write_npz
-from _reader import Reader
 from fl.bits import PhasesConfig
 from fl.client import try_answer
 from fl.record import Record, Request
@@ -45,17 +46,13 @@ PHASES = PhasesConfig(search_rounds=1, tune_rounds=2)
 # -------------------------------------------------------------------------------- what is written
 
 
-def command(text: str, *more: object) -> tuple[int, str]:
-    """Run a command of sdq; return its exit code and what it said on standard error."""
+def command(text: str, folder: Path) -> None:
+    """Run a command of sdq with a folder in the place of each ``{}``; raise what it answers."""
+    arguments = [word.replace("{}", str(folder)) for word in text.split()]
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors:
-        code = command_line([*text.split(), *map(str, more)])
-    return code, errors.getvalue()
-
-
-def _run(text: str, *more: object) -> None:
-    code, said = command(text, *more)
+        code = command_line(arguments)
     if code:
-        raise AssertionError(f"sdq {text}: {said}")
+        raise {1: RunError, 2: RequestError}[code](errors.getvalue())
 
 
 def _write_policy(folder: Path) -> None:
@@ -99,6 +96,16 @@ def _network() -> nn.Module:
         ).eval()  # fmt: skip
 
 
+def _small() -> nn.Module:
+    """Return a network that is followed and trained in less time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(3 * SIDE**2, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(),
+            nn.Linear(4, 3),
+        ).eval()  # fmt: skip
+
+
 def _inputs() -> Tensor:
     return torch.randn(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
 
@@ -115,6 +122,10 @@ def _quantized() -> sdq.QuantModel:
 def _write_target(folder: Path) -> None:
     _quantized()  # torch makes a folder of its own at the first
     (folder / "board.py").write_text(TARGET)
+
+
+def _write_own_policy(folder: Path) -> None:
+    (folder / "policy.json").write_text(_quantized().policy.to_json())
 
 
 def _write_export(folder: Path) -> None:
@@ -137,19 +148,18 @@ def _write_weights(folder: Path) -> None:
 
 def _write_runs(folder: Path) -> None:
     write_npz(folder)
-    data = f"--data {folder / 'set.npz'} --quiet"
-    _run(f"train --model mlp {data} --epochs 1 --out", folder / "float")
-    rest = "--bits 3 --search-epochs 1 --epochs 1 --no-plots --out"
-    _run(f"quantize --from {folder / 'float'} {data} {rest}", folder / "run")
-    _run(f"export {folder / 'run'} --format onnx --verify --samples 4 --quiet")
+    data, short = "--data {}/set.npz --quiet", "--bits 3 --search-epochs 1 --epochs 1 --no-plots"
+    command(f"train --model mlp {data} --epochs 1 --out {{}}/float", folder)
+    command(f"quantize --from {{}}/float {data} {short} --out {{}}/run", folder)
+    command("export {}/run --format onnx --verify --samples 4 --quiet", folder)
     asked = json.loads((folder / "run" / "run.json").read_text())["request"]
     (folder / "run" / "asked.json").write_text(json.dumps(asked))
 
 
 def _write_federated_run(folder: Path) -> None:
     write_npz(folder)
-    data = f"--data {folder / 'set.npz'} --quiet --clients 2 --rounds 2 --batch-size 4"
-    _run(f"federate --method fedavg,ditto --model mlp {data} --out", folder / "run")
+    asked = "--method fedavg,ditto --model mlp --clients 2 --rounds 2 --batch-size 4 --quiet"
+    command(f"federate {asked} --data {{}}/set.npz --out {{}}/run", folder)
 
 
 class _Killed(Exception):
@@ -176,7 +186,7 @@ def _federate(folder: Path, watch: Callable[[dict[str, Any]], None] | None = Non
 def _learn_bits(folder: Path, watch: Callable[[dict[str, Any]], None] | None = None) -> object:
     """Run a federation that learns bits, or what is left of it."""
     return fl.run(
-        _network(), method="scaffold", clients=_clients(), num_classes=3, config=FEDERATION,
+        _small(), method="scaffold", clients=_clients(), num_classes=3, config=FEDERATION,
         rounds=0, quant=QuantConfig(bit_choices=(2, 4)), budget=sdq.Budget(avg_weight_bits=3.0),
         phases=PHASES, folder=folder, watch=watch,
     )  # fmt: skip
@@ -226,8 +236,8 @@ def _write_node(folder: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[Path], object]] = {
-    "policy": _write_policy, "config": _write_config, "export": _write_export,
-    "target": _write_target,
+    "policy": _write_policy, "own_policy": _write_own_policy, "config": _write_config,
+    "export": _write_export, "target": _write_target,
     "weights": _write_weights, "runs": _write_runs, "federated_run": _write_federated_run,
     "federation": _write_federation, "federated_bits": _write_federated_bits, "node": _write_node,
 }  # fmt: skip
@@ -268,6 +278,17 @@ def _read_run(folder: Path) -> None:
     network.eval()(inputs.sample)
 
 
+def _read_float(folder: Path) -> None:
+    run = RunFolder.open(folder)
+    inp.load_float(run).eval()(run_inputs(run).sample)
+
+
+def _apply_policy(folder: Path) -> None:
+    qmodel = copy.deepcopy(_quantized())
+    sdq.apply_policy_(qmodel, BitwidthPolicy.load(folder / "policy.json"))
+    qmodel.eval()(_inputs())
+
+
 def _read_cost(folder: Path) -> None:
     policy, layers = read_policy(folder)
     for target in ("pynq_z2", "a100"):
@@ -287,17 +308,6 @@ def _resume(folder: Path) -> None:
         run.read_metrics()
 
 
-def _by_command(text: str) -> Callable[[Path], None]:
-    """Return what gives a folder, for each ``{}``, to a command, and raises what it answers."""
-
-    def read(folder: Path) -> None:
-        code, said = command(text.format(*[folder] * text.count("{}")))
-        if code:
-            raise {1: RunError, 2: RequestError}[code](said)
-
-    return read
-
-
 def _node(folder: Path) -> None:
     try_answer(_setting(), _clients()[0], _asked(1), ByRound(folder).before(1))
 
@@ -313,6 +323,7 @@ RUN = ("run.json", "policy.json", "layers.json", "metrics.json", "predictions.sa
 
 READERS: dict[str, Reader] = {
     "policy": Reader(lambda f: BitwidthPolicy.load(f / "policy.json"), "policy", ("policy.json",)),
+    "policy that is applied": Reader(_apply_policy, "own_policy", ("policy.json",)),
     "config": Reader(_read_config, "config", ("config.json",)),
     "target": Reader(_read_target, "target", ("board.py",)),
     "weights": Reader(_read_weights, "weights", ("weights.safetensors",)),
@@ -321,6 +332,7 @@ READERS: dict[str, Reader] = {
         _read_run, "runs/run",
         ("run.json", "policy.json", "model.safetensors", "float.safetensors"),
     ),
+    "float run": Reader(_read_float, "runs/float", ("run.json", "model.safetensors")),
     "cost": Reader(_read_cost, "runs/run", ("policy.json", "layers.json")),
     "resume": Reader(
         _resume, "runs/run", ("run.json", "metrics.json", "log.jsonl"), writes=True
@@ -329,14 +341,14 @@ READERS: dict[str, Reader] = {
         plots.draw, "runs/run",
         ("log.jsonl", "policy.json", "layers.json", "run.json", "model.safetensors"), writes=True,
     ),
-    "compare": Reader(_by_command("compare {} {} --target pynq_z2 --json"), "runs/run", RUN),
+    "compare": Reader(partial(command, "compare {} {} --target pynq_z2 --json"), "runs/run", RUN),
     "report": Reader(
-        _by_command("report {} --quiet --out {}/page.html"), "runs/run",
+        partial(command, "report {} --quiet --out {}/page.html"), "runs/run",
         (*RUN, "log.jsonl", "export/onnx/export.json", "export/onnx/verification.json"),
         writes=True,
     ),
     "report of a federation": Reader(
-        _by_command("report {} --quiet --out {}/page.html"), "federated_run/run",
+        partial(command, "report {} --quiet --out {}/page.html"), "federated_run/run",
         ("run.json", "fedavg/metrics.json", "fedavg/log.jsonl", "ditto/run.json",
          "ditto/log.jsonl", "ditto/metrics.json"),
         writes=True,

@@ -328,9 +328,8 @@ def change_fields(rng: random.Random, data: bytes) -> bytes:
 # ----------------------------------------------------------------------------------------- texts
 
 
-ENTITIES = b"<!DOCTYPE a [" + b"".join(
-    b'<!ENTITY e%d "%s">' % (i, (b"&e%d;" % (i - 1)) * 10 if i else b"ha") for i in range(12)
-) + b"]>"
+_EACH = (b'<!ENTITY e%d "%s">' % (i, b"&e%d;" % (i - 1) * 10 if i else b"ha") for i in range(12))
+ENTITIES = b"<!DOCTYPE a [" + b"".join(_EACH) + b"]>"
 """Entities of which each is ten of the one before: the last one would fill the memory."""
 
 

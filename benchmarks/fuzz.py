@@ -8,7 +8,6 @@ file that is written: readers write none. Each reader has a process of its own, 
 a defect of one reader and not the end. A case is repeated with ``--reader NAME --only NUMBER``.
 """
 
-import argparse
 import contextlib
 import multiprocessing
 import random
@@ -240,8 +239,7 @@ def _in_child(found: Connection, name: str, numbers: range, seed: int) -> None:
 
 def apart(name: str, numbers: range, seed: int) -> list[Defect] | None:
     """Return the defects of a reader, run in a process of its own; None if that crashed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["_corpus"])  # whose imports take longer than many cases
+    context = multiprocessing.get_context("fork")  # imports take longer than many cases
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_in_child, args=(there, name, numbers, seed))
     child.start()

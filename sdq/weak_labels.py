@@ -20,7 +20,6 @@ from sdq.errors import RequestError, nearest
 from sdq.mask_files import fit_mask
 from sdq.segmentation import class_maps
 
-
 MOST_PIXELS = 2**27
 """Of an image that boxes are believed to be in; a map of it has to be made for each class."""
 

@@ -416,8 +416,9 @@ def test_built_in_images_without_a_lesion_are_the_normal_ones() -> None:
 
 @pytest.mark.parametrize(
     ("at", "value"),
-    [(70, b"\x00\x06"), (108, b"\0\0\x80\xc0"), (116, b"\0\0\x80\x7f"), (42, b"\0\0"), (42, b"\xff\xff")],
-)  # data type, voxels that begin at -4, an intercept of infinity, the first size: 0, -1
+    [(70, b"\x00\x06"), (108, b"\0\0\x80\xc0"), (116, b"\0\0\x80\x7f"), (42, b"\0\0"),
+     (42, b"\xff\xff")],
+)  # fmt: skip
 def test_nifti_headers_that_say_nonsense_are_refused(
     tmp_path: Path, refuses: Refuses, at: int, value: bytes
 ) -> None:
@@ -426,6 +427,7 @@ def test_nifti_headers_that_say_nonsense_are_refused(
     nibabel.save(nibabel.Nifti1Image(pixels(7, 6, 4).astype(np.int16), np.eye(4)), path)
     assert read_volume(path).shape == (4, 6, 7)
     data = bytearray(path.read_bytes())
+    # data type, voxels that begin at -4, an intercept of infinity, the first size: 0, -1
     data[112:116] = b"\0\0\x80\x3f"  # a slope of 1, without which no intercept is read
     data[at : at + len(value)] = value
     path.write_bytes(data)
@@ -433,7 +435,9 @@ def test_nifti_headers_that_say_nonsense_are_refused(
         read_volume(path)
 
 
-@pytest.mark.parametrize("size", ["0 4 4", "-1 4 4", "9 9 9", "1e3 4 4", "4 4", "100000 100000 100000"])
+@pytest.mark.parametrize(
+    "size", ["0 4 4", "-1 4 4", "9 9 9", "1e3 4 4", "4 4", "100000 100000 100000"]
+)
 def test_meta_image_sizes_that_say_nonsense_are_refused(
     tmp_path: Path, refuses: Refuses, size: str
 ) -> None:

@@ -283,7 +283,7 @@ def test_a_damaged_run_document_is_refused(
 @pytest.mark.parametrize(
     ("metrics", "sentence"),
     [
-        ({"float": {"accuracy": "0.9"}}, "float.accuracy: input should be a valid number, got '0.9'"),
+        ({"float": {"accuracy": "0.9"}}, "float.accuracy: input should be a valid number"),
         ({"quantized": {"auc": [1]}}, "quantized.auc: input should be a valid number, got [1]"),
         ({"float": {"per_class_recall": [0.5, {}]}}, "float.per_class_recall.1"),
         ({"float": {"dice": float("nan")}}, "float.dice: input should be a finite number, got nan"),

@@ -54,8 +54,8 @@ class Roofline(Sequential):
             device, peaks=self.peaks, stored_bits=self.stored_bits, only_linear=self.only_linear,
             act_bits=self.act_bits,
         )  # fmt: skip
-        check_positive(device, **{f"peak at {bits} bits": peak for bits, peak in self.peaks.items()})
-        check_positive(device, bandwidth=self.bandwidth)
+        peaks = {f"peak at {bits} bits": peak for bits, peak in self.peaks.items()}
+        check_positive(device, bandwidth=self.bandwidth, **peaks)
         check_amount(device, "memory", self.memory)
         for name, widths in (("peaks", self.peaks), ("stored_bits", self.stored_bits)):
             if FLOAT_BITS not in widths or FLOAT_BITS in self.only_linear:

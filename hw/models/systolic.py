@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
-from hw.energy import mac_joules, weight_fetch_joules
 from hw.datasheet import check_counts, check_positive, check_widths
+from hw.energy import mac_joules, weight_fetch_joules
 from hw.sequential import Sequential, summed
 from hw.target import LayerUse, TargetCost
 from sdq.layers import LayerSpec
