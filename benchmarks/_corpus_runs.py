@@ -9,6 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import torch
@@ -308,6 +309,11 @@ def _resume(folder: Path) -> None:
         run.read_metrics()
 
 
+def _draw(folder: Path) -> None:
+    with mock.patch.object(plots, "DPI", 20):  # to paint pixels is no reading
+        plots.draw(folder)
+
+
 def _node(folder: Path) -> None:
     try_answer(_setting(), _clients()[0], _asked(1), ByRound(folder).before(1))
 
@@ -338,7 +344,7 @@ READERS: dict[str, Reader] = {
         _resume, "runs/run", ("run.json", "metrics.json", "log.jsonl"), writes=True
     ),
     "plots": Reader(
-        plots.draw, "runs/run",
+        _draw, "runs/run",
         ("log.jsonl", "policy.json", "layers.json", "run.json", "model.safetensors"), writes=True,
     ),
     "compare": Reader(partial(command, "compare {} {} --target pynq_z2 --json"), "runs/run", RUN),
