@@ -126,5 +126,5 @@ def test_a_record_that_was_changed_is_refused(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert before in data
         path.write_bytes(after.join(data.rsplit(before, 1)))
-        with pytest.raises(RequestError, match="state.safetensors: must be a record as it was"):
+        with pytest.raises(RequestError, match=r"state\.safetensors: must be a record as it was"):
             load(path)
