@@ -1,4 +1,4 @@
-"""Ways to damage a file: any bytes, and documents, tables, arrays, tensors, images, ONNX graphs.
+"""Ways to damage a file: any bytes, and documents, tables, texts, arrays, images, ONNX graphs.
 
 A mutation takes a random generator and the bytes of a sound file, and returns other bytes. Those
 that know a format keep it readable and make what it says absurd, so that a reader gets past its
@@ -6,9 +6,11 @@ first check.
 """
 
 import ast
+import gzip
 import io
 import json
 import random
+import re
 import struct
 import zipfile
 import zlib
@@ -154,7 +156,9 @@ def change_json_lines(rng: random.Random, data: bytes) -> bytes:
 
 def change_csv(rng: random.Random, data: bytes) -> bytes:
     """Change cells, rows or columns of a CSV."""
-    rows = [line.split(",") for line in data.decode().splitlines()]
+    lines = data.decode().splitlines()
+    between = "\t" if "\t" in lines[0] else ","
+    rows = [line.split(between) for line in lines]
     row, column = rng.randrange(len(rows)), rng.randrange(len(rows[0]))
     way = rng.randrange(9)
     if way == 0:
@@ -175,7 +179,7 @@ def change_csv(rng: random.Random, data: bytes) -> bytes:
             "/etc/passwd", "é漢", "1", "train", "tset", "0" * 5000, "²", "\r", "file", ".",
         )  # fmt: skip
         rows[row][column] = rng.choice(cells)
-    return "\n".join(",".join(r) for r in rows).encode("utf-8", "surrogatepass") + b"\n"
+    return "\n".join(between.join(r) for r in rows).encode("utf-8", "surrogatepass") + b"\n"
 
 
 # ---------------------------------------------------------------------------------------- arrays
@@ -255,11 +259,114 @@ def change_npz(rng: random.Random, data: bytes) -> bytes:
 
 
 def change_safetensors(rng: random.Random, data: bytes) -> bytes:
-    """Change the header of a safetensors file, or what it says of its own size."""
+    """Change the header of a safetensors file, JSON in its metadata, or its word on its size."""
     size = struct.unpack("<Q", data[:8])[0]
-    header = change_json(rng, data[8 : 8 + size])
+    header = data[8 : 8 + size]
+    document = json.loads(header)
+    texts = {k: v for k, v in document.get("__metadata__", {}).items() if v[:1] in ("{", "[")}
+    if texts and rng.random() < 0.5:
+        key = rng.choice(list(texts))
+        document["__metadata__"][key] = change_json(rng, texts[key].encode()).decode()
+        header = json.dumps(document).encode()
+    else:
+        header = change_json(rng, header)
     said = len(header) if rng.random() < 0.9 else rng.choice((0, 2**63, len(data) + 1, len(data)))
     return struct.pack("<Q", said) + header + data[8 + size :]
+
+
+# --------------------------------------------------------------------------------------- volumes
+
+
+NIFTI = (
+    (0, "<i", (0, 1, 540, -1)), (40, "<h", (-1, 0, 2, 4, 8)), (42, "<h", (-1, 0, 1, 32767)),
+    (44, "<h", (-1, 0, 9, 32767)), (46, "<h", (-1, 0, 1, 32767)),
+    (70, "<h", (0, 1, 16, 32, 64, 128, 256, 1536, 9999)), (72, "<h", (0, 1, 64, -8)),
+    (108, "<f", (0.0, 1e9, -4.0, float("nan"))), (112, "<f", (0.0, 1e38, float("nan"), -1.0)),
+    (116, "<f", (1e38, float("inf"), -5.0)), (344, "<i", (0, 0x00326E2B)),
+)  # fmt: skip
+"""Fields of a NIfTI-1 header: place, form and values that make little sense."""
+
+
+def change_nifti(rng: random.Random, data: bytes) -> bytes:
+    """Change a field of a NIfTI header: sizes, type, where the voxels begin, their scale."""
+    at, form, values = rng.choice(NIFTI)
+    return data[:at] + struct.pack(form, rng.choice(values)) + data[at + struct.calcsize(form) :]
+
+
+def change_gzip(rng: random.Random, data: bytes) -> bytes:
+    """Change what a gzip archive holds: a NIfTI file, or any bytes."""
+    inside = gzip.decompress(data)
+    mutation = change_nifti if inside[344:347] == b"n+1" else rng.choice(BYTES)
+    return gzip.compress(mutation(rng, inside), 1)
+
+
+WORDS = (
+    b"", b"0", b"-1", b"1e9", b"nan", b"inf", b"8 8", b"8 8 3 3", b"100000 100000 100000",
+    b"0 0 0", b"-8 -8 3", b"True", b"MET_DOUBLE", b"MET_OTHER", b"LOCAL", b"oct.mhd", b"\xff",
+    b"../../x", b"/etc/passwd", b"a" * 5000, b"9" * 5000, "\u00b2".encode(), b"None", b"1_0",
+)  # fmt: skip
+"""Values in texts."""
+
+
+def change_fields(rng: random.Random, data: bytes) -> bytes:
+    """Change a line ``key = value`` of a header before voxels, or leave one out or double it."""
+    header, mark, rest = data.partition(b"ElementDataFile = ")
+    lines = header.splitlines(keepends=True)
+    at, way = rng.randrange(len(lines)), rng.randrange(6)
+    if way == 0:
+        del lines[at]
+    elif way == 1:
+        lines.insert(rng.randrange(len(lines)), lines[at])
+    elif way == 2:
+        end = rest.find(b"\n")
+        rest = rng.choice(WORDS) + rest[end:]
+    else:
+        lines[at] = lines[at].partition(b"=")[0] + b"= " + rng.choice(WORDS) + b"\n"
+    return b"".join(lines) + mark + rest
+
+
+# ----------------------------------------------------------------------------------------- texts
+
+
+_EACH = (b'<!ENTITY e%d "%s">' % (i, b"&e%d;" % (i - 1) * 10 if i else b"ha") for i in range(12))
+ENTITIES = b"<!DOCTYPE a [" + b"".join(_EACH) + b"]>"
+"""Entities of which each is ten of the one before: the last one would fill the memory."""
+
+
+def change_xml(rng: random.Random, data: bytes) -> bytes:
+    """Change a text or a tag of an XML file, or let it name entities."""
+    way = rng.randrange(8)
+    if way == 0:
+        end = data.index(b">") + 1
+        return ENTITIES + data[:end] + b"&e11;" + data[end:]
+    if way == 1:
+        name = rng.choice((b"size", b"width", b"bndbox", b"xmin", b"object", b"filename"))
+        return data.replace(name, rng.choice((b"x", b"object", b"width")))
+    places = [found.span(1) for found in re.finditer(rb">([^<>]+)<", data)]
+    start, end = rng.choice(places)
+    word = rng.choice(WORDS).replace(b"\xff", b"&#xFFFF;") if way == 2 else rng.choice(WORDS)
+    return data[:start] + word + data[end:]
+
+
+def change_lines(rng: random.Random, data: bytes) -> bytes:
+    """Change a line of a text, leave one out or double it."""
+    lines = data.splitlines()
+    at, way = rng.randrange(len(lines)), rng.randrange(4)
+    if way == 0:
+        del lines[at]
+    elif way == 1:
+        lines.insert(at, lines[at])
+    else:
+        lines[at] = rng.choice(WORDS)
+    return b"\n".join(lines) + b"\n"
+
+
+def change_python(rng: random.Random, data: bytes) -> bytes:
+    """Change a word or a number in a Python file."""
+    places = [found.span() for found in re.finditer(rb"[A-Za-z_]\w*|\d[\d_e]*", data)]
+    start, end = rng.choice(places)
+    words = (b"0", b"-1", b"1e400", b"None", b"{}", b"x", b"'a'", b"TARGET", b"10**30", b"()")
+    return data[:start] + rng.choice(words) + data[end:]
 
 
 # ---------------------------------------------------------------------------------------- images

@@ -8,13 +8,12 @@ file that is written: readers write none. Each reader has a process of its own, 
 a defect of one reader and not the end. A case is repeated with ``--reader NAME --only NUMBER``.
 """
 
-import argparse
 import contextlib
+import multiprocessing
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,12 +21,14 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import _corpus
 import _mutations as change
 import _reports
+from _reader import Reader
 
 from sdq.errors import RequestError, RunError
 
@@ -43,7 +44,9 @@ BYTES = 3 * 2**30
 
 KINDS: dict[str, tuple[change.Mutation, ...]] = {
     ".json": (change.change_json,), ".jsonl": (change.change_json_lines,),
-    ".csv": (change.change_csv,), "": (change.change_csv,),
+    ".csv": (change.change_csv,), "": (change.change_csv,), ".tab": (change.change_csv,),
+    ".nii": (change.change_nifti,), ".gz": (change.change_gzip,), ".mhd": (change.change_fields,),
+    ".xml": (change.change_xml,), ".txt": (change.change_lines,), ".py": (change.change_python,),
     ".npz": (change.change_npz,), ".npy": (change.change_npy,),
     ".safetensors": (change.change_safetensors,), ".dcm": (change.change_dicom,),
     ".png": (change.change_png, change.other_mode), ".jpg": (change.other_mode,),
@@ -157,7 +160,7 @@ def limits(seconds: float, memory: int) -> Iterator[None]:
             signal.signal(kind, handler)
 
 
-def judge(reader: _corpus.Reader, folder: Path, watch: Watch) -> str | None:
+def judge(reader: Reader, folder: Path, watch: Watch) -> str | None:
     """Read damaged files; return what is wrong with how that ended, or None."""
     before = contents(folder)
     wrong = None
@@ -206,15 +209,19 @@ def run_cases(name: str, sound: Path, numbers: range, seed: int, watch: Watch) -
     return found
 
 
-def check_sound(reader: _corpus.Reader, sound: Path, watch: Watch) -> str | None:
+def check_sound(reader: Reader, sound: Path, watch: Watch) -> str | None:
     """Return what is wrong with reading the files as they are, which must succeed."""
-    with watch() as done, limits(10 * SECONDS, BYTES), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reader.read(sound / reader.folder)
+    with tempfile.TemporaryDirectory(prefix="sdq-whole-") as scratch:
+        folder = Path(scratch) / "case"  # what goes on with a run would change the sound files
+        shutil.copytree(sound / reader.folder, folder)
+        with watch() as done, limits(10 * SECONDS, BYTES), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reader.read(folder)
     return f"wrote: {done}" if done and not reader.writes else None
 
 
-def _one_reader(name: str, numbers: range, seed: int) -> int:
+def one_reader(name: str, numbers: range, seed: int) -> list[Defect]:
+    """Write the sound files of a reader, read them, and run its cases."""
     watch = Watch()
     reader = _corpus.READERS[name]
     with tempfile.TemporaryDirectory(prefix="sdq-sound-") as home:
@@ -222,12 +229,28 @@ def _one_reader(name: str, numbers: range, seed: int) -> int:
             warnings.simplefilter("ignore")
             _corpus.write(Path(home), {reader.folder})
         if (wrong := check_sound(reader, Path(home), watch)) is not None:
-            print(f"{name}: the sound files: {wrong}")
-            return 1
-        defects = run_cases(name, Path(home), numbers, seed, watch)
-    for defect in defects:
-        print(f"--- {defect.reader} {defect.number} ({defect.mutation})\n{defect.what}")
-    return min(len(defects), 100)
+            return [Defect(name, -1, "the sound files", wrong)]
+        return run_cases(name, Path(home), numbers, seed, watch)
+
+
+def _in_child(found: Connection, name: str, numbers: range, seed: int) -> None:
+    found.send(one_reader(name, numbers, seed))
+
+
+def apart(name: str, numbers: range, seed: int) -> list[Defect] | None:
+    """Return the defects of a reader, run in a process of its own; None if that crashed."""
+    context = multiprocessing.get_context("fork")  # imports take longer than many cases
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=_in_child, args=(there, name, numbers, seed))
+    child.start()
+    there.close()
+    try:
+        found: list[Defect] = here.recv()
+    except EOFError:
+        return None
+    finally:
+        child.join()
+    return found
 
 
 def main() -> None:
@@ -243,14 +266,16 @@ def main() -> None:
     options = parser.parse_args()
     names = _corpus.available()
     each = -(-options.count // len(names))
+    numbers = range(each)
+    if options.only is not None:
+        numbers = range(options.only, options.only + 1)
     if options.reader is not None:
-        numbers = range(each if options.only is None else 0)
-        if options.only is not None:
-            numbers = range(options.only, options.only + 1)
-        sys.exit(_one_reader(options.reader, numbers, options.seed))
+        defects = one_reader(options.reader, numbers, options.seed)
+        _print(defects)
+        sys.exit(bool(defects))
     rows = []
     for name in names:
-        rows.append(_row(name, each, options))
+        rows.append(_row(name, numbers, options.seed))
         print(rows[-1], flush=True)
     lines = [
         "# Damaged files", "", f"`{_reports.command()}`", "",
@@ -260,16 +285,17 @@ def main() -> None:
     _reports.write(options.table, lines)
 
 
-def _row(name: str, each: int, options: argparse.Namespace) -> str:
+def _print(defects: list[Defect]) -> None:
+    for defect in defects:
+        print(f"--- {defect.reader} {defect.number} ({defect.mutation})\n{defect.what}")
+
+
+def _row(name: str, numbers: range, seed: int) -> str:
     start = time.monotonic()
-    command = [sys.executable, __file__, "--reader", name, "--seed", str(options.seed)]
-    command += ["--count", str(each * len(_corpus.available()))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    print(done.stdout, end="")
-    defects = str(done.stdout.count("--- "))
-    if done.returncode < 0 or (done.returncode and defects == "0"):
-        defects = f"ended with {done.returncode}: {done.stderr[-2000:]}"
-    return f"| {name} | {each} | {defects} | {time.monotonic() - start:.0f} |"
+    found = apart(name, numbers, seed)
+    _print(found or [])
+    defects = "the process ended" if found is None else str(len(found))
+    return f"| {name} | {len(numbers)} | {defects} | {time.monotonic() - start:.0f} |"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ alike. Each finished variant is kept in ``--out``; the command goes on where it 
 import argparse
 import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import _reports
@@ -23,8 +22,6 @@ from search_methods import FIGURES
 import hw
 import sdq
 from hw.target import Demand, choices_of, cost_fn
-from sdq.data import DataOptions, open_data
-from sdq.parallel import open_fabric
 from sdq.policy import BitwidthPolicy
 from sdq.quant_model import QuantModel
 
@@ -34,13 +31,9 @@ UNIFORM = (4, 3, 2)
 def main() -> None:
     """Run what is missing and write the table."""
     options = arguments()
-    fabric = open_fabric(options.device)
-    splits = open_data(options.data, DataOptions(root=options.data_root))
-    options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for seed in map(int, options.seeds.split(",")):
-        bench = Bench(options, splits, seed, fabric)
-        rows.append({"variant": "float", "seed": seed, **bench.float_figures()})
+    for bench in search_methods.benches(Bench, options):
+        rows.append({"variant": "float", "seed": bench.seed, **bench.float_figures()})
         for bits in UNIFORM:
             rows.append(bench.row(f"uniform {bits}", bits=bits))
         for share in map(float, options.shares.split(",")):
@@ -50,25 +43,11 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = _reports.data_parser(__doc__, model="vgg_like")
-    parser.add_argument("--weights", type=Path, help="float weights to start from")
-    parser.add_argument("--mean", default=None, help="with --weights: their normalisation")
-    parser.add_argument("--std", default=None)
-    parser.add_argument("--float-epochs", type=int, default=20)
-    parser.add_argument("--float-lr", type=float, default=1e-3)
-    parser.add_argument("--train-images", type=int, default=0, help="a part of them; 0: all")
+    parser = search_methods.search_parser(__doc__, model="vgg_like")
     parser.add_argument("--target", default="pynq_z2")
     parser.add_argument("--fps", type=float, default=1000.0)
     parser.add_argument("--shares", default="1,0.9,0.8", help="of uniform 4 bits' LUTs")
     parser.add_argument("--choices", default="1,2,3,4,6,8", help="all must reach --fps")
-    parser.add_argument("--act-bits", type=int, default=4)
-    parser.add_argument("--first-last-bits", type=int, default=8, help="0: these are searched too")
-    parser.add_argument("--search-epochs", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--table", type=Path, required=True)
     return parser.parse_args()
 
 

@@ -16,8 +16,9 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import _reports
 import torch
@@ -38,13 +39,9 @@ METHODS = "sdq,interpolate,hessian,greedy,random,uniform"
 def main() -> None:
     """Run what is missing and write the table."""
     options = arguments()
-    fabric = open_fabric(options.device)
-    splits = open_data(options.data, DataOptions(root=options.data_root))
-    options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for seed in map(int, options.seeds.split(",")):
-        bench = Bench(options, splits, seed, fabric)
-        rows.append({"variant": "float", "bits": 32.0, "seed": seed, **bench.float_figures()})
+    for bench in benches(Bench, options):
+        rows.append({"variant": "float", "bits": 32.0, "seed": bench.seed, **bench.float_figures()})
         for bits in map(float, options.bits.split(",")):
             for variant in options.variants.split(","):
                 rows.append(bench.figures(variant, bits))
@@ -53,24 +50,30 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = _reports.data_parser(__doc__)
+    parser = search_parser(__doc__)
+    parser.add_argument("--bits", default="2")
+    parser.add_argument("--variants", default=METHODS)
+    return parser.parse_args()
+
+
+def search_parser(description: str | None, model: str = "resnet20") -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark that trains, searches and fine-tunes takes."""
+    parser = _reports.data_parser(description, model)
     parser.add_argument("--weights", type=Path, help="float weights to start from")
     parser.add_argument("--mean", default=None, help="with --weights: their normalisation")
     parser.add_argument("--std", default=None)
     parser.add_argument("--float-epochs", type=int, default=20)
     parser.add_argument("--float-lr", type=float, default=1e-3)
     parser.add_argument("--train-images", type=int, default=0, help="a part of them; 0: all")
-    parser.add_argument("--bits", default="2")
     parser.add_argument("--act-bits", type=int, default=4)
     parser.add_argument("--first-last-bits", type=int, default=8, help="0: these are searched too")
     parser.add_argument("--search-epochs", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--variants", default=METHODS)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", type=Path, required=True)
-    return parser.parse_args()
+    return parser
 
 
 class Bench:
@@ -154,6 +157,18 @@ class Bench:
         }  # fmt: skip
         file.write_text(json.dumps(row))
         return row
+
+
+AnyBench = TypeVar("AnyBench", bound=Bench)
+
+
+def benches(kind: type[AnyBench], options: argparse.Namespace) -> Iterator[AnyBench]:
+    """Yield a bench for each seed, on one device and one set of images."""
+    fabric = open_fabric(options.device)
+    splits = open_data(options.data, DataOptions(root=options.data_root))
+    options.out.mkdir(parents=True, exist_ok=True)
+    for seed in map(int, options.seeds.split(",")):
+        yield kind(options, splits, seed, fabric)
 
 
 def settings(variant: str) -> tuple[str, dict[str, Any], dict[str, Any]]:

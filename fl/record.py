@@ -5,12 +5,14 @@ the server keeps. It is what a message of Flower can hold (a group is an ArrayRe
 JSON text) and what a safetensors file can hold; nothing is pickled.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from sdq.checkpoint import load_tensors, save_tensors
@@ -106,6 +108,9 @@ class Failure:
 def save(path: Path, record: Record) -> None:
     """Write a record to one safetensors file, atomically; the values go to its header as JSON.
 
+    The header has a SHA-256 of all: nobody edits such a file by hand, and rounds that go on from a
+    damaged one would fail somewhere else, or give another result.
+
     Raises:
         RunError: a value is NaN or infinite, or JSON cannot hold it.
     """
@@ -115,24 +120,32 @@ def save(path: Path, record: Record) -> None:
     except (TypeError, ValueError) as error:
         raise RunError(f"{path}: values must be what JSON can hold, but: {error}") from error
     groups = json.dumps(list(record.tensors))
-    save_tensors(path, flat, {"values": text, "groups": groups})
+    digest = _digest(flat, text, groups)
+    save_tensors(path, flat, {"values": text, "groups": groups, "sha256": digest})
 
 
 def load(path: Path) -> Record:
     """Read such a file; RequestError if it is not there or not whole."""
     flat, metadata = load_tensors(path)
-    try:
-        groups = json.loads(metadata.get("groups", "[]"))
-        values = json.loads(metadata.get("values", "{}"))
-        tensors: dict[str, Tensors] = {group: {} for group in groups}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RequestError(f"{path}: must be a record, but: {error!s:.200}; {ANEW}") from None
-    if not isinstance(values, dict):
-        raise RequestError(f"{path}: must have values by name, got {values!r:.100}; {ANEW}")
+    values, groups = metadata.get("values", ""), metadata.get("groups", "")
+    if metadata.get("sha256") != _digest(flat, values, groups):
+        raise RequestError(
+            f"{path}: must be a record as it was written, got content with another SHA-256; {ANEW}"
+        )
+    tensors: dict[str, Tensors] = {group: {} for group in json.loads(groups)}
     for name, tensor in flat.items():
         group, _, own = name.partition("/")
         tensors.setdefault(group, {})[own] = tensor
-    return Record(tensors, values)
+    return Record(tensors, json.loads(values))
+
+
+def _digest(flat: Mapping[str, Tensor], *texts: str) -> str:
+    found = hashlib.sha256(json.dumps(texts).encode())
+    for name, tensor in sorted(flat.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(errors="replace"))
+        plain = tensor.detach().cpu().contiguous()
+        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def not_finite(record: Record) -> str | None:

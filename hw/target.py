@@ -7,7 +7,7 @@ the layer's bits alone, so that a search can hold them as tables.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from sdq import plugins
 from sdq.cost import CostFn
@@ -99,6 +99,12 @@ class TargetCost:
         """What share of the device each resource takes."""
         return {name: self.totals[name] / whole for name, whole in self.capacity.items()}
 
+
+PARTS = (
+    "weight_bits", "act_bits", "costs", "limits", "legal_weight_bits", "under", "use", "latency_s",
+    "cost",
+)  # fmt: skip
+"""Of a target; see :class:`Target`."""
 
 Choices = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
 """Of each layer, the candidate bitwidths of its weights and of its input."""
@@ -205,10 +211,18 @@ def report(
 
 
 def target(name: str) -> Target:
-    """Return the target of this name; RequestError offers the nearest one.
+    """Return the target of this name, or of a user's file.
+
+    Raises:
+        RequestError: no such target; the message offers the nearest one. Or the file has none.
 
     >>> target("bit_fusion").cost((), BitwidthPolicy(())).latency_s
     0.0
     """
-    found: Target = plugins.load("hw.targets", name).TARGET
-    return found
+    found = getattr(plugins.load("hw.targets", name), "TARGET", None)
+    if missing := [part for part in PARTS if not hasattr(found, part)]:
+        raise RequestError(
+            f"{name}: TARGET must be a target with {', '.join(PARTS)}, got {type(found).__name__} "
+            f"without {missing[0]}; see docs/how-to/own-device.md"
+        )
+    return cast(Target, found)

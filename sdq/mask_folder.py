@@ -100,11 +100,14 @@ def _classes(path: Path) -> tuple[str, ...]:
     file = path / "classes.txt"
     if not file.is_file():
         return ("foreground",)
-    names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines())
-    names = tuple(name for name in names if name)
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{file}: must be text in UTF-8, got {error}; save it again") from error
+    names = tuple(filter(None, map(str.strip, lines)))
     if not names or len(set(names)) < len(names):
         raise RequestError(
-            f"{file}: must have one foreground class a line, each once, got {names}; without the "
-            "background"
+            f"{file}: must have one foreground class a line, each once, got {names!s:.200}; "
+            "without the background"
         )
     return names

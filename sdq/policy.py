@@ -214,6 +214,10 @@ def _layer(document: Any, where: str) -> LayerBits:
             raise RequestError(
                 f"{where}: {field} must be {kind.__name__}, got {document[field]!r:.100}"
             )
+    if any("\ud800" <= character <= "\udfff" for character in document["name"]):
+        raise RequestError(  # JSON can have halves of characters, which nothing can show
+            f"{where}: name must be text, got {document['name']!r:.100}; write the policy anew"
+        )
     channels = document.get("channel_bits")
     return LayerBits(
         **{**document, "channel_bits": tuple(channels) if channels is not None else None}

@@ -1,4 +1,4 @@
-"""What ``run.json`` must say, so that whoever reads a run can rely on it.
+"""What ``run.json`` and ``metrics.json`` must say, so that who reads a run can rely on them.
 
 A run folder is copied, synchronised and edited; a reader must not fall over what came of that.
 """
@@ -60,6 +60,28 @@ class _Document(_Part):
     server_model: bool | None = None
 
 
+class _Figures(_Part):
+    """Of one network on the test images."""
+
+    accuracy: Finite | None = None
+    balanced_accuracy: Finite | None = None
+    macro_f1: Finite | None = None
+    auc: Finite | None = None
+    dice: Finite | None = None
+    iou: Finite | None = None
+    dice_nonempty: Finite | None = None
+    hd95: Finite | None = None
+    ece: Finite | None = None
+    per_class_recall: list[Finite | None] | None = None
+
+
+class _Metrics(_Part):
+    float: _Figures | None = None
+    quantized: _Figures | None = None
+    generalization: _Figures | None = None
+    specialization: _Figures | None = None
+
+
 def check_document(path: Path, document: dict[str, Any]) -> None:
     """Raise RequestError unless ``run.json`` says what others read in it.
 
@@ -67,8 +89,22 @@ def check_document(path: Path, document: dict[str, Any]) -> None:
         path: of the file, for the message.
         document: what it holds.
     """
+    _check(_Document, path, document)
+
+
+def check_metrics(path: Path, document: dict[str, Any]) -> None:
+    """Raise RequestError unless what ``metrics.json`` says of networks are numbers.
+
+    Args:
+        path: of the file, for the message.
+        document: what it holds.
+    """
+    _check(_Metrics, path, document)
+
+
+def _check(model: type[_Part], path: Path, document: dict[str, Any]) -> None:
     try:
-        _Document.model_validate(document)
+        model.model_validate(document)
     except ValidationError as error:
         raise RequestError(f"{path}: {first_of(error)}; copy the run anew") from None
 

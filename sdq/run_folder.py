@@ -39,7 +39,7 @@ from sdq.data import ImageSet, Splits
 from sdq.errors import RequestError, RunError
 from sdq.layers import Between, LayerSpec
 from sdq.policy import BitwidthPolicy
-from sdq.run_document import check_document, checked_layers, first_of
+from sdq.run_document import check_document, check_metrics, checked_layers, first_of
 
 SCHEMA = "sdq.run/1"
 
@@ -165,6 +165,12 @@ class RunFolder:
             raise RequestError(f"{path}: must be JSON, {error}") from None
         if not isinstance(document, dict):
             raise RequestError(f"{path}: must be a JSON object, got {type(document).__name__}")
+        return document
+
+    def read_metrics(self) -> dict[str, Any]:
+        """Read ``metrics.json``; RequestError if it is absent, damaged, or not of metrics."""
+        document = self.read_json("metrics.json")
+        check_metrics(self.path / "metrics.json", document)
         return document
 
     def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:

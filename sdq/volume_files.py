@@ -49,14 +49,15 @@ def read_volume(path: Path) -> np.ndarray:
         found = _meta_image(path) if path.suffix in (".mhd", ".mha") else _nifti(path)
     except RequestError:  # a ValueError too
         raise
-    except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
+    except (OSError, ValueError, KeyError, EOFError, ArithmeticError, zlib.error) as error:
         raise RequestError(
-            f"{path}: must be a volume (NIfTI or MetaImage), got {type(error).__name__}: {error}; "
-            "copy it again"
+            f"{path}: must be a volume (NIfTI or MetaImage), got {type(error).__name__}: "
+            f"{error!s:.200}; copy it again"
         ) from error
-    if found.ndim != 3:
+    if found.ndim != 3 or not found.size:
         raise RequestError(
-            f"{path}: must have three dimensions, got shape {found.shape}; save one volume a file"
+            f"{path}: must have three dimensions and voxels, got shape {found.shape}; save one "
+            "volume a file"
         )
     return found
 
@@ -65,9 +66,12 @@ def _nifti(path: Path) -> np.ndarray:
     nibabel = _nibabel()
     try:
         image = nibabel.load(path)
-    except nibabel.filebasedimages.ImageFileError as error:
+        values = np.asarray(image.dataobj)  # (x, y, z): the first runs along a row
+    except (
+        nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError,
+        nibabel.spatialimages.ImageDataError,
+    ) as error:  # fmt: skip
         raise ValueError(str(error)) from error
-    values = np.asarray(image.dataobj)  # (x, y, z): the first runs along a row
     return values.transpose(2, 1, 0) if values.ndim == 3 else values
 
 

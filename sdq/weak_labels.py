@@ -7,7 +7,7 @@ classes may overlap.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,6 +19,9 @@ from torch import Tensor
 from sdq.errors import RequestError, nearest
 from sdq.mask_files import fit_mask
 from sdq.segmentation import class_maps
+
+MOST_PIXELS = 2**27
+"""Of an image that boxes are believed to be in; a map of it has to be made for each class."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,9 @@ class BoxedImage:
         for box in self.boxes:
             if box.class_name not in class_names:
                 raise RequestError(
-                    f"{self.name}: the class of a box must be one of {', '.join(class_names)}, got "
-                    f"{box.class_name!r}; {nearest(box.class_name, class_names)}"
+                    f"{self.name:.100}: the class of a box must be one of "
+                    f"{', '.join(class_names)}, got {box.class_name!r:.100}; "
+                    f"{nearest(box.class_name, class_names)}"
                 )
             found[class_names.index(box.class_name), box.top : box.bottom, box.left : box.right] = 1
         return torch.from_numpy(np.stack([fit_mask(mask, side) for mask in found]))
@@ -130,30 +134,27 @@ def read_coco(path: Path) -> dict[str, BoxedImage]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         names = {entry["id"]: str(entry["name"]) for entry in document["categories"]}
-        images = {entry["id"]: entry for entry in document["images"]}
-        boxes: dict[Any, list[Box]] = {key: [] for key in images}
+        files = {entry["id"]: str(entry["file_name"]) for entry in document["images"]}
+        found = {entry["id"]: _coco_image(path, entry) for entry in document["images"]}
         for number, entry in enumerate(document["annotations"]):
-            image = images[entry["image_id"]]
+            image = found[entry["image_id"]]
             left, top, width, height = map(float, entry["bbox"])
-            where = f"{path}: annotation {number} ({image['file_name']})"
+            where = f"{path}: annotation {number} ({files[entry['image_id']]:.100})"
             corners = (left, top, left + width, top + height)
-            size = (int(image["height"]), int(image["width"]))
-            boxes[entry["image_id"]].append(_box(where, names[entry["category_id"]], corners, size))
-        return {
-            Path(entry["file_name"]).stem: BoxedImage(
-                Path(entry["file_name"]).stem,
-                (int(entry["height"]), int(entry["width"])),
-                tuple(boxes[key]),
-            )
-            for key, entry in images.items()
-        }
+            box = _box(where, names[entry["category_id"]], corners, image.size)
+            found[entry["image_id"]] = replace(image, boxes=(*image.boxes, box))
+        return {image.name: image for image in found.values()}
     except RequestError:  # a ValueError too
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(
-            f"{path}: must be a COCO file with images, categories and annotations with bbox, got "
-            f"{type(error).__name__}: {error}; mend the file"
+    except _DAMAGED as error:
+        raise _damaged(
+            path, "a COCO file with images, categories and annotations with bbox", error
         ) from error
+
+
+def _coco_image(path: Path, entry: dict[str, Any]) -> BoxedImage:
+    size = _size(str(path), int(entry["height"]), int(entry["width"]))
+    return BoxedImage(Path(entry["file_name"]).stem, size, ())
 
 
 def read_voc(path: Path) -> BoxedImage:
@@ -168,7 +169,7 @@ def read_voc(path: Path) -> BoxedImage:
     """
     try:
         root = ElementTree.parse(path).getroot()
-        size = (_number(root, "size/height"), _number(root, "size/width"))
+        size = _size(str(path), _number(root, "size/height"), _number(root, "size/width"))
         boxes = []
         for number, entry in enumerate(root.iter("object")):
             left, top, right, bottom = (
@@ -178,13 +179,33 @@ def read_voc(path: Path) -> BoxedImage:
             boxes.append(_box(where, name, (left - 1, top - 1, right, bottom), size))
     except RequestError:  # a ValueError too
         raise
-    except (OSError, ValueError, ElementTree.ParseError) as error:
-        raise RequestError(
-            f"{path}: must be a Pascal VOC file with size and object/bndbox, got "
-            f"{type(error).__name__}: {error}; mend the file"
-        ) from error
+    except _DAMAGED as error:
+        raise _damaged(path, "a Pascal VOC file with size and object/bndbox", error) from error
     name = Path(root.findtext("filename") or path.name).stem
     return BoxedImage(name, size, tuple(boxes))
+
+
+_DAMAGED = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError,
+    ElementTree.ParseError,
+)  # fmt: skip
+"""What a document that is not laid out as expected leads to."""
+
+
+def _damaged(path: Path, rule: str, error: Exception) -> RequestError:
+    return RequestError(
+        f"{path}: must be {rule}, got {type(error).__name__}: {error!s:.200}; mend the file"
+    )
+
+
+def _size(where: str, height: int, width: int) -> tuple[int, int]:
+    """Return the size of an image; RequestError if it can be none."""
+    if min(height, width) < 1 or height * width > MOST_PIXELS:
+        raise RequestError(
+            f"{where}: an image must have 1 to {MOST_PIXELS} pixels, got {height:.6g} x "
+            f"{width:.6g}; mend its height and width"
+        )
+    return height, width
 
 
 def _number(element: ElementTree.Element, tag: str) -> int:

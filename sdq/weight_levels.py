@@ -1,5 +1,6 @@
 """Weights among the levels of their quantizers: relative errors, and histograms in steps."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from sdq.channel_bits import ChannelWeightQuantizer, SettledQuantizer
 from sdq.config import QuantConfig
+from sdq.errors import RequestError
 from sdq.layers import LayerSpec
 from sdq.policy import FLOAT_BITS, BitwidthPolicy, LayerBits
 from sdq.quant_model import new_weight_quantizer, weight_config
@@ -96,13 +98,22 @@ def after(
         policy: what bits the layers have.
         config: the configuration of quantization.
         layers: of the network, in the policy's order.
+
+    Raises:
+        RequestError: a quantizer's tensors are of another one.
     """
     plain = {name.removeprefix("net."): tensor for name, tensor in tensors.items()}
     found = before(plain, policy, config, layers)
     for name, layer in found.items():
         prefix = f"{name}.weight_quant.tensor_quant."
         own = {k.removeprefix(prefix): v for k, v in plain.items() if k.startswith(prefix)}
-        layer.quantizer.load_state_dict(own)
+        try:
+            layer.quantizer.load_state_dict(own)
+        except RuntimeError as error:  # torch says which tensors, over several lines
+            raise RequestError(
+                f"{name}: its tensors must be of a weight and the quantizer that the policy says, "
+                f"got others: {' '.join(str(error).split()):.200}; copy the run anew"
+            ) from error
     return found
 
 
@@ -116,9 +127,19 @@ def _new(weight: Tensor, layer: LayerBits, config: QuantConfig) -> SettledQuanti
 
 
 def histogram(layer: LayerBits, first: Quantized, last: Quantized | None) -> Histogram:
-    """Return the histogram of a layer's weights before and after fine-tuning."""
+    """Return the histogram of a layer's weights before and after fine-tuning.
+
+    Raises:
+        RequestError: a weight is NaN or infinite.
+    """
     both = [x.in_steps() for x in (first, last) if x is not None]
-    reach = int(max(float(torch.cat(pair).abs().max()) for pair in both)) + 1
+    greatest = [float(torch.cat(pair).abs().max()) for pair in both]
+    if not all(map(math.isfinite, greatest)):
+        raise RequestError(
+            f"{layer.name}: weights must be finite, in steps of their quantizer too, got "
+            f"{max(greatest)}; copy the run anew"
+        )
+    reach = int(max(greatest)) + 1
     per_step, reach = FINE if reach <= NARROW else COARSE, min(reach, WIDEST)
     half = reach * per_step
     # bins are centred at multiples of their width: no level falls on an edge

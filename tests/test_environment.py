@@ -93,6 +93,17 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         RunFolder.create(tmp_path / "closed" / "run", ASKED, resume=False)
 
 
+def test_half_a_character_of_a_file_does_not_stop_what_is_printed() -> None:
+    """JSON can have such, and no terminal has it."""
+    code = "from sdq.cli import main as m; m.main = lambda _: print('a \\ud800 b'); m.run()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "a \\ud800 b\n"
+
+
 # ------------------------------------------------------------------------------------ many turns
 
 

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 
+from sdq.errors import RequestError
+
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # typer imports such
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 QUICK = {"policy": 60, "npz": 25, "csv": 25, "images": 25, "split": 60, "config": 60,
-         "weights": 60, "checkpoint": 25, "slices": 60, "federation": 3}  # fmt: skip
-SLOW_CASES = 435
-"""For each reader: 10,000 over all of them."""
+         "weights": 60, "checkpoint": 25, "slices": 60, "federation": 3, "boxes": 60,
+         "meta image": 25, "mask folder": 10, "node": 10}  # fmt: skip
+SLOW_CASES = 10_000
+"""Over all readers."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,9 @@ def test_the_command_line_ends_with_a_code(
         arguments = ["train", "--model", "mlp", "--data", str(case / data), "--epochs", "1"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as sdq.cli.main.run does
-            code = corpus.command_line([*arguments, "--quiet", "--out", str(tmp_path / f"r{seed}")])
+            code = corpus.runs.command_line(
+                [*arguments, "--quiet", "--out", str(tmp_path / f"r{seed}")]
+            )
         said = capsys.readouterr().err
         assert code in (0, 2), said
         assert said.startswith("error: ") == (code == 2)
@@ -81,16 +86,17 @@ def test_the_command_line_ends_with_a_code(
 def test_ten_thousand_damaged_files(
     fuzz: ModuleType, corpus: ModuleType, watch: Any, tmp_path: Path
 ) -> None:
-    for name in corpus.available():
+    names = corpus.available()
+    for name in names:
         (tmp_path / name).mkdir()
-        run(fuzz, corpus, watch, tmp_path / name, name, SLOW_CASES)
+        run(fuzz, corpus, watch, tmp_path / name, name, -(-SLOW_CASES // len(names)))
 
 
 # ------------------------------------------------------------------- the driver sees what is wrong
 
 
 def reading(corpus: ModuleType, read: Any) -> Any:
-    return corpus.Reader(read, "x", ("file",))
+    return corpus.images.Reader(read, "x", ("file",))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +124,7 @@ def test_the_driver_is_content_with_a_refusal(
     fuzz: ModuleType, corpus: ModuleType, watch: Any, tmp_path: Path
 ) -> None:
     def refuse(folder: Path) -> None:
-        raise corpus.sdq.RequestError("file: must be sound, got damage; copy it again")
+        raise RequestError("file: must be sound, got damage; copy it again")
 
     assert fuzz.judge(reading(corpus, refuse), tmp_path, watch) is None
     assert fuzz.judge(reading(corpus, lambda folder: None), tmp_path, watch) is None

@@ -14,6 +14,7 @@ from torch import Tensor
 from sdq.batches import Augmentation, Batches, Normalization
 from sdq.data import ArrayImages, DataOptions, ImageSet, Splits, open_data
 from sdq.run_folder import fingerprint
+from sdq.volume_files import read_volume
 
 OPTIONS = DataOptions()
 Refuses = Callable[..., Any]
@@ -239,6 +240,15 @@ def test_a_folder_that_does_not_fit(tmp_path: Path, refuses: Refuses) -> None:
         open_data(str(tmp_path), OPTIONS)
 
 
+def test_names_of_classes_that_are_no_text_are_refused(tmp_path: Path, refuses: Refuses) -> None:
+    mask_folder(tmp_path)
+    (tmp_path / "classes.txt").write_bytes(b"mass\xff\n")
+    with refuses("classes.txt: must be text in UTF-8", "save it again"):
+        open_data(str(tmp_path), OPTIONS)
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfmass\n")  # of an editor that marks UTF-8
+    assert open_data(str(tmp_path), OPTIONS).class_names == ("mass",)
+
+
 def test_large_sets_are_read_when_asked_for(
     tmp_path: Path, refuses: Refuses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,3 +412,38 @@ def test_built_in_images_without_a_lesion_are_the_normal_ones() -> None:
     splits = open_data("synthetic_lesions_seg", DataOptions(image_size=16))
     normal = splits.train.labels == splits.label_names.index("normal")
     assert torch.equal(the_masks(splits.train).flatten(1).any(1), ~normal)
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [(70, b"\x00\x06"), (108, b"\0\0\x80\xc0"), (116, b"\0\0\x80\x7f"), (42, b"\0\0"),
+     (42, b"\xff\xff")],
+)  # fmt: skip
+def test_nifti_headers_that_say_nonsense_are_refused(
+    tmp_path: Path, refuses: Refuses, at: int, value: bytes
+) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    path = tmp_path / "a.nii"
+    nibabel.save(nibabel.Nifti1Image(pixels(7, 6, 4).astype(np.int16), np.eye(4)), path)
+    assert read_volume(path).shape == (4, 6, 7)
+    data = bytearray(path.read_bytes())
+    # data type, voxels that begin at -4, an intercept of infinity, the first size: 0, -1
+    data[112:116] = b"\0\0\x80\x3f"  # a slope of 1, without which no intercept is read
+    data[at : at + len(value)] = value
+    path.write_bytes(data)
+    with refuses("a.nii: must"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize(
+    "size", ["0 4 4", "-1 4 4", "9 9 9", "1e3 4 4", "4 4", "100000 100000 100000"]
+)
+def test_meta_image_sizes_that_say_nonsense_are_refused(
+    tmp_path: Path, refuses: Refuses, size: str
+) -> None:
+    meta_image(tmp_path / "a.mhd", pixels(3, 4, 5), "MET_UCHAR")
+    assert read_volume(tmp_path / "a.mhd").shape == (3, 4, 5)
+    text = (tmp_path / "a.mhd").read_text()
+    (tmp_path / "a.mhd").write_text(text.replace("5 4 3", size))
+    with refuses("a.mhd: must"):
+        read_volume(tmp_path / "a.mhd")

@@ -228,3 +228,9 @@ def test_a_file_that_is_absent_or_unreadable(tmp_path: Path) -> None:
         BitwidthPolicy.load(binary)
     with refuses(tmp_path.name):
         BitwidthPolicy.load(tmp_path)
+
+
+def test_a_name_with_half_a_character_is_refused() -> None:
+    text = BitwidthPolicy((LayerBits("conv", 4, 4, True, 9),)).to_json()
+    with pytest.raises(RequestError, match=r"layer 0: name must be text, got 'co\\ud800nv'; write"):
+        BitwidthPolicy.from_json(text.replace("conv", "co\\ud800nv"))

@@ -16,6 +16,8 @@ from sdq.checkpoint import load_tensors, save_tensors, write_bytes_atomically
 from sdq.data import ArrayImages, ImageSet, Splits
 from sdq.errors import RequestError, RunError
 from sdq.layers import LayerSpec
+from sdq.report.tables import METRICS
+from sdq.run_document import check_metrics
 from sdq.run_folder import SCHEMA, RunFolder, fingerprint, read_layers, versions
 
 
@@ -276,6 +278,34 @@ def test_a_damaged_run_document_is_refused(
         run.update(**{part: value})
     with refuses("run.json: ", words, "copy the run anew"):
         RunFolder.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "sentence"),
+    [
+        ({"float": {"accuracy": "0.9"}}, "float.accuracy: input should be a valid number"),
+        ({"quantized": {"auc": [1]}}, "quantized.auc: input should be a valid number, got [1]"),
+        ({"float": {"per_class_recall": [0.5, {}]}}, "float.per_class_recall.1"),
+        ({"float": {"dice": float("nan")}}, "float.dice: input should be a finite number, got nan"),
+        ({"generalization": 3}, "generalization: input should be a valid dictionary"),
+    ],
+)  # fmt: skip
+def test_damaged_metrics_are_refused(tmp_path: Path, metrics: Any, sentence: str) -> None:
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    with refuses("metrics.json: ", sentence, "copy the run anew"):
+        RunFolder(tmp_path).read_metrics()
+
+
+def test_metrics_may_be_missing_or_unknown(tmp_path: Path) -> None:
+    metrics = {"float": {"auc": None, "accuracy": 1, "per_class_recall": [None, 0.5], "new": "x"}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    assert RunFolder(tmp_path).read_metrics() == metrics
+
+
+def test_every_metric_that_a_table_shows_is_checked() -> None:
+    for name in METRICS:
+        with refuses(f"float.{name}: input should be a valid number"):
+            check_metrics(Path("metrics.json"), {"float": {name: "x"}})
 
 
 @pytest.mark.parametrize("log", ["{", "[1]\n", "3\n", "\n{}\n", "[" * 100_000, '{"a": NaN}'])

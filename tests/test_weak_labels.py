@@ -113,6 +113,38 @@ def test_other_wrong_coco_files(tmp_path: Path, refuses: Any) -> None:
         found.masks(("cyst", "massa"))
 
 
+@pytest.mark.parametrize("height", [0, -3, 10**8])
+def test_a_size_that_no_image_has_is_refused(tmp_path: Path, refuses: Any, height: int) -> None:
+    path = coco(tmp_path / "boxes.json")
+    path.write_text(path.read_text().replace('"height": 6', f'"height": {height}'))
+    with refuses("boxes.json: an image must have 1 to 134217728 pixels", "mend its height"):
+        read_coco(path)
+    xml = voc(tmp_path / "x.xml", BOX)
+    xml.write_text(xml.read_text().replace(">6</height", f">{height}</height"))
+    with refuses("x.xml: an image must have 1 to 134217728 pixels"):
+        read_voc(xml)
+
+
+@pytest.mark.parametrize("wrong", ["1e999", "NaN", '"' + "a" * 5000 + '"', "[]", "{}", "null"])
+def test_numbers_that_are_none_are_refused_in_a_sentence(
+    tmp_path: Path, refuses: Any, wrong: str
+) -> None:
+    path = coco(tmp_path / "boxes.json")
+    path.write_text(path.read_text().replace('"height": 6', f'"height": {wrong}'))
+    with refuses("boxes.json: must be a COCO file", "mend the file") as error:
+        read_coco(path)
+    assert len(str(error.value)) < 500
+    with refuses("x.xml: must be a Pascal VOC file", "mend the file") as error:
+        read_voc(voc(tmp_path / "x.xml", BOX.replace(">2<", f">{wrong.strip(chr(34))}<")))
+    assert len(str(error.value)) < 500
+
+
+def test_a_document_nested_too_deep_is_refused(tmp_path: Path, refuses: Any) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with refuses("deep.json: must be a COCO file", "RecursionError"):
+        read_coco(tmp_path / "deep.json")
+
+
 def voc(path: Path, box: str, name: str = "<filename>one.jpg</filename>") -> Path:
     path.write_text(
         f"<annotation>{name}<size><width>8</width><height>6</height><depth>3</depth></size>"

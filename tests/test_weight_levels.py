@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sdq.config import QuantConfig
+from sdq.errors import RequestError
 from sdq.layers import LayerSpec
 from sdq.learned_scale import WeightQuantizer
 from sdq.policy import BitwidthPolicy, LayerBits
@@ -101,3 +102,19 @@ def test_after_has_the_learned_scales_and_floats_are_left_out() -> None:
     position, level = found["a"].in_steps()
     assert position.tolist() == level.tolist() == [1.0, -2.0, 1.0]
     assert found["a"].relative_error() == 0.0
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_weights_that_are_no_numbers_are_refused(value: float) -> None:
+    sound = quantized(torch.tensor([[0.0, 0.5]]), 2, 0.5)
+    damaged = quantized(torch.tensor([[0.0, value]]), 2, 0.5)
+    for first, last in ((damaged, None), (sound, damaged)):
+        with pytest.raises(RequestError, match=r"a: weights must be finite.*copy the run anew"):
+            histogram(layer(2, 2), first, last)
+
+
+def test_tensors_of_another_quantizer_are_refused() -> None:
+    policy = BitwidthPolicy((layer(2, 2),))
+    tensors = {"net.a.weight": torch.tensor([[0.0, 0.5]])}
+    with pytest.raises(RequestError, match=r"a: its tensors must be of .* Missing key"):
+        after(tensors, policy, QuantConfig(), LAYERS)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
+from hw.datasheet import check_counts, check_positive
 from hw.sequential import Sequential, summed
 from hw.target import LayerUse, TargetCost
 from sdq.layers import LayerSpec
@@ -36,6 +37,9 @@ class BitSerialArray(Sequential):
         lanes: input channels at a time.
         clock_hz: clock frequency.
         serial_weights: whether weights are serial as well as activations.
+
+    Raises:
+        RequestError: a number cannot be an array's.
     """
 
     filters: int
@@ -47,6 +51,11 @@ class BitSerialArray(Sequential):
     weight_bits = tuple(range(1, 9))
     act_bits = (*range(2, 9), 16)
     costs = ("cycles", "latency_s")
+
+    def __post_init__(self) -> None:
+        device = type(self).__name__
+        check_counts(device, filters=self.filters, windows=self.windows, lanes=self.lanes)
+        check_positive(device, clock_hz=self.clock_hz)
 
     def legal_weight_bits(self, spec: LayerSpec) -> tuple[int, ...]:
         """Return 1 to 8: all of them, in every layer."""

@@ -23,6 +23,7 @@ from math import log, prod
 
 from hw import dataflow_units as units
 from hw.dataflow_units import Unit, Window
+from hw.datasheet import check_counts, check_mapping, check_name, check_positive, check_widths
 from hw.target import Choices, Demand, LayerUse, TargetCost, choices_of
 from sdq.errors import RequestError
 from sdq.layers import Between, LayerSpec
@@ -37,6 +38,8 @@ STEP = 1.1
 
 FOLDED = 2**62
 """An interval that any unit keeps."""
+
+DSP_SLICES = ("DSP48E1", "DSP48E2", "DSP58")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class DataflowFpga:
     Args:
         capacity: what the chip has: ``lut``, ``bram_18k``, ``dsp`` and ``uram``.
         clock_hz: clock frequency of the accelerator.
-        dsp_slice: ``DSP48E1`` (7 series), ``DSP48E2`` (UltraScale+), ``DSP58`` (Versal).
+        dsp_slice: one of DSP_SLICES: of the 7 series, of UltraScale+, of Versal.
         narrow_weights: whether no weight has its lowest code, without which FINN multiplies in no
             DSP48E1; the quantizers here use it.
         standalone_thresholds: see :class:`Setting`.
@@ -75,6 +78,9 @@ class DataflowFpga:
         interval: likewise; set by :meth:`under`.
         network: the layers it is laid out for.
         demanded: limits beside the chip's own.
+
+    Raises:
+        RequestError: a number cannot be a chip's.
     """
 
     capacity: Mapping[str, int]
@@ -89,6 +95,14 @@ class DataflowFpga:
     _places: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        device = type(self).__name__
+        check_mapping(device, "capacity", self.capacity)
+        for name, count in self.capacity.items():
+            check_name(device, "a resource of capacity", name, tuple(USABLE))
+            check_counts(device, 0, **{f"capacity of {name}": count})
+        check_positive(device, clock_hz=self.clock_hz)
+        check_name(device, "dsp_slice", self.dsp_slice, DSP_SLICES)
+        check_widths(device, input_bits=(self.input_bits,))
         places = {spec.name: i for i, spec in enumerate(self.network)}
         object.__setattr__(self, "_places", places)
 

@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from hw.datasheet import check_amount, check_mapping, check_positive, check_widths
 from hw.sequential import Sequential, summed
 from hw.target import LayerUse, TargetCost
+from sdq.errors import RequestError
 from sdq.layers import LayerSpec
 from sdq.policy import FLOAT_BITS, BitwidthPolicy
 
@@ -33,6 +35,9 @@ class Roofline(Sequential):
         only_linear: of these, those that only weights of linear layers have; their products are
             computed with 16 bits.
         act_bits: bitwidths of activations that it computes with.
+
+    Raises:
+        RequestError: a number cannot be a processor's, or it has nothing for what stays in float.
     """
 
     peaks: Mapping[int, float]
@@ -41,6 +46,23 @@ class Roofline(Sequential):
     stored_bits: tuple[int, ...]
     only_linear: tuple[int, ...] = ()
     act_bits: tuple[int, ...] = (8,)
+
+    def __post_init__(self) -> None:
+        device = type(self).__name__
+        check_mapping(device, "peaks", self.peaks)
+        check_widths(
+            device, peaks=self.peaks, stored_bits=self.stored_bits, only_linear=self.only_linear,
+            act_bits=self.act_bits,
+        )  # fmt: skip
+        peaks = {f"peak at {bits} bits": peak for bits, peak in self.peaks.items()}
+        check_positive(device, bandwidth=self.bandwidth, **peaks)
+        check_amount(device, "memory", self.memory)
+        for name, widths in (("peaks", self.peaks), ("stored_bits", self.stored_bits)):
+            if FLOAT_BITS not in widths or FLOAT_BITS in self.only_linear:
+                raise RequestError(
+                    f"{device}: {name} must have {FLOAT_BITS} bits, for what stays in float, got "
+                    f"{', '.join(map(str, widths))}; add them"
+                )
 
     @property
     def weight_bits(self) -> tuple[int, ...]:

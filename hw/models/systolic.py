@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
+from hw.datasheet import check_counts, check_positive, check_widths
 from hw.energy import mac_joules, weight_fetch_joules
 from hw.sequential import Sequential, summed
 from hw.target import LayerUse, TargetCost
@@ -33,6 +34,9 @@ class FusibleArray(Sequential):
         clock_hz: clock frequency.
         weight_bits: bitwidths of weights that it takes; others are computed as the next wider.
         act_bits: likewise of activations.
+
+    Raises:
+        RequestError: a number cannot be an array's.
     """
 
     rows: int
@@ -42,6 +46,12 @@ class FusibleArray(Sequential):
     act_bits: tuple[int, ...] = (*range(2, 9), 16)
 
     costs = ("cycles", "latency_s", "energy_j")
+
+    def __post_init__(self) -> None:
+        device = type(self).__name__
+        check_counts(device, rows=self.rows, columns=self.columns)
+        check_positive(device, clock_hz=self.clock_hz)
+        check_widths(device, weight_bits=self.weight_bits, act_bits=self.act_bits)
 
     def legal_weight_bits(self, spec: LayerSpec) -> tuple[int, ...]:
         """Return all that it takes; every layer is computed alike."""

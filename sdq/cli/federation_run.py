@@ -110,7 +110,7 @@ def run_all(
             begun = (out / method.name / "run.json").is_file()
             with RunFolder.create(out / method.name, own, resume=begun) as part:
                 metrics[method.name] = (
-                    part.read_json("metrics.json")
+                    part.read_metrics()
                     if begun and part.done
                     else _run_one(part, method, federation)
                 )

@@ -5,6 +5,7 @@ standard output.
 """
 
 import errno
+import io
 import os
 import sys
 import warnings
@@ -29,6 +30,9 @@ def run() -> None:
     """Run the command line and exit with its code."""
     # libraries' warnings are for developers; ours are messages of our own
     warnings.simplefilter("ignore")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # a name in a file may have characters that the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))
 
 

@@ -87,4 +87,4 @@ def _read(name: str, folder: RunFolder) -> fed.Federation:
         rounds += [{**r, "round": before + r["round"]} for r in of_phase]
     # the server of a deployed federation does not know what its clients are called
     clients = folder.read_json("run.json").get("clients", [])
-    return fed.Federation(name, folder.read_json("metrics.json"), rounds, clients)
+    return fed.Federation(name, folder.read_metrics(), rounds, clients)

@@ -132,7 +132,7 @@ def single_page(
     run = material.run
     document = run.read_json("run.json")
     verb = document["request"]["verb"]
-    metrics = run.read_json("metrics.json") if verb != "search" else None
+    metrics = run.read_metrics() if verb != "search" else None
     own = networks_of(run, device)
     networks = [*own, *beside]
     title = f"{verb}: {run.path.resolve().name}"

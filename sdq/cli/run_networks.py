@@ -44,7 +44,7 @@ def networks_of(run: RunFolder, device: DeviceRequest | None = None) -> list[Net
         device: whose latency is told as well; None: the one that the run's budget named.
     """
     document = run.read_json("run.json")
-    metrics = run.read_json("metrics.json") if (run.path / "metrics.json").is_file() else {}
+    metrics = run.read_metrics() if (run.path / "metrics.json").is_file() else {}
     # of a method that keeps clients' networks apart there is only what these are worth
     worth = metrics.get("float") or metrics.get("generalization") or {}
     special = metrics.get("specialization")

@@ -4,6 +4,7 @@ The template escapes whatever it is given. The page has no script and refers to 
 itself; its policy (``Content-Security-Policy``) forbids both to a browser, too.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,5 +114,9 @@ def _shade(count: int, row: Sequence[int]) -> int:
 
 
 def encoded(html: str) -> bytes:
-    """Return a page's bytes; a path that the locale could not decode keeps its own."""
-    return html.encode(errors="surrogateescape")
+    """Return a page's bytes; a path that the locale could not decode keeps its own.
+
+    JSON can have halves of characters that no encoding has: a question mark stands for them.
+    """
+    whole = re.sub("[\ud800-\udc7f\udd00-\udfff]", "?", html)
+    return whole.encode(errors="surrogateescape")

@@ -333,3 +333,7 @@ def test_a_run_that_cannot_be_reported_is_done(sdq, files, tmp_path, monkeypatch
 def test_a_name_that_the_locale_cannot_decode_keeps_its_bytes():
     in_ascii = "q é".encode().decode("ascii", "surrogateescape")  # as LC_ALL=C has a path
     assert encoded(f"<p>{in_ascii} µ</p>") == "<p>q é µ</p>".encode()
+
+
+def test_half_a_character_of_a_damaged_file_does_not_stop_the_page():
+    assert encoded("<p>\ud800 µ \udfff</p>") == "<p>? µ ?</p>".encode()

@@ -108,3 +108,23 @@ def test_store(on_disk: bool, tmp_path: Path) -> None:
         store.forget_old_()
         with pytest.raises(RequestError, match="client 3"):
             Store(tmp_path, before)
+
+
+def test_a_record_that_was_changed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    tensors = {"model": {"w": torch.ones(2, 3).half(), "n": torch.tensor(7)},
+               "none": {"x": torch.zeros(0, 3)}, "empty": {}}  # fmt: skip
+    save(path, Record(tensors, {"round": 3, "name": "é"}))
+    found = load(path)
+    assert found.values == {"round": 3, "name": "é"}
+    assert list(found.tensors) == ["model", "none", "empty"]
+    assert torch.equal(found.tensors["model"]["w"], tensors["model"]["w"])
+    data = path.read_bytes()
+    for before, after in (
+        (b'round\\": 3', b'round\\": 4'), (b'"sha256"', b'"sha25 "'), (data[-2:], b"\x12\x34"),
+        (b'model/n"', b'model/m"'), (b'\\"none\\"', b'\\"more\\"'),
+    ):  # fmt: skip
+        assert before in data
+        path.write_bytes(after.join(data.rsplit(before, 1)))
+        with pytest.raises(RequestError, match=r"state\.safetensors: must be a record as it was"):
+            load(path)

@@ -1,12 +1,19 @@
 """Cost models of devices: the formula of each family by hand."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import hw
+from hw.models.bit_serial import BitSerialArray
+from hw.models.fpga_dataflow import DataflowFpga
+from hw.models.roofline import Roofline
 from hw.models.systolic import FusibleArray
 from hw.targets.bit_fusion import TARGET
 from sdq.config import QuantConfig
@@ -125,3 +132,58 @@ def test_groups_are_counted_from_a_traced_network() -> None:
     net = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     qmodel = quantize(net, QuantConfig(), sample=torch.zeros(1, 8, 4, 4))
     assert TARGET.cost(qmodel.layers, qmodel.policy).layer_cycles == (8 * 16 * 9, 16)
+
+
+def a_chip(**changed: Any) -> DataflowFpga:
+    told = {"capacity": {"lut": 53_200, "uram": 0}, "clock_hz": 1e8, "dsp_slice": "DSP48E1"}
+    return DataflowFpga(**{**told, **changed})
+
+
+def a_processor(**changed: Any) -> Roofline:
+    told = {
+        "peaks": {8: 32e9, 32: 8e9}, "bandwidth": 4e9, "memory": ("memory_bytes", 2**30),
+        "stored_bits": (8, 32),
+    }  # fmt: skip
+    return Roofline(**{**told, **changed})
+
+
+@pytest.mark.parametrize(
+    ("make", "changed", "sentence"),
+    [
+        (a_chip, {"clock_hz": 0}, "clock_hz must be a number above 0, got 0"),
+        (a_chip, {"clock_hz": math.inf}, "clock_hz must be a number above 0, got inf"),
+        (a_chip, {"clock_hz": None}, "clock_hz must be a number above 0, got None"),
+        (a_chip, {"clock_hz": True}, "clock_hz must be a number above 0, got True"),
+        (a_chip, {"capacity": 5}, "capacity must be a dictionary, got 5"),
+        (a_chip, {"capacity": {"luts": 5}}, "must be one of lut, bram_18k, uram, dsp, got 'luts'"),
+        (a_chip, {"capacity": {"lut": 2.5}}, "capacity of lut must be a whole number"),
+        (a_chip, {"capacity": {"lut": -1}}, "capacity of lut must be a whole number of at least 0"),
+        (a_chip, {"dsp_slice": "DSP48"}, "dsp_slice must be one of DSP48E1, DSP48E2, DSP58"),
+        (a_chip, {"input_bits": 0}, "input_bits must be of bitwidths from 1 to 32, got 0"),
+        (a_processor, {"peaks": {8: 1e9}}, "peaks must have 32 bits, for what stays in float"),
+        (a_processor, {"peaks": {8: 0, 32: 1}}, "peak at 8 bits must be a number above 0, got 0"),
+        (a_processor, {"stored_bits": (8,)}, "stored_bits must have 32 bits"),
+        (a_processor, {"stored_bits": 8}, "stored_bits must be a tuple of bitwidths, got 8"),
+        (a_processor, {"memory": ("memory_bytes", math.nan)}, "memory_bytes must be a number"),
+        (a_processor, {"memory": 7}, "memory must be a pair of a name and a number, got 7"),
+        (a_processor, {"bandwidth": "4"}, "bandwidth must be a number above 0, got '4'"),
+        (partial(FusibleArray, 16, 32), {"clock_hz": -1}, "clock_hz must be a number above 0"),
+        (partial(FusibleArray, 16, clock_hz=1e9), {"columns": 0}, "columns must be a whole number"),
+        (partial(FusibleArray, 16, 32, 1e9), {"act_bits": (64,)}, "act_bits must be of bitwidths"),
+        (partial(BitSerialArray, 8, 16, 16, serial_weights=True), {"clock_hz": 0}, "clock_hz must"),
+        (partial(BitSerialArray, 8, 16, clock_hz=1e9, serial_weights=True), {"lanes": 1.5},
+         "lanes must be a whole number of at least 1, got 1.5"),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_no_devices_are_refused(
+    make: Callable[..., object], changed: dict[str, Any], sentence: str, refuses: Any
+) -> None:
+    with refuses(sentence):
+        make(**changed)
+
+
+@pytest.mark.parametrize("text", ["", "TARGET = 5", "TARGETS = {}"])
+def test_a_file_without_a_target_is_refused(tmp_path: Path, refuses: Any, text: str) -> None:
+    (tmp_path / "board.py").write_text(text)
+    with refuses("board.py: TARGET must be a target with weight_bits, act_bits", "own-device.md"):
+        hw.target(str(tmp_path / "board.py"))
