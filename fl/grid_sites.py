@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 from fl.grid_transport import GridTransport
 from fl.opening import Opening
 from fl.phase_settings import PhaseSettings
-from fl.record import Failure
+from fl.record import Failure, Record
 from fl.rounds import Rounds
 from fl.setting import Setting
 from fl.sites import OwnModel
@@ -41,14 +41,18 @@ class GridSites:
     @property
     def opened_bytes(self) -> int:
         """Return the bytes of the float models that were sent before a phase."""
-        return sum(transport.opened_bytes for transport in self._phases)
+        last = self._phases[-1]
+        assert last.opening is not None
+        return sum(last.sent.values()) * Record({"": last.opening.network}).num_bytes()
 
     def open(self, opening: Opening, setting: Setting, folder: Path | None) -> GridTransport:
         """Return what carries the messages of a phase; states are found by the first one's name."""
-        before = self._phases[-1].federation if self._phases else ""
         found = GridTransport(
-            self.grid, setting, self.number, self.round_seconds, before, opening, self._agreed
-        )
+            self.grid, setting, self.number, self.round_seconds, opening=opening,
+            agreed=self._agreed,
+        )  # fmt: skip
+        if self._phases:  # what one phase commits, the next begins with
+            found.restore(self._phases[-1].commit(0))
         self._phases.append(found)
         return found
 

@@ -62,8 +62,8 @@ class GridTransport:
     federation: str = ""
     opening: Opening | None = None
     agreed: Mapping[str, Any] = field(default_factory=dict)
-    opened_bytes: int = 0
-    """Of the float models that nodes were sent."""
+    sent: dict[int, int] = field(default_factory=dict)
+    """How often each client was sent the float model, in all phases."""
     claims: dict[int, tuple[int, str]] = field(default_factory=dict)
     """Of each node: which client it says it is, and why that is refused, or nothing."""
 
@@ -100,12 +100,12 @@ class GridTransport:
 
     def commit(self, rounds: int) -> dict[str, Any]:
         """Return the name of the federation: clients find their states by it and the round."""
-        return {"federation": self.federation, "opened_bytes": self.opened_bytes}
+        return {"federation": self.federation, "sent": {str(k): n for k, n in self.sent.items()}}
 
     def restore(self, committed: dict[str, Any]) -> None:
         """Take up that name."""
         self.federation = committed["federation"]
-        self.opened_bytes = committed["opened_bytes"]
+        self.sent = {int(client): times for client, times in committed["sent"].items()}
 
     def forget_old_(self) -> None:
         """Leave it to the clients."""
@@ -120,21 +120,23 @@ class GridTransport:
         nodes = set(self.grid.get_node_ids())
         self.claims = {node: claim for node, claim in self.claims.items() if node in nodes}
         fresh = sorted(nodes - set(self.claims))
+        if not fresh:
+            return
         values = self._place() | ({} if self.opening is None else self.opening.values())
         lacking = self._greet(fresh, Record({}, values))
         if lacking:
             assert self.opening is not None
-            whole = Record({NETWORK: self.opening.network}, values)
-            self.opened_bytes += len(lacking) * whole.num_bytes()
-            self._greet(lacking, whole)
+            for client in lacking.values():
+                self.sent[client] = self.sent.get(client, 0) + 1
+            self._greet(list(lacking), Record({NETWORK: self.opening.network}, values))
 
-    def _greet(self, nodes: list[int], told: Record) -> list[int]:
-        """Take what nodes say of themselves; return those that lack the float model."""
+    def _greet(self, nodes: list[int], told: Record) -> dict[int, int]:
+        """Take what nodes say of themselves; return those that lack the float model, by node."""
         messages = [Message(packed(told), node, TYPES["hello"]) for node in nodes]
         seconds = HELLO_SECONDS if self.opening is None else OPENING_SECONDS
         mine = {**self.agreed, **identity(self.setting)}
-        lacking = []
-        for reply in self.grid.send_and_receive(messages, timeout=seconds) if messages else ():
+        lacking = {}
+        for reply in self.grid.send_and_receive(messages, timeout=seconds):
             if reply.has_error():
                 continue  # it is asked again before the next round
             said, node = unpacked(reply.content).values, reply.metadata.src_node_id
@@ -143,12 +145,15 @@ class GridTransport:
             needed = self.agreed if lacks else mine
             different = [key for key in needed if theirs.get(key) != mine[key]]
             refusal = str(said.get("failure", ""))
+            client = int(said["client"])
             if lacks and not different:
-                lacking.append(node)
+                lacking[node] = client
                 continue
+            if said.get("sent"):  # perhaps before the server was killed
+                self.sent.setdefault(client, 1)
             if different and not refusal:
                 refusal = _difference(different[0], theirs.get(different[0]), mine[different[0]])
-            self.claims[node] = (int(said["client"]), refusal)
+            self.claims[node] = (client, refusal)
         return lacking
 
     def _node(self, client: int) -> int | str:

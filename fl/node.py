@@ -18,7 +18,7 @@ from fl.opening import Opening, carried, check_masks_known, data_of
 from fl.personal import Personal
 from fl.phase_settings import PhaseSettings
 from fl.quant_results import write_own
-from fl.record import Failure, Kind, Record, Request, Tensors, digest, picked
+from fl.record import Failure, Kind, Record, Reply, Request, Tensors, digest, picked
 from fl.setting import Setting
 from sdq.errors import RequestError
 
@@ -82,11 +82,10 @@ def _request(kind: str, client: int, asked: Record) -> Request:
     return Request(cast(Kind, kind), client, int(asked.values.pop("round")), asked)
 
 
-def _said(answer: Any) -> Record:
+def _said(answer: Reply | Failure) -> Record:
     if isinstance(answer, Failure):
         return Record({}, {"failure": answer.reason})
-    found: Record = answer.record
-    return found
+    return answer.record
 
 
 @dataclass(frozen=True)
@@ -116,17 +115,20 @@ class _Learner:
             self.memory.put_network(network)
         known = self._network(told["network"])
         agreed = self.settings.identity()
+        said = {"client": self.client, "sent": bool(self.memory.network())}
         if known is None:
-            return Record({}, {"client": self.client, "identity": agreed, "lacks": True})
+            return Record({}, {**said, "identity": agreed, "lacks": True})
         setting = self.settings.setting(Opening.of(told, known))
         self.memory.open(told)
-        return Record({}, {"client": self.client, "identity": {**agreed, **identity(setting)}})
+        return Record({}, {**said, "identity": {**agreed, **identity(setting)}})
 
     def _network(self, wanted: str) -> Tensors | None:
-        """Return the float model with this digest, if the node has it; that of "" is the first."""
+        """Return the float model with this digest, if the node has it; "" is the first weights'."""
+        if not wanted:
+            return {}
         first = self.settings.model.state_dict()
-        for known in ({}, self.memory.network(), picked(first, first)):
-            if wanted == (digest(known) if known else ""):
+        for known in (self.memory.network(), picked(first, first)):
+            if known and digest(known) == wanted:
                 return known
         return None
 
@@ -151,10 +153,8 @@ class _Learner:
             return
         assert opening.policy is not None
         policy = opening.own.get(self.client, opening.policy)
-        first = self.settings.model.state_dict()
-        network = opening.network or picked(first, first)
-        qmodel = self.settings.tuned(network, policy, own.state)
+        qmodel = self.settings.tuned(opening.network, policy, own.state)
         write_own(
-            self.memory.folder / "model", described, qmodel, network, policy.figures(),
+            self.memory.folder / "model", described, qmodel, opening.network, policy.figures(),
             own.evaluation.get("test"),
         )  # fmt: skip

@@ -51,7 +51,7 @@ class NodeMemory:
     # --- how a phase begins
 
     def open(self, values: dict[str, Any]) -> None:
-        """Keep what the server told of a phase; of those before it the float one's stays alone."""
+        """Keep what the server told of a phase; Flower's memory is cleared of what it outlives."""
         self._put(OPENING, Record({}, values))
         if self.folder is None:
             needed = (OPENING, NETWORK, "float", values["phase"])

@@ -37,9 +37,6 @@ class Description:
     def to_json(self) -> dict[str, Any]:
         """Return the fields."""
         setting, splits = self.setting, self.splits
-        learned: dict[str, Any] = {}
-        if isinstance(setting, PhaseSettings):
-            learned = {"rounds": setting.rounds, **setting.identity()}
         pixels = setting.normalization or centred(setting.image_shape[0])
         parts = {} if splits is None else {n: getattr(splits, n) for n in ("train", "val", "test")}
         return {
@@ -53,7 +50,6 @@ class Description:
                 },
                 "federation": setting.config.model_dump(mode="json"),
                 "methods": {setting.method.name: setting.method.config.model_dump(mode="json")},
-                **learned,
             },
             "data": {
                 "reference": self.reference,
@@ -77,10 +73,13 @@ def open_run(path: Path, description: Description) -> RunFolder:
         RequestError: another federation, or something else, is in the folder; or a process that
             still runs holds it.
     """
-    fields = description.to_json()
+    fields, setting = description.to_json(), description.setting
+    request = fields.pop("request")
+    if isinstance(setting, PhaseSettings):
+        request |= {"rounds": setting.rounds, **setting.identity()}
     resume = (path / "run.json").is_file()
-    run = RunFolder.create(path, fields.pop("request"), resume=resume)
-    run.update(**fields, status="running", server_model=description.setting.method.has_server_model)
+    run = RunFolder.create(path, request, resume=resume)
+    run.update(**fields, status="running", server_model=setting.method.has_server_model)
     return run
 
 
