@@ -1,7 +1,7 @@
 """Clients behind a grid, in each phase of a federation that learns bits."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flwr.serverapp import Grid
@@ -31,7 +31,7 @@ class GridSites:
     number: int
     round_seconds: float | None = None
 
-    known: None = None
+    known: None = field(default=None, init=False)
     """The server knows nothing of the clients beforehand."""
 
     def __post_init__(self) -> None:

@@ -59,21 +59,6 @@ from sdq.search_problem import SearchProblem
 from sdq.search_space import SearchSpace
 
 
-def run(model: nn.Module, **given: Any) -> FederatedBits:
-    """Train across clients, learn a bitwidth for each layer, and tune the weights under them.
-
-    Args:
-        model: what every client starts from; left as it is.
-        given: see :func:`learning`.
-
-    Raises:
-        RequestError: as of :func:`fl.run.run`; or no policy fits a budget, or the method does not
-            go with a quantized network.
-        RunError: a round failed.
-    """
-    return learning(model, **given).go()
-
-
 def learning(
     model: nn.Module,
     *,

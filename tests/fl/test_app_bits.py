@@ -310,6 +310,29 @@ def test_a_trained_model_reaches_nodes_that_lack_it(tiny: Make, hospitals: Clien
     assert done.bytes_down == done.phases["tune"].bytes_down + size
 
 
+def test_a_node_that_cannot_make_its_model_is_named(
+    tiny: Make, hospitals: Clients, tmp_path: Path
+) -> None:
+    shared = settings(
+        tiny(), rounds=0, budget=None, policy=_policy(tiny()),
+        config=QUICK.replaced(keep_clients=True), phases=ONE["phases"],
+    )  # fmt: skip
+    case = Case(shared, hospitals(), out=tmp_path)
+    deliver = case.grid._deliver
+
+    def dying(message: Message) -> Message | None:
+        if (message.metadata.message_type, message.metadata.dst_node_id) == ("train.own", 1002):
+            case.grid.dead.add(2)
+        return deliver(message)
+
+    case.grid._deliver = dying  # type: ignore[method-assign]
+    done = case.run()
+    assert sorted(done.personal) == [0, 1]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    (told,) = [record["failures"] for record in log if record["phase"] == "own"]
+    assert told == [{"client": 2, "reason": "no reply within 5 s"}]
+
+
 def test_a_client_without_masks_is_named(tiny_maps: Make, mixed_hospitals: Clients) -> None:
     shared = settings(tiny_maps(), **ONE)
     done = Case(shared, mixed_hospitals()).run()
