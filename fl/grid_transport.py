@@ -132,8 +132,9 @@ class GridTransport:
 
     def _greet(self, nodes: list[int], told: Record) -> dict[int, int]:
         """Take what nodes say of themselves; return those that lack the float model, by node."""
-        messages = [Message(packed(told), node, TYPES["hello"]) for node in nodes]
         seconds = HELLO_SECONDS if self.opening is None else OPENING_SECONDS
+        # found later, it would take the node back to a phase that is over
+        messages = [Message(packed(told), n, TYPES["hello"], ttl=seconds) for n in nodes]
         mine = {**self.agreed, **identity(self.setting)}
         lacking = {}
         for reply in self.grid.send_and_receive(messages, timeout=seconds):
