@@ -76,7 +76,8 @@ class PersonalModel:
 
     Args:
         policy: its bits.
-        state: what a :class:`~sdq.quant_model.QuantModel` under this policy loads.
+        state: what a :class:`~sdq.quant_model.QuantModel` under this policy loads; empty where it
+            stays on the client's own node.
         evaluation: on the client's own images; see :func:`fl.evaluation.evaluate`.
     """
 

@@ -54,7 +54,7 @@ def answer(
             return _collect(setting, request, kept), None
         case "train":
             return _train(setting, data, request, kept)
-        case "adapt":
+        case "adapt" | "own":
             reply, keeps = _train(setting, data, request, kept)
             return Reply(reply.client, Record({}, reply.record.values)), _own_model(kept, keeps)
 
@@ -161,7 +161,8 @@ def _put_own_model(
     setting: Setting, request: Request, values: dict[str, Any], memory: Record
 ) -> None:
     """Add the client's own model as it was measured, if clients are to keep theirs."""
-    if setting.config.keep_clients and "evaluations" in values:
+    keeps = setting.config.keep_clients or request.kind == "own"
+    if keeps and "evaluations" in values:
         own = values["evaluations"].get(str(request.client), {})
         figures = {part: primary(views) for part, views in own.items()}
         model = setting.method.personal(setting.network)

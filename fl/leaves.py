@@ -34,6 +34,7 @@ WHEN: dict[Kind, str] = {
     "train": "each round that asks the client",
     "adapt": "at the end, if the last round did not ask the client",
     "collect": "at each evaluation",
+    "own": "at the end, of a client that keeps a quantized model of its own",
 }
 LATER = "each round that asks the client, from the second on"
 UNKNOWN = "to a client whose last message the server does not know"

@@ -340,6 +340,13 @@ class Method:
         """Return the route of a tensor; extras stay with the client unless said otherwise."""
         return Route.SHARE if name.startswith("model.") else Route.LOCAL
 
+    def follows(self, name: str) -> bool:
+        """Tell whether a tensor's first value follows from others by sums.
+
+        Two machines may then differ in its last bits, and are not compared by it.
+        """
+        return False
+
     def views(self, side: Side) -> dict[str, View]:
         """Return the ways to predict, the one that counts first."""
         return {"model": lambda network, images: network.model(images)}

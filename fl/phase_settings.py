@@ -1,8 +1,8 @@
-"""What the rounds of each phase are: the method around the method, and its setting."""
+"""What all phases of a federation share, and from it the setting of each one's rounds."""
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,11 +11,14 @@ from torch import nn
 from fl.bits import MIXING, Limit, PhasesConfig, budget_of
 from fl.config import FederationConfig
 from fl.method import Method
+from fl.opening import Opening
 from fl.quant_network import SCALES, set_act_scales_
 from fl.quant_rounds import QuantRounds
+from fl.record import Tensors
 from fl.search_rounds import SearchRounds, SearchRoundsConfig
 from fl.setting import Setting
 from fl.tune_rounds import TuneRounds, TuneRoundsConfig, policies_as_json
+from sdq.apply_policy import apply_policy_
 from sdq.batches import Augmentation, Normalization
 from sdq.config import QuantConfig
 from sdq.policy import BitwidthPolicy
@@ -25,22 +28,91 @@ from sdq.search_space import SearchSpace
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseSettings:
-    """What makes the settings of one federation's phases; arguments as of :func:`fl.phases.run`.
+    """What server and clients of a federation that learns bits have in common.
 
     Args:
+        model: with the first weights; left as it is.
+        quant: how it is quantized.
+        budget: what the policy of all may cost.
+        policy: instead of a budget and a search.
+        method: of every phase.
+        num_classes: of the task.
         image_shape: (C, H, W).
+        config: of the float phase, and of the others but for what their phase decides.
+        rounds: of the float phase, instead of the configuration's; 0: the model is trained.
+        phases: everything else.
+        normalization: see :meth:`fl.setting.Setting.of`, as are the others.
+        augment: of training images, or None.
+        head: path of the network's head, or None to find it.
     """
 
+    model: nn.Module
     quant: QuantConfig
+    budget: Limit | None = None
+    policy: BitwidthPolicy | None = None
     method: Method
     num_classes: int
     image_shape: tuple[int, int, int]
-    config: FederationConfig
-    rounds: int | None
-    phases: PhasesConfig
-    normalization: Normalization | None
-    augment: Augmentation | None
-    head: str | None
+    config: FederationConfig = field(default_factory=FederationConfig)
+    rounds: int | None = None
+    phases: PhasesConfig = field(default_factory=PhasesConfig)
+    normalization: Normalization | None = None
+    augment: Augmentation | None = None
+    head: str | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether there are rounds in which bits are learned."""
+        return self.policy is None and self.phases.search_method in MIXING
+
+    def setting(self, opening: Opening) -> Setting:
+        """Return the setting of a phase.
+
+        Raises:
+            RequestError: see :meth:`fl.setting.Setting.of`; or the policy does not fit the network.
+        """
+        network = self.network(opening.network)
+        if opening.phase == "float":
+            return self._float_phase(network)
+        quantized = self.quantized(network)
+        if opening.phase == "search":
+            return self._search_phase(network, quantized)
+        assert opening.policy is not None
+        apply_policy_(quantized, opening.policy)
+        return self._tune_phase(network, quantized, opening.policy, opening.own)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what server and clients must agree on beside each phase, as JSON has it."""
+        limits = None
+        if self.budget is not None:
+            space = self.space(self.quantized(self.model))
+            limits = {c.name: c.limit for c in budget_of(self.budget, space).constraints(space)}
+        return {
+            "quant": self.quant.model_dump(mode="json"),
+            "budget": limits,
+            "policy": None if self.policy is None else self.policy.to_json(),
+            "phases": self.phases.model_dump(mode="json"),
+        }
+
+    def network(self, state: Tensors) -> nn.Module:
+        """Return the float network with this state, or with the first weights if it is empty."""
+        network = copy.deepcopy(self.model)
+        if state:
+            network.load_state_dict(state)
+        return network
+
+    def tuned(self, network: Tensors, policy: BitwidthPolicy, state: Tensors) -> QuantModel:
+        """Return a quantized model on the CPU.
+
+        Args:
+            network: the float model's state.
+            policy: its bits.
+            state: what it learned under them.
+        """
+        qmodel = self.quantized(self.network(network).cpu())
+        apply_policy_(qmodel, policy)
+        qmodel.load_state_dict(state)
+        return qmodel
 
     def quantized(self, network: nn.Module) -> QuantModel:
         """Return a float network quantized."""
@@ -51,57 +123,39 @@ class PhaseSettings:
         """Return what is decided."""
         return SearchSpace.of(quantized, self.phases.search.granularity)
 
-    def float_phase(self, network: nn.Module) -> Setting:
-        """Return the setting of the float phase, which trains this very network."""
+    def _float_phase(self, network: nn.Module) -> Setting:
         rounds = self.config.rounds if self.rounds is None else self.rounds
         compress = self.config.compress
         if compress is not None:
             compress = compress.replaced(policy_bits=False)  # there is none yet
         config = self.config.replaced(rounds=rounds, keep_clients=False, compress=compress)
-        return self._setting(network, self.method, config, self.head)
+        return self._setting(network, copy.deepcopy(self.method), config, self.head)
 
-    def search_method(self, network: nn.Module, space: SearchSpace, limit: Limit) -> SearchRounds:
-        """Return the method of the search phase.
-
-        Args:
-            network: the float one.
-            space: what is decided.
-            limit: on the policy.
-        """
-        constraints = budget_of(limit, space).constraints(space)
+    def _search_phase(self, network: nn.Module, quantized: QuantModel) -> Setting:
+        assert self.budget is not None
+        space = self.space(quantized)
+        constraints = budget_of(self.budget, space).constraints(space)
         config = SearchRoundsConfig(
             **self._common(), search=self.phases.search, mixing=MIXING[self.phases.search_method],
             limits={c.name: c.limit for c in constraints},
         )  # fmt: skip
-        return SearchRounds(config, copy.deepcopy(self.method), network, space, constraints)
-
-    def search_phase(self, method: SearchRounds, quantized: QuantModel) -> Setting:
-        """Return the setting of the search phase."""
+        method = SearchRounds(config, copy.deepcopy(self.method), network, space, constraints)
         rounds = self.phases.search_rounds
         return self._quantized_phase(
             method, quantized, rounds=rounds, evaluate_every=rounds, select="last",
             evaluate_absent=False,
         )  # fmt: skip
 
-    def tune_method(
-        self, network: nn.Module, policy: BitwidthPolicy, own: Mapping[int, BitwidthPolicy]
-    ) -> TuneRounds:
-        """Return the method of the tuning phase.
-
-        Args:
-            network: the float one.
-            policy: of the server's model.
-            own: of clients with bits of their own, by number.
-        """
+    def _tune_phase(
+        self, network: nn.Module, quantized: QuantModel, policy: BitwidthPolicy,
+        own: Mapping[int, BitwidthPolicy],
+    ) -> Setting:  # fmt: skip
         config = TuneRoundsConfig(
             **self._common(), policy=policy.to_json(), personal=policies_as_json(own),
             bin_weight=self.phases.bin_weight, bin_warmup=self.phases.bin_warmup,
             bin_reduction=self.phases.bin_reduction,
         )  # fmt: skip
-        return TuneRounds(config, copy.deepcopy(self.method), network, policy, dict(own))
-
-    def tune_phase(self, method: TuneRounds, quantized: QuantModel) -> Setting:
-        """Return the setting of the tuning phase."""
+        method = TuneRounds(config, copy.deepcopy(self.method), network, policy, own)
         rounds = self.phases.tune_rounds
         at = (-(-rounds // 2), -(-3 * rounds // 4))
         return self._quantized_phase(

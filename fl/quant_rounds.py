@@ -169,6 +169,10 @@ class QuantRounds(Wrapper, ABC):
             return Route.SHARE
         return route
 
+    def follows(self, name: str) -> bool:
+        """Name the scales: they are of least squares on the weights."""
+        return QUANTIZER in name
+
     def message_bits(self, network: Network, client: int) -> dict[str, int]:
         """Return nothing: bits are not learned yet."""
         return {}

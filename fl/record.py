@@ -19,7 +19,7 @@ from sdq.checkpoint import load_tensors, save_tensors
 from sdq.errors import RequestError, RunError
 
 Tensors = dict[str, Tensor]
-Kind = Literal["counts", "train", "adapt", "collect"]
+Kind = Literal["counts", "train", "adapt", "collect", "own"]
 
 ANEW = "start in a new folder"
 """What to do about a state that is damaged."""
@@ -57,8 +57,9 @@ class Request:
 
     Args:
         kind: ``counts`` (its class counts, before the first round), ``train``, ``adapt`` (train and
-            evaluate, and forget it) or ``collect`` (its tensors that do not travel otherwise, for
-            the evaluation of the server's model alone).
+            evaluate, and forget it), ``collect`` (its tensors that do not travel otherwise, for
+            the evaluation of the server's model alone) or ``own`` (train and evaluate, and keep the
+            result as a model of its own).
         client: its number.
         round: counted from 0.
         record: what comes with it.
@@ -181,3 +182,12 @@ def misfit(sent: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | 
 def picked(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Tensors:
     """Return copies of some tensors, by name, on the CPU."""
     return {name: tensors[name].detach().to("cpu", copy=True) for name in names}
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors on the CPU and their names, in hexadecimal digits."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

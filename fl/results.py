@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fl.phase_settings import PhaseSettings
 from fl.run import Federated
-from fl.setting import Setting
+from fl.setting import Setting, centred
 from sdq.data import Splits
 from sdq.run_folder import RunFolder, fingerprint
+
+LOGGED = {"float": "federate", "search": "search rounds", "tune": "tune rounds"}
+"""What the log calls a phase; ``search`` there is the course of the bits."""
 
 
 @dataclass(frozen=True)
@@ -17,14 +21,14 @@ class Description:
     """What ``run.json`` says of a network and the data it is for.
 
     Args:
-        setting: of the federation.
+        setting: of the federation; where bits are learned, of all phases.
         model: a name of ``sdq list models``.
         class_names: in the order of the labels.
         reference: where the images are, as ``--data`` has it; None: this side has none.
         splits: the images of that reference.
     """
 
-    setting: Setting
+    setting: Setting | PhaseSettings
     model: str
     class_names: Sequence[str]
     reference: str | None = None
@@ -33,6 +37,7 @@ class Description:
     def to_json(self) -> dict[str, Any]:
         """Return the fields."""
         setting, splits = self.setting, self.splits
+        pixels = setting.normalization or centred(setting.image_shape[0])
         parts = {} if splits is None else {n: getattr(splits, n) for n in ("train", "val", "test")}
         return {
             "request": {
@@ -52,8 +57,8 @@ class Description:
                 "class_names": list(self.class_names),
                 "image_shape": list(setting.image_shape),
                 "num_examples": {n: len(p) for n, p in parts.items() if p is not None},
-                "mean": list(setting.normalization.mean),
-                "std": list(setting.normalization.std),
+                "mean": list(pixels.mean),
+                "std": list(pixels.std),
             },
             "model": {"reference": self.model, "sha256": None},
             "seed": setting.config.seed,
@@ -68,21 +73,31 @@ def open_run(path: Path, description: Description) -> RunFolder:
         RequestError: another federation, or something else, is in the folder; or a process that
             still runs holds it.
     """
-    fields = description.to_json()
+    fields, setting = description.to_json(), description.setting
+    request = fields.pop("request")
+    if isinstance(setting, PhaseSettings):
+        request |= {"rounds": setting.rounds, **setting.identity()}
     resume = (path / "run.json").is_file()
-    run = RunFolder.create(path, fields.pop("request"), resume=resume)
-    run.update(**fields, status="running", server_model=description.setting.method.has_server_model)
+    run = RunFolder.create(path, request, resume=resume)
+    run.update(**fields, status="running", server_model=setting.method.has_server_model)
     return run
 
 
-def log_round(run: RunFolder, summary: Mapping[str, Any], phase: str = "federate") -> None:
-    """Write a round's summary, or what went wrong before the first, to ``log.jsonl``."""
+def log_round(run: RunFolder, summary: Mapping[str, Any]) -> None:
+    """Write a round's summary, or what went wrong before and after them, to ``log.jsonl``.
+
+    Where bits are learned it has a ``phase``.
+    """
+    summary = dict(summary)
+    phase = LOGGED[summary.pop("phase", "float")]
     if "round" in summary:
         record = short(summary)
         now = round(time.time(), 3)
         run.log({"phase": phase, "epoch": record["round"], "time": now, **record})
-    else:
-        run.log({"phase": "counts", "epoch": 0, "failures": summary["counts"]})
+        return
+    for what in ("counts", "own"):
+        if what in summary:
+            run.log({"phase": what, "epoch": 0, "failures": summary[what]})
 
 
 def short(summary: Mapping[str, Any]) -> dict[str, Any]:

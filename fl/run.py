@@ -141,7 +141,7 @@ def run(
         keep: called at the end with each client's own model, if the configuration says
             ``keep_clients``; one that was never evaluated has none.
         quant: then also learn a bitwidth for each layer within ``budget=``, and tune the weights
-            under these bits; see :func:`fl.phases.run`, which takes what ``bits`` has.
+            under these bits; see :func:`fl.phases.learning`, which takes what ``bits`` has.
         bits: ``budget``, ``phases``, ``policy`` and ``personal``.
 
     Returns:
@@ -152,13 +152,13 @@ def run(
         RunError: a round failed.
     """
     if quant is not None:
-        from fl import phases as learning  # only who quantizes waits for Brevitas
+        from fl import phases  # they are rounds of this file's
 
-        return learning.run(
+        return phases.learning(
             model, quant=quant, method=method, clients=clients, num_classes=num_classes,
             config=config, rounds=rounds, test=test, val=val, normalization=normalization,
             augment=augment, head=head, folder=folder, watch=watch, hear=hear, **bits,
-        )  # fmt: skip
+        ).go()  # fmt: skip
     if bits:
         raise RequestError(f"fl.run: {', '.join(bits)} must stand with quant=; give a QuantConfig")
     config = config or FederationConfig()

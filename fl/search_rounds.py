@@ -150,6 +150,8 @@ class SearchRounds(QuantRounds):
     ) -> None:
         super().__init__(config, inner, model)
         self.space, self.constraints = space, list(constraints)
+        self.remembered: frozenset[int] = frozenset()
+        """Clients whose bits, as they last sent them, the server is to keep."""
 
     @property
     def objective(self) -> BitwidthSearch:
@@ -225,6 +227,9 @@ class SearchRounds(QuantRounds):
         ]
         mean = server.mean(sent, weights)
         level = server.memory.tensors[GROUP]["level"]  # a client has no say in it
+        for reply in replies:
+            if reply.client in self.remembered:
+                server.memory.tensors[last_sent(reply.client)] = reply.record.tensors[GROUP]
         self.load_bits_({**mean, "level": level})
         self._decide_(server)
         return found
@@ -258,6 +263,11 @@ class SearchRounds(QuantRounds):
         """Return the log-odds of each unit's candidates, of the server's bits or a client's."""
         self.load_bits_(tensors)
         return self.objective.bits.utilities()
+
+
+def last_sent(client: int) -> str:
+    """Return the group of the server's memory that has a client's own bits."""
+    return f"{GROUP}:{client}"
 
 
 def _count(loader: Any) -> int:

@@ -1,6 +1,5 @@
 """What server and clients of one federation have in common: network, method, configuration."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from fl.config import FederationConfig
 from fl.losses import LossConfig, loss_of
 from fl.method import ClientData, Method, require_head
 from fl.network import Network
-from fl.record import Tensors, picked
+from fl.record import Tensors, digest, picked
 from fl.state import Route, routes
 from fl.supervision import check_client
 from sdq.batches import Augmentation, Batches, Normalization, generator
@@ -105,8 +104,6 @@ class Setting:
         method.extend_(network, generator(config.seed, "extras"))
         network.to(device)
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        channels = image_shape[0]
-        default = Normalization((0.5,) * channels, (0.5,) * channels)
         setting = cls(
             method=method,
             config=config,
@@ -121,7 +118,7 @@ class Setting:
             loss=loss_of(task.name, config.loss, method.loss),
             num_classes=num_classes,
             image_shape=image_shape,
-            normalization=normalization or default,
+            normalization=normalization or centred(image_shape[0]),
             augment=augment,
         )
         composition.check(setting)
@@ -129,18 +126,14 @@ class Setting:
 
     def identity(self) -> dict[str, Any]:
         """Return what server and clients must agree on, as JSON has it."""
-        digest = hashlib.sha256()
-        for name in sorted(self.initial):
-            digest.update(name.encode())
-            bytes_ = self.initial[name].contiguous().flatten().view(torch.uint8)
-            digest.update(bytes_.numpy().tobytes())
+        told = {n: t for n, t in self.initial.items() if not self.method.follows(n)}
         found = {
             "method": [self.method.name, self.method.config.model_dump(mode="json")],
             "config": self.config.model_dump(mode="json"),
             "tensors": {
                 n: [*t.shape, str(t.dtype).removeprefix("torch.")] for n, t in self.initial.items()
             },
-            "initial": digest.hexdigest(),
+            "initial": digest(told),
             "task": self.task.name,
             "classes": self.num_classes,
             "pixels": [list(self.normalization.mean), list(self.normalization.std)],
@@ -197,3 +190,8 @@ class Setting:
     def test_batches(self, images: ImageSet) -> Batches:
         """Return images for evaluation."""
         return Batches(images, self.normalization, batch_size=max(self.config.batch_size, 64))
+
+
+def centred(channels: int) -> Normalization:
+    """Return what maps pixels to -1..1, which tells nobody anything of the images."""
+    return Normalization((0.5,) * channels, (0.5,) * channels)

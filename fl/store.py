@@ -89,6 +89,11 @@ class ByRound:
         earlier = [path for number, path in self._files() if number < round]
         return load(earlier[-1]) if earlier else None
 
+    def last(self) -> Record | None:
+        """Return the newest record, or None."""
+        files = self._files()
+        return load(files[-1][1]) if files else None
+
     def put(self, record: Record, round: int) -> None:
         """Keep the record of a round."""
         save(self.folder / f"{round:06d}.safetensors", record)

@@ -146,6 +146,10 @@ class Wrapper(Method):
         """Return the inner route."""
         return self.inner.route(name, network)
 
+    def follows(self, name: str) -> bool:
+        """Ask the inner method."""
+        return self.inner.follows(name)
+
     def views(self, side: Side) -> dict[str, View]:
         """Return the inner views."""
         return self.inner.views(side)

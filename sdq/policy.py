@@ -126,6 +126,15 @@ class BitwidthPolicy:
         """Bytes of all weights at their own bits (information, without padding or scales)."""
         return sum(layer.total_weight_bits for layer in self.layers) / 8
 
+    def figures(self) -> dict[str, Any]:
+        """Return what ``metrics.json`` says of it."""
+        return {
+            "avg_weight_bits": self.avg_weight_bits,
+            "avg_weight_bits_all": self.avg_weight_bits_all,
+            "weight_bytes": self.weight_bytes,
+            "float_layers": [bits.name for bits in self if bits.weight_bits == FLOAT_BITS],
+        }
+
     def with_weight_bits(self, bits: Mapping[str, int]) -> "BitwidthPolicy":
         """Return a policy in which the named layers have these weight bits.
 

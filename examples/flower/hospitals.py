@@ -16,16 +16,20 @@ import torch
 
 import fl
 from fl.apps import Federation, Hospital, Values, client_app, server_app
+from fl.bits import ClientBudget, PhasesConfig
 from fl.clients import Partition, clients_of
+from fl.phase_settings import PhaseSettings
 from fl.results import Description, open_run
 from fl.setting import Setting
 from sdq import plugins
 from sdq.batches import generator
+from sdq.config import QuantConfig
+from sdq.cost import Budget
 from sdq.data import DataOptions, open_data
 
 
-def open_setting(config: Values) -> Setting:
-    """Return what server and hospitals have in common."""
+def open_setting(config: Values) -> Setting | PhaseSettings:
+    """Return what server and hospitals have in common; with ``bits`` that of all phases."""
     channels, height, width = (int(side) for side in str(config["image-shape"]).split(","))
     seed, classes = int(config["seed"]), int(config["classes"])
     with torch.random.fork_rng():
@@ -33,17 +37,29 @@ def open_setting(config: Values) -> Setting:
         build = plugins.load("sdq.models", config["model"]).build
         offered = {"num_classes": classes, "in_channels": channels, "image_size": height}
         model = plugins.call_with_known(build, **offered)
-    return Setting.of(
-        model,
-        fl.method(config["method"], **json.loads(config["hyper"])),
-        fl.FederationConfig(
-            rounds=config["rounds"], local_epochs=config["local-epochs"], lr=config["lr"],
-            batch_size=config["batch-size"], participation=config["participation"],
-            keep_clients=bool(config["keep-clients"]), seed=seed,
-        ),
-        num_classes=classes,
-        image_shape=(channels, height, width),
+    method = fl.method(config["method"], **json.loads(config["hyper"]))
+    federation = fl.FederationConfig(
+        rounds=config["rounds"], local_epochs=config["local-epochs"], lr=config["lr"],
+        batch_size=config["batch-size"], participation=config["participation"],
+        keep_clients=bool(config["keep-clients"]), seed=seed,
     )  # fmt: skip
+    shape = (channels, height, width)
+    if not config["bits"]:
+        return Setting.of(model, method, federation, num_classes=classes, image_shape=shape)
+    return PhaseSettings(
+        model=model, quant=QuantConfig(act_bits=int(config["act-bits"])),
+        budget=Budget(avg_weight_bits=float(config["bits"])), method=method, num_classes=classes,
+        image_shape=shape, config=federation,
+        phases=PhasesConfig(
+            search_rounds=int(config["search-rounds"]), tune_rounds=int(config["tune-rounds"])
+        ),
+    )  # fmt: skip
+
+
+def budgets(config: Values) -> dict[int, ClientBudget]:
+    """Return the budgets of hospitals that have their own."""
+    asked = [part.split(":") for part in str(config["client-bits"]).split(",") if part]
+    return {int(k): ClientBudget(Budget(avg_weight_bits=float(bits))) for k, bits in asked}
 
 
 def open_federation(config: Values) -> Federation:
@@ -54,8 +70,9 @@ def open_federation(config: Values) -> Federation:
         names = [f"class {number}" for number in range(setting.num_classes)]
         run = open_run(Path(config["out"]), Description(setting, config["model"], names))
     return Federation(
-        setting, int(config["clients"]), round_seconds=float(config["round-seconds"]), run=run
-    )
+        setting, int(config["clients"]), round_seconds=float(config["round-seconds"]), run=run,
+        personal=budgets(config),
+    )  # fmt: skip
 
 
 def open_hospital(number: int, config: Values, node: Values) -> Hospital:

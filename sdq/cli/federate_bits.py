@@ -1,22 +1,20 @@
 """``sdq federate --bits``: what is asked of the bits, and what the run then writes."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-import fl
 import hw
 from export.preparation import check_prepared
-from fl.bits import MIXING, ClientBudget, FederatedBits, PersonalModel, PhasesConfig
+from fl.bits import MIXING, ClientBudget, FederatedBits, PhasesConfig
 from fl.evaluation import primary
 from fl.method import ClientData
-from fl.phases import Learning
-from sdq.apply_policy import apply_policy_
+from fl.phase_settings import PhaseSettings
+from fl.phases import Learning, learning
+from fl.quant_results import of_phases, write_course, write_model, write_own
 from sdq.cli import inputs as inp
 from sdq.cli import options
 from sdq.cli.device import DeviceRequest, layers_on_target
@@ -25,8 +23,8 @@ from sdq.cli.quantize import Source, measure, sizes
 from sdq.cost import Budget
 from sdq.errors import RequestError
 from sdq.policy import FLOAT_BITS, BitwidthPolicy
-from sdq.quant_model import QuantModel, quantize
-from sdq.run_folder import SCHEMA, RunFolder, versions
+from sdq.quant_model import quantize
+from sdq.run_folder import RunFolder
 from sdq.search_space import SearchSpace, Unit
 
 BUDGETS = ("bits", "weight_kb", "bops_g")
@@ -168,7 +166,7 @@ def prepare(network: nn.Module, inputs: inp.Inputs, request: BitsRequest) -> Bit
     return replace(request, plan=plan)
 
 
-def learning(
+def learning_of_request(
     network: nn.Module, clients: list[ClientData], request: BitsRequest, **common: Any
 ) -> Learning:
     """Return the federation that learns bits.
@@ -177,90 +175,47 @@ def learning(
         network: what it starts from.
         clients: their images.
         request: what was asked of the bits.
-        common: of every federation, as :class:`fl.phases.Learning` names it.
+        common: of every federation, as :func:`fl.phases.learning` names it.
     """
     plan = request.plan
     policy = BitwidthPolicy.load(Path(plan.given_policy)) if plan.given_policy else None
     personal = client_limits(request.targets, clients)
-    return Learning(
-        model=network, quant=plan.quant, clients=clients, phases=request.phases, policy=policy,
+    return learning(
+        network, quant=plan.quant, clients=clients, phases=request.phases, policy=policy,
         budget=plan.limits.budget if plan.limits is not None else None,
         personal={k: client_budget(limits) for k, limits in personal.items()}, **common,
     )  # fmt: skip
 
 
 def write(
-    run: RunFolder, network: nn.Module, inputs: inp.Inputs, done: FederatedBits,
+    run: RunFolder, settings: PhaseSettings, inputs: inp.Inputs, done: FederatedBits,
     names: list[str], of_client: Callable[[int], tuple[Path, dict[str, Any]]],
 ) -> dict[str, Any]:  # fmt: skip
     """Write what came of the bits, for all and for clients of their own; return the metrics.
 
     Args:
         run: of the method.
-        network: of the right structure.
+        settings: of the federation.
         inputs: with the images that the server's model is measured on.
         done: the result.
         names: of the clients.
         of_client: the folder of a client's own model, and what its ``run.json`` says.
     """
-    network = copy.deepcopy(network).cpu()
-    network.load_state_dict(done.float_state)
-    qmodel = _loaded(network, inputs, done.quant, done.policy, done.state)
-    _write_model(run, qmodel, done.float_state)
-    for number, record in enumerate(done.course):
-        run.log({"phase": "search", "epoch": number + 1, **record})
-    source = Source(network, {}, inputs)
+    qmodel = settings.tuned(done.float_state, done.policy, done.state)
+    write_model(run, qmodel, done.float_state)
+    write_course(run, done)
+    source = Source(settings.network(done.float_state).cpu(), {}, inputs)
     measured = (inputs.splits.test or inputs.splits.val) is not None
     metrics = measure(qmodel, source, run) if measured else sizes(qmodel)
-    metrics["phases"] = {
-        name: {"rounds": len(part.history), "bytes_up": part.bytes_up,
-               "bytes_down": part.bytes_down, **_generalization(part)}
-        for name, part in done.phases.items()
-    }  # fmt: skip
+    metrics["phases"] = of_phases(done)
     metrics["clients"] = {}
     for client, model in done.personal.items():
         folder, described = of_client(client)
-        qmodel = _loaded(network, inputs, done.quant, model.policy, model.state)
-        found = _write_client(folder, described, qmodel, model, done.float_state)
+        qmodel = settings.tuned(done.float_state, model.policy, model.state)
+        tested = model.evaluation.get("test")
+        found = write_own(
+            folder, described, qmodel, done.float_state, sizes(qmodel),
+            None if tested is None else primary(tested),
+        )  # fmt: skip
         metrics["clients"][names[client]] = {"folder": f"clients/{folder.name}", **found}
     return metrics
-
-
-def _generalization(part: fl.Federated) -> dict[str, Any]:
-    return {"generalization": part.generalization} if part.generalization else {}
-
-
-def _write_client(
-    folder: Path, described: dict[str, Any], qmodel: QuantModel, model: PersonalModel,
-    float_state: dict[str, torch.Tensor],
-) -> dict[str, Any]:  # fmt: skip
-    """Write a client's own model as a run folder; return its metrics."""
-    folder.mkdir(parents=True, exist_ok=True)
-    own = RunFolder(folder)
-    begun = {"schema": SCHEMA, "status": "running", "versions": versions()}
-    own.write_json("run.json", begun | described)
-    _write_model(own, qmodel, float_state)
-    metrics: dict[str, Any] = sizes(qmodel)
-    if "test" in model.evaluation:
-        metrics["quantized"] = primary(model.evaluation["test"])
-    own.write_json("metrics.json", metrics)
-    own.update(status="done")
-    return metrics
-
-
-def _loaded(
-    network: nn.Module, inputs: inp.Inputs, quant: Any, policy: BitwidthPolicy,
-    state: dict[str, torch.Tensor],
-) -> QuantModel:  # fmt: skip
-    qmodel = quantize(network, quant, sample=inputs.sample)
-    apply_policy_(qmodel, policy)
-    qmodel.load_state_dict(state)
-    return qmodel
-
-
-def _write_model(run: RunFolder, qmodel: QuantModel, float_state: dict[str, torch.Tensor]) -> None:
-    run.update(quant=qmodel.config.model_dump())
-    run.write_tensors("float.safetensors", float_state)
-    run.write_tensors("model.safetensors", qmodel.state_dict())
-    run.write_policy(qmodel.policy)
-    run.write_layers(qmodel.layers)

@@ -10,9 +10,6 @@ from fl.record import Failure, Kind, Reply
 from fl.results import log_round
 from sdq.run_folder import RunFolder
 
-LOGGED = {"float": "federate", "search": "search rounds", "tune": "tune rounds"}
-"""What the log calls a phase; ``search`` there is the course of the bits."""
-
 DOING = {"counts": "counting", "train": "training", "adapt": "adapting", "collect": "collecting"}
 
 
@@ -80,10 +77,10 @@ class FederationWatch:
 
         Where bits are learned it has a ``phase``, and each phase a bar that begins anew.
         """
-        phase = summary.pop("phase", "float")
-        log_round(self.run, summary, LOGGED[phase])
+        log_round(self.run, summary)
         if "round" not in summary:
             return
+        phase = summary.get("phase", "float")
         if phase != self.phase:
             self.phase = phase
             self.progress.reset(

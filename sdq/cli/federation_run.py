@@ -21,7 +21,7 @@ from fl.supervision import check_federation
 from sdq.cli import inputs as inp
 from sdq.cli import options
 from sdq.cli.clients import describe_clients, folder_names
-from sdq.cli.federate_bits import BitsRequest, learning, write
+from sdq.cli.federate_bits import BitsRequest, learning_of_request, write
 from sdq.cli.federation_progress import FederationWatch
 from sdq.cli.plotting import draw_plots
 from sdq.cli.report import write_report
@@ -71,7 +71,7 @@ class Federation:
     def learning(self, method: Method, **watching: Any) -> Learning:
         """Return the federation as one that learns bits."""
         assert self.bits is not None
-        return learning(
+        return learning_of_request(
             self.network, self.clients, self.bits, method=method, num_classes=self.classes,
             config=self.config, rounds=self.float_rounds, normalization=self.inputs.normalization,
             augment=self.inputs.train.augment, head=self.head, **watching,
@@ -142,12 +142,13 @@ def _run_one(run: RunFolder, method: Method, federation: Federation) -> dict[str
     )  # fmt: skip
     folder = run.path / "checkpoints"
     if federation.bits is not None:
+        learning = federation.learning(
+            method, folder=folder, watch=watch.round, hear=watch.answer
+        )  # fmt: skip
         with watch:
-            learned = federation.learning(
-                method, folder=folder, watch=watch.round, hear=watch.answer
-            ).go()
+            learned = learning.go()
         of_client = _of_client(run, arranged, federation)
-        metrics = write(run, federation.network, inputs, learned, names, of_client)
+        metrics = write(run, learning.settings, inputs, learned, names, of_client)
         metrics = {**metrics, **results.metrics(learned, measured)}
         run.write_json("metrics.json", metrics)
         run.update(status="done")

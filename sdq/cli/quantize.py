@@ -241,13 +241,7 @@ def measure(qmodel: QuantModel, source: Source, run: RunFolder) -> dict[str, Any
 def sizes(qmodel: QuantModel) -> dict[str, Any]:
     """Return the figures of ``metrics.json`` that need no images."""
     policy = qmodel.policy
-    return {
-        "avg_weight_bits": policy.avg_weight_bits,
-        "avg_weight_bits_all": policy.avg_weight_bits_all,
-        "weight_bytes": policy.weight_bytes,
-        "bops": hw.total_bops(qmodel.layers, policy),
-        "float_layers": [bits.name for bits in policy if bits.weight_bits == FLOAT_BITS],
-    }
+    return {**policy.figures(), "bops": hw.total_bops(qmodel.layers, policy)}
 
 
 def rows(metrics: dict[str, Any], float_bytes: float) -> list[dict[str, object]]:

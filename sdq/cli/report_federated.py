@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+from fl.results import LOGGED
 from sdq.cli import inputs as inp
-from sdq.cli.federation_progress import LOGGED
 from sdq.cli.report_quantized import Material, single_page
 from sdq.cli.run_networks import method_folders
 from sdq.report import federated as fed

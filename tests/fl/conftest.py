@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import fl
+from fl.phase_settings import PhaseSettings
 from fl.setting import Setting
 from sdq.data import DataOptions, open_data
 
@@ -54,7 +55,8 @@ class Deployment:
             "method": "ditto", "model": "mlp", "classes": 3, "image-shape": "1,8,8",
             "clients": hospitals, "rounds": 2, "batch-size": 8, "round-seconds": 300,
             "hyper": "{}", "local-epochs": 1, "lr": 0.001, "participation": 1.0, "seed": 0,
-            "keep-clients": True, **config,
+            "keep-clients": True, "bits": 0.0, "act-bits": 4, "search-rounds": 1, "tune-rounds": 1,
+            "client-bits": "", **config,
         }  # fmt: skip
         self.env = {**os.environ, **QUIET, "FLWR_HOME": str(home / "flwr"), "OMP_NUM_THREADS": "1"}
         # subprocesses of Flower must find its commands, and this source tree
@@ -199,8 +201,8 @@ class Deployment:
         path = self.home / "out" / "run.json"
         return path.exists() and json.loads(path.read_text())["status"] == "done"
 
-    def setting(self) -> Setting:
-        found: Setting = load_example().open_setting(self.config)
+    def setting(self) -> Setting | PhaseSettings:
+        found: Setting | PhaseSettings = load_example().open_setting(self.config)
         return found
 
     def clients(self) -> list[fl.ClientData]:

@@ -26,8 +26,9 @@ pytest.importorskip("flwr")
 from flwr.app import Message
 from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 
-from fl import apps
+from fl import apps, node
 from fl.grid import InProcessGrid, run_apps
+from fl.messages import packed, unpacked
 
 Clients = Callable[..., list[fl.ClientData]]
 Make = Callable[..., nn.Module]
@@ -124,7 +125,7 @@ def test_a_record_survives_a_message() -> None:
         "empty": {},
     }
     record = Record(tensors, {"a": [1, 0.1], "b": None, "c": {"d": "é"}})
-    found = apps.unpacked(apps.packed(record))
+    found = unpacked(packed(record))
     assert found.values == record.values
     assert list(found.tensors) == list(tensors)
     for group, expected in tensors.items():
@@ -159,7 +160,7 @@ def test_a_node_that_dies_in_mid_round_is_named(tiny: Make, hospitals: Clients) 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"lr": 0.5}, "config must be the server's"),
+        ({"lr": 0.5}, "config.lr must be the server's 0.005, got 0.5; give both the same"),
         ({"net": 1}, "the first weights must be the server's; give both the same"),
         ({"method": "fedavg"}, "method must be the server's ['fedper'"),
     ],
@@ -181,13 +182,13 @@ def test_nodes_that_disagree_are_named(
 def test_another_version_is_named(
     tiny: Make, hospitals: Clients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = apps.identity
+    real = node.identity
 
     def older(found: Setting) -> dict[str, Any]:
         return real(found) | ({"sdq": "0.0.1"} if found is case.of_client[0] else {})
 
     case = Case(tiny, hospitals(), participation=1.0)
-    monkeypatch.setattr(apps, "identity", older)
+    monkeypatch.setattr(node, "identity", older)
     found = failures(case.run())
     assert found[0][0] == 0
     assert "the version of sdq must be the server's '" in found[0][1]

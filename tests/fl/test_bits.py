@@ -13,9 +13,9 @@ import fl
 from fl.bits import ClientBudget, FederatedBits, PhasesConfig
 from fl.compression import CompressionConfig
 from fl.evaluation import primary
-from fl.phases import Learning
+from fl.opening import Opening
+from fl.phases import learning
 from fl.quant_network import float_name
-from fl.store import Store
 from sdq import plugins
 from sdq.apply_policy import apply_policy_
 from sdq.config import QuantConfig, SearchConfig
@@ -152,12 +152,12 @@ def test_bits_of_the_policy_count_once_there_is_one(tiny: Make, hospitals: Clien
 
 def test_decays_of_the_float_phase_are_its_own(tiny: Make, hospitals: Clients) -> None:
     """Tuned for eight rounds the rate falls at the fourth and the sixth, to 0.3 and 0.09."""
-    learning = Learning(
-        tiny(), QUANT, Budget(avg_weight_bits=3.0), fl.method("fedavg"), hospitals(), 3,
-        QUICK.replaced(lr=1.0, lr_decay=0.5, lr_decay_rounds=(1,), lr_decay_every=3), 4,
-        PHASES.replaced(tune_rounds=8),
+    config = QUICK.replaced(lr=1.0, lr_decay=0.5, lr_decay_rounds=(1,), lr_decay_every=3)
+    found = learning(
+        tiny(), quant=QUANT, budget=Budget(avg_weight_bits=3.0), clients=hospitals(),
+        num_classes=3, config=config, rounds=4, phases=PHASES.replaced(tune_rounds=8),
     )  # fmt: skip
-    rates = {n: [s.config.lr_in(r) for r in range(8)] for n, s in learning.check().items()}
+    rates = {n: [s.config.lr_in(r) for r in range(8)] for n, s in found.check().items()}
     assert rates["float"][:4] == [1.0, 0.5, 0.5, 0.25]
     assert set(rates["search"]) == {1.0}
     assert rates["tune"] == pytest.approx([1.0] * 4 + [0.3] * 2 + [0.09] * 2)
@@ -199,19 +199,15 @@ def test_bin_regularization_acts_after_its_share_of_the_rounds(
 
 
 def test_what_clients_kept_in_float_they_go_on_with(tiny: Make, hospitals: Clients) -> None:
-    learning = Learning(
-        tiny(), QUANT, Budget(avg_weight_bits=3.0), fl.method("fedper"), hospitals(), 3, QUICK,
-        None, PHASES,
+    going = learning(
+        tiny(), quant=QUANT, budget=Budget(avg_weight_bits=3.0), method="fedper",
+        clients=hospitals(), num_classes=3, config=QUICK, phases=PHASES,
     )  # fmt: skip
-    learning._float()
-    kept = learning.done["float"].rounds.transport.store[1].model
-    network = learning._float()
-    qmodel = learning.settings.quantized(network)
-    space = learning.settings.space(qmodel)
-    method = learning.settings.search_method(network, space, Budget(avg_weight_bits=3.0))
-    setting = learning.settings.search_phase(method, qmodel)
-    store = Store()
-    learning._carry_over_(setting, store)
+    network = going._float()
+    kept = going.done["float"].rounds.transport.store[1].model
+    opening = Opening("search", network)
+    setting = going.settings.setting(opening)
+    store = going.sites.open(opening, setting, None).store
     name = "model.net.head.weight"
     assert float_name(name, setting.network) == "model.head.weight"
     assert torch.equal(store[1].model[name], kept["model.head.weight"])

@@ -12,12 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 import fl
+from fl.bits import ClientBudget, FederatedBits
 from fl.record import Failure, Reply, Request
 from fl.run import InProcess, run_over
 from fl.store import Store
+from sdq.cost import Budget
 from sdq.run_folder import RunFolder
 
 pytest.importorskip("flwr")
+
+PATIENCE = 900
+"""Seconds beyond those of a run of few rounds."""
 
 Deploy = Callable[..., Any]  # of conftest.Deployment
 EXAMPLE = Path(__file__).parents[2] / "examples" / "flower"
@@ -45,13 +50,18 @@ def in_process(deployment: Any, died: Mapping[int, int] | None = None) -> fl.Fed
     return run_over(setting, transport, len(clients))
 
 
+def check_close(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Compare two states; every process computes with one thread, machines may reorder sums."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, rtol=1e-5, atol=1e-7), name
+
+
 def check_same(deployment: Any, expected: fl.Federated) -> None:
     """Compare the server's run folder, and the hospitals', with a result."""
     found = load_file(deployment.home / "out" / "model.safetensors")
     assert found.keys() == expected.state.keys()
-    for name, tensor in expected.state.items():
-        # every process computes with one thread; between machines sums may be reordered
-        assert torch.allclose(found[name], tensor, rtol=1e-5, atol=1e-7), name
+    check_close(found, expected.state)
     metrics = json.loads((deployment.home / "out" / "metrics.json").read_text())
     assert expected.specialization is not None
     assert metrics["specialization"]["clients"] == expected.specialization["clients"]
@@ -145,6 +155,45 @@ def test_without_tls_it_runs_on_one_machine(deploy: Deploy) -> None:
     check_same(deployed, in_process(deployed))
 
 
+@pytest.mark.slow
+def test_bits_are_learned_between_nodes(deploy: Deploy) -> None:
+    """The superlink is killed in the search; what came of it leaves as a file that runs."""
+    deployed = deploy(
+        secure=False, hospitals=2, method="fedper", rounds=1, bits=3.0,
+        **{"search-rounds": 2, "client-bits": "1:2.0"},
+    )  # fmt: skip
+    deployed.deadline += PATIENCE  # three phases have many messages
+    deployed.start_all(keep_up=True)
+    deployed.run()
+    deployed.wait("search", lambda: deployed.rounds() == 2)
+    deployed.kill("link")
+    deployed.start_link()
+    deployed.run()
+    deployed.wait("end", deployed.done)
+    shared = deployed.setting()
+    budget = ClientBudget(Budget(avg_weight_bits=2.0))
+    expected = fl.run(
+        shared.model, quant=shared.quant, budget=shared.budget, method=shared.method,
+        clients=deployed.clients(), num_classes=3, config=shared.config, phases=shared.phases,
+        personal={1: budget}, test=[], val=[],
+    )  # fmt: skip
+    assert isinstance(expected, FederatedBits)
+    server = RunFolder.open(deployed.home / "out")
+    assert server.read_policy() == expected.policy
+    check_close(server.read_tensors("model.safetensors"), expected.state)
+    for number in (0, 1):
+        (own,) = deployed.home.glob(f"kept/*/{number}/model")
+        assert RunFolder.open(own).read_policy() == expected.personal[number].policy
+        check_close(load_file(own / "model.safetensors"), expected.personal[number].state)
+    assert server.read_json("metrics.json")["clients"]["client 1"]["avg_weight_bits"] <= 2.0
+    sdq = [sys.executable, "-m", "sdq.cli.main"]
+    for folder in (server.path, own):
+        images = str(deployed.home / "1.npz")
+        words = ["evaluate", str(folder), "--data", images, "--quiet", "--json"]
+        told = json.loads(deployed.call(*sdq, *words))
+        assert told["quantized"]["num_examples"] == 12
+
+
 SIMULATED = """
 import json, sys
 import hospitals
@@ -182,6 +231,4 @@ def test_flowers_simulation_gives_the_same_model(deploy: Deploy) -> None:
     config = json.dumps({**deployed.config, "out": str(deployed.home / "out")})
     deployed.call(sys.executable, str(script), config, str(deployed.home))
     expected = in_process(deployed)
-    found = load_file(deployed.home / "out" / "model.safetensors")
-    for name, tensor in expected.state.items():
-        assert torch.allclose(found[name], tensor, rtol=1e-5, atol=1e-7), name
+    check_close(load_file(deployed.home / "out" / "model.safetensors"), expected.state)

@@ -1,0 +1,160 @@
+"""A client on a node of its own: what it answers to one message, from what it remembers.
+
+It keeps nothing in the process: Flower may start a new one for each message.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from flwr.app import Context
+
+from fl.client import try_answer
+from fl.grid_transport import NETWORK, identity
+from fl.method import ClientData
+from fl.node_memory import NodeMemory
+from fl.opening import Opening, carried, check_masks_known, data_of
+from fl.personal import Personal
+from fl.phase_settings import PhaseSettings
+from fl.quant_results import write_own
+from fl.record import Failure, Kind, Record, Reply, Request, Tensors, digest, picked
+from fl.setting import Setting
+from sdq.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Hospital:
+    """What a client needs: the same setting, its own images, and where it keeps what it learned.
+
+    ``folder=None`` keeps it in Flower's context: in memory, for as long as the run lasts. With a
+    folder a federation can be taken up again in another run.
+
+    ``described`` is what ``run.json`` says of data and network
+    (:meth:`fl.results.Description.to_json`). Where the federation says ``keep_clients``, or the
+    client has a budget of its own, a client that has it and a folder writes its own model as a run
+    folder, ``FEDERATION/NUMBER/model``.
+    """
+
+    setting: Setting | PhaseSettings
+    data: ClientData
+    folder: Path | None = None
+    described: Mapping[str, Any] | None = None
+
+
+def answered(kind: str, client: int, hospital: Hospital, asked: Record, context: Context) -> Record:
+    """Return a client's answer to a message.
+
+    Args:
+        kind: of the message.
+        client: its number.
+        hospital: what it has.
+        asked: what came.
+        context: Flower's, which may be changed.
+
+    Raises:
+        RequestError: server and node are of different federations.
+    """
+    memory = NodeMemory(hospital.folder, context, str(asked.values.pop("federation")), client)
+    phase = asked.values.pop("phase", None)
+    setting = hospital.setting
+    if isinstance(setting, PhaseSettings):
+        if phase is None:
+            raise RequestError(
+                f"client {client}: bits must be learned by all or by none, got a server that "
+                "learns none; give both the same settings"
+            )
+        return _Learner(client, hospital, setting, memory).answered(kind, phase, asked)
+    if kind == "hello":
+        return Record({}, {"client": client, "identity": identity(setting)})
+    request = _request(kind, client, asked)
+    kept = memory.before(request.round)
+    answer, keeps = try_answer(setting, hospital.data, request, kept)
+    if keeps is not None:
+        memory.write(keeps, request.round)
+        own = Personal.taken(keeps)
+        if own is not None and hospital.described is not None and memory.folder is not None:
+            own.write(memory.folder / "model", hospital.described)
+    return _said(answer)
+
+
+def _request(kind: str, client: int, asked: Record) -> Request:
+    return Request(cast(Kind, kind), client, int(asked.values.pop("round")), asked)
+
+
+def _said(answer: Reply | Failure) -> Record:
+    if isinstance(answer, Failure):
+        return Record({}, {"failure": answer.reason})
+    return answer.record
+
+
+@dataclass(frozen=True)
+class _Learner:
+    """A client of a federation that learns bits."""
+
+    client: int
+    hospital: Hospital
+    settings: PhaseSettings
+    memory: NodeMemory
+
+    def answered(self, kind: str, phase: str, asked: Record) -> Record:
+        if kind == "hello":
+            return self._greeted({**asked.values, "phase": phase}, asked.tensors.get(NETWORK))
+        told = self.memory.opening()
+        network = None if told is None else self._network(told["network"])
+        if told is None or told["phase"] != phase or network is None:
+            # a node without a folder that ended and is back under the same name
+            why = f"the node does not remember how the phase {phase} began, and is told again"
+            return Record({}, {"failure": why, "unmet": True})
+        return self._asked(Opening.of(told, network), _request(kind, self.client, asked))
+
+    def _greeted(self, told: dict[str, Any], network: Tensors | None) -> Record:
+        """Take up a phase; say what this node takes the federation to be."""
+        check_masks_known(self.hospital.data)
+        if network is not None:
+            self.memory.put_network(network)
+        known = self._network(told["network"])
+        agreed = self.settings.identity()
+        said = {"client": self.client, "sent": bool(self.memory.network())}
+        if known is None:
+            return Record({}, {**said, "identity": agreed, "lacks": True})
+        setting = self.settings.setting(Opening.of(told, known))
+        self.memory.open(told)
+        return Record({}, {**said, "identity": {**agreed, **identity(setting)}})
+
+    def _network(self, wanted: str) -> Tensors | None:
+        """Return the float model with this digest, if the node has it; "" is the first weights'."""
+        if not wanted:
+            return {}
+        first = self.settings.model.state_dict()
+        for known in (self.memory.network(), picked(first, first)):
+            if known and digest(known) == wanted:
+                return known
+        return None
+
+    def _asked(self, opening: Opening, request: Request) -> Record:
+        phase, memory = opening.phase, self.memory
+        setting = self.settings.setting(opening)
+        kept = memory.before(request.round, phase)
+        if kept is None and phase != "float":
+            kept = carried(memory.last("float"), setting)
+        data = data_of(self.hospital.data, phase)
+        answer, keeps = try_answer(setting, data, request, kept)
+        if keeps is not None and request.kind == "own":
+            self._write(opening, keeps)
+        elif keeps is not None:
+            memory.write(keeps, request.round, phase)
+        return _said(answer)
+
+    def _write(self, opening: Opening, keeps: Record) -> None:
+        """Write the client's own model as a run folder, if there is a place."""
+        own, described = Personal.taken(keeps), self.hospital.described
+        if own is None or described is None or self.memory.folder is None:
+            return
+        assert opening.policy is not None
+        policy = opening.own.get(self.client, opening.policy)
+        qmodel = self.settings.tuned(opening.network, policy, own.state)
+        write_own(
+            self.memory.folder / "model", described, qmodel, opening.network, policy.figures(),
+            own.evaluation.get("test"),
+        )  # fmt: skip
