@@ -169,9 +169,9 @@ class Learning:
             check_search(quantized, budget_of(budget, space), phases.search, phases.search_method)
         for client, asked in self.personal.items():
             PersonalProblem.of(client, asked, space).check()
-        return self._settings(quantized.policy)
+        return self._settings(quantized.policy, searches=settings.learns and bool(space.units))
 
-    def _settings(self, widest: BitwidthPolicy) -> dict[str, Setting]:
+    def _settings(self, widest: BitwidthPolicy, *, searches: bool) -> dict[str, Setting]:
         settings, found = self.settings, {}
         if settings.rounds != 0:
             found["float"] = settings.setting(Opening("float"))
@@ -180,7 +180,7 @@ class Learning:
                     "quant.batch_norm: must not be fold where clients keep tensors of their own, "
                     f"as with {settings.method.name}; use freeze or train"
                 )
-        if settings.learns:
+        if searches:
             found["search"] = settings.setting(Opening("search"))
         policy = widest if settings.policy is None else settings.policy
         return found | {"tune": settings.setting(Opening("tune", policy=policy))}

@@ -184,6 +184,14 @@ def test_without_data_and_without_rounds_in_float(tiny: Make, hospitals: Clients
     assert all(torch.equal(t, found.float_state[n]) for n, t in net.state_dict().items())
 
 
+def test_nothing_to_search(hospitals: Clients) -> None:
+    """Both layers are first and last, with bits that are given: there are no rounds of search."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    found = go(net, hospitals(), quant=QuantConfig())
+    assert [b.weight_bits for b in found.policy] == [8, 8]
+    assert set(found.phases) == {"float", "tune"}
+
+
 def test_bin_regularization_acts_after_its_share_of_the_rounds(
     tiny: Make, hospitals: Clients
 ) -> None:
