@@ -21,9 +21,6 @@ from sdq.run_folder import RunFolder
 
 pytest.importorskip("flwr")
 
-PATIENCE = 900
-"""Seconds beyond those of a run of few rounds."""
-
 Deploy = Callable[..., Any]  # of conftest.Deployment
 EXAMPLE = Path(__file__).parents[2] / "examples" / "flower"
 
@@ -162,7 +159,7 @@ def test_bits_are_learned_between_nodes(deploy: Deploy) -> None:
         secure=False, hospitals=2, method="fedper", rounds=1, bits=3.0,
         **{"search-rounds": 2, "client-bits": "1:2.0"},
     )  # fmt: skip
-    deployed.deadline += PATIENCE  # three phases have many messages
+    deployed.deadline += 900  # three phases have many messages
     deployed.start_all(keep_up=True)
     deployed.run()
     deployed.wait("search", lambda: deployed.rounds() == 2)
