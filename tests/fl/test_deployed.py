@@ -152,6 +152,20 @@ def test_without_tls_it_runs_on_one_machine(deploy: Deploy) -> None:
     check_same(deployed, in_process(deployed))
 
 
+def learned_in_process(
+    deployed: Any, personal: dict[int, ClientBudget] | None = None
+) -> FederatedBits:
+    """Return the same federation with bits, without Flower."""
+    shared = deployed.setting()
+    found = fl.run(
+        shared.model, quant=shared.quant, budget=shared.budget, method=shared.method,
+        clients=deployed.clients(), num_classes=3, config=shared.config, phases=shared.phases,
+        personal=personal, test=[], val=[],
+    )  # fmt: skip
+    assert isinstance(found, FederatedBits)
+    return found
+
+
 @pytest.mark.slow
 def test_bits_are_learned_between_nodes(deploy: Deploy) -> None:
     """The superlink is killed in the search; what came of it leaves as a file that runs."""
@@ -167,14 +181,7 @@ def test_bits_are_learned_between_nodes(deploy: Deploy) -> None:
     deployed.start_link()
     deployed.run()
     deployed.wait("end", deployed.done)
-    shared = deployed.setting()
-    budget = ClientBudget(Budget(avg_weight_bits=2.0))
-    expected = fl.run(
-        shared.model, quant=shared.quant, budget=shared.budget, method=shared.method,
-        clients=deployed.clients(), num_classes=3, config=shared.config, phases=shared.phases,
-        personal={1: budget}, test=[], val=[],
-    )  # fmt: skip
-    assert isinstance(expected, FederatedBits)
+    expected = learned_in_process(deployed, {1: ClientBudget(Budget(avg_weight_bits=2.0))})
     server = RunFolder.open(deployed.home / "out")
     assert server.read_policy() == expected.policy
     check_close(server.read_tensors("model.safetensors"), expected.state)
@@ -218,14 +225,18 @@ run_simulation(
 
 
 @pytest.mark.slow
-def test_flowers_simulation_gives_the_same_model(deploy: Deploy) -> None:
+@pytest.mark.parametrize("bits", [None, 3.0])
+def test_flowers_simulation_gives_the_same_model(bits: float | None, deploy: Deploy) -> None:
     pytest.importorskip("ray")
-    deployed = deploy(secure=False, hospitals=2, **{"method": "fedper", "keep-clients": False})
+    learns = {} if bits is None else {"bits": bits, "rounds": 1, "search-rounds": 2}
+    deployed = deploy(
+        secure=False, hospitals=2, **{"method": "fedper", "keep-clients": False, **learns}
+    )
     script = deployed.home / "simulated.py"
     script.write_text(SIMULATED)
     places = [str(EXAMPLE), deployed.env["PYTHONPATH"], os.environ.get("PYTHONPATH", "")]
     deployed.env |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": os.pathsep.join(places)}
     config = json.dumps({**deployed.config, "out": str(deployed.home / "out")})
     deployed.call(sys.executable, str(script), config, str(deployed.home))
-    expected = in_process(deployed)
+    expected = learned_in_process(deployed) if learns else in_process(deployed)
     check_close(load_file(deployed.home / "out" / "model.safetensors"), expected.state)
