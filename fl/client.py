@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fl.channel import ClientEnd, without_link
+from fl.config import Sampling
 from fl.evaluation import evaluate, primary
 from fl.local_training import train_
 from fl.losses import criterion
@@ -243,10 +244,10 @@ def _batches(setting: Setting, data: ClientData, client: int, round: int) -> Cal
     seed = client_generator(setting.config.seed, client, "batches", round).initial_seed()
 
     def batches(
-        epoch: int, *, augmented: bool = True, indices: Tensor | None = None,
-        masks: Tensor | None = None,
+        epoch: int, *, augmented: bool = True, sampling: Sampling = setting.config.sampling,
+        indices: Tensor | None = None, masks: Tensor | None = None,
     ) -> Loader:  # fmt: skip
-        if setting.config.sampling == "balanced" and augmented and indices is None:
+        if sampling == "balanced" and augmented and indices is None:
             rng = client_generator(setting.config.seed, client, f"balanced {epoch}", round)
             indices = balanced_indices(data.train.labels, len(data.train), rng)
         images = data.train if indices is None else data.train.subset(indices)

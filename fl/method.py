@@ -113,9 +113,10 @@ class ClientContext:
         memory: what it kept from its last round; what is in it after :meth:`Client.finish` is kept.
         criterion: the loss; a wrapper may put another in its place.
         batches: makes the loader of an epoch; ``batches(epoch, augmented=False)`` the same images
-            unchanged and in their own order; ``batches(epoch, indices=...)`` (int64 ``(M,)``) of
-            some images, as often as they are named; with ``masks=...`` (uint8 ``(M, L, H, W)``)
-            these are their masks, and batches have ``(B, L, H, W)`` of them.
+            unchanged and in their own order; ``sampling=...`` instead of the federation's;
+            ``batches(epoch, indices=...)`` (int64 ``(M,)``) of some images, as often as they are
+            named; with ``masks=...`` (uint8 ``(M, L, H, W)``) these are their masks, and batches
+            have ``(B, L, H, W)`` of them.
         generator: makes a generator for a purpose, of this client and round.
         supervision: what it knows of its training images.
         where: see :class:`ClientData`.

@@ -121,15 +121,15 @@ def save(path: Path, record: Record) -> None:
     except (TypeError, ValueError) as error:
         raise RunError(f"{path}: values must be what JSON can hold, but: {error}") from error
     groups = json.dumps(list(record.tensors))
-    digest = _digest(flat, text, groups)
-    save_tensors(path, flat, {"values": text, "groups": groups, "sha256": digest})
+    header = {"values": text, "groups": groups, "sha256": digest(flat, text, groups)}
+    save_tensors(path, flat, header)
 
 
 def load(path: Path) -> Record:
     """Read such a file; RequestError if it is not there or not whole."""
     flat, metadata = load_tensors(path)
     values, groups = metadata.get("values", ""), metadata.get("groups", "")
-    if metadata.get("sha256") != _digest(flat, values, groups):
+    if metadata.get("sha256") != digest(flat, values, groups):
         raise RequestError(
             f"{path}: must be a record as it was written, got content with another SHA-256; {ANEW}"
         )
@@ -138,15 +138,6 @@ def load(path: Path) -> Record:
         group, _, own = name.partition("/")
         tensors.setdefault(group, {})[own] = tensor
     return Record(tensors, json.loads(values))
-
-
-def _digest(flat: Mapping[str, Tensor], *texts: str) -> str:
-    found = hashlib.sha256(json.dumps(texts).encode())
-    for name, tensor in sorted(flat.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(errors="replace"))
-        plain = tensor.detach().cpu().contiguous()
-        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def not_finite(record: Record) -> str | None:
@@ -184,10 +175,11 @@ def picked(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Tensors:
     return {name: tensors[name].detach().to("cpu", copy=True) for name in names}
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors on the CPU and their names, in hexadecimal digits."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+def digest(tensors: Mapping[str, Tensor], *texts: str) -> str:
+    """Return the SHA-256 of texts and of tensors with names, shapes and dtypes, in hex digits."""
+    found = hashlib.sha256(json.dumps(texts).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(errors="replace"))
+        plain = tensor.detach().cpu().contiguous()
+        found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fl.method import Client, Method
 from fl.network import Outputs
-from sdq.batches import Loader, balanced_indices
+from sdq.batches import Loader
 from sdq.config import Config
 
 
@@ -63,9 +63,7 @@ class BalanceFLClient(Client):
 
     def batches(self, epoch: int) -> Loader:
         """Return as many images as there are, drawn anew."""
-        labels = self.context.labels
-        rng = self.context.generator(f"balanced {epoch}")
-        return self.context.batches(epoch, indices=balanced_indices(labels, len(labels), rng))
+        return self.context.batches(epoch, sampling="balanced")
 
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """Return the criterion over present classes, and what is inherited."""
