@@ -27,6 +27,8 @@ from typing import Any
 
 import _corpus
 import _mutations as change
+import _mutations_images as pictures
+import _mutations_onnx as graphs
 import _reports
 from _reader import Reader
 
@@ -45,12 +47,13 @@ BYTES = 3 * 2**30
 KINDS: dict[str, tuple[change.Mutation, ...]] = {
     ".json": (change.change_json,), ".jsonl": (change.change_json_lines,),
     ".csv": (change.change_csv,), "": (change.change_csv,), ".tab": (change.change_csv,),
-    ".nii": (change.change_nifti,), ".gz": (change.change_gzip,), ".mhd": (change.change_fields,),
+    ".nii": (pictures.change_nifti,), ".gz": (pictures.change_gzip,),
+    ".mhd": (pictures.change_fields,),
     ".xml": (change.change_xml,), ".txt": (change.change_lines,), ".py": (change.change_python,),
     ".npz": (change.change_npz,), ".npy": (change.change_npy,),
-    ".safetensors": (change.change_safetensors,), ".dcm": (change.change_dicom,),
-    ".png": (change.change_png, change.other_mode), ".jpg": (change.other_mode,),
-    ".onnx": (change.change_onnx,),
+    ".safetensors": (change.change_safetensors,), ".dcm": (pictures.change_dicom,),
+    ".png": (pictures.change_png, pictures.other_mode), ".jpg": (pictures.other_mode,),
+    ".onnx": (graphs.change_onnx,),
 }  # fmt: skip
 """By the end of a file's name: the mutations that know what is in it."""
 
