@@ -2,10 +2,11 @@
 
     python benchmarks/fuzz.py --count 10000 --table benchmarks/results/fuzz.md
 
-For each case one file of a sound set is damaged (``_mutations.py``) and read in this process, under
-a clock and a limit on memory. A defect is any other exception, a case that takes too long, and a
-file that is written: readers write none. Each reader has a process of its own, so that a crash is
-a defect of one reader and not the end. A case is repeated with ``--reader NAME --only NUMBER``.
+For each case one file of a sound set is damaged (``_mutations*.py``) and read in this process,
+under a clock and a limit on memory. A defect is any other exception, a case that takes too long,
+and a file that is written: readers write none. Each reader has a process of its own, so that a
+crash is a defect of one reader and not the end. A case is repeated with ``--reader NAME --only
+NUMBER``.
 """
 
 import contextlib
