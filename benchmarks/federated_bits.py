@@ -80,6 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=16, help="in float")
     parser.add_argument("--search-rounds", type=int, default=6)
     parser.add_argument("--tune-rounds", type=int, default=8)
+    parser.add_argument("--tune-from", choices=("float", "search"), default="float")
     parser.add_argument("--distill", type=float, default=PhasesConfig().distill)
     parser.add_argument("--compress", default="2,policy", help="of few_bytes")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -246,7 +247,7 @@ class Bench:
         phases = PhasesConfig(
             search_method=search_method, search_rounds=options.search_rounds,
             tune_rounds=tune_rounds or options.tune_rounds, distill=options.distill,
-            search=sdq.SearchConfig(seed=self.seed),
+            tune_from=options.tune_from, search=sdq.SearchConfig(seed=self.seed),
         )  # fmt: skip
         given = {
             "budget": None if policy is not None else self.budget(options.bits),

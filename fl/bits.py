@@ -39,6 +39,8 @@ class PhasesConfig(Config):
         bin_reduction: over a layer's bins.
         tune_lr_decay: what the learning rate is multiplied with at half and at three quarters of
             the tuning rounds; a decay of the federation's configuration is that of the float phase.
+        tune_from: whose weights tuning starts from: the ``float`` model's, so that of the search
+            the policy alone is kept; or those that the ``search`` trained along with the bits.
         personal_bits: what the policy of a client with its own budget follows: everyone's bitwidth
             parameters (``global``), or its ``own``, as it last sent them.
     """
@@ -53,6 +55,7 @@ class PhasesConfig(Config):
     bin_warmup: Annotated[float, Field(ge=0, le=1)] = 0.25
     bin_reduction: BinReduction = "mean"
     tune_lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.3
+    tune_from: Literal["float", "search"] = "float"
     personal_bits: Literal["global", "own"] = "global"
 
 

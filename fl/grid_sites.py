@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 from fl.grid_transport import GridTransport
 from fl.opening import Opening
 from fl.phase_settings import PhaseSettings
-from fl.record import Failure, Record
+from fl.record import Failure
 from fl.rounds import Rounds
 from fl.setting import Setting
 from fl.sites import OwnModel
@@ -40,10 +40,8 @@ class GridSites:
 
     @property
     def opened_bytes(self) -> int:
-        """Return the bytes of the float models that were sent before a phase."""
-        last = self._phases[-1]
-        assert last.opening is not None
-        return sum(last.sent.values()) * Record({"": last.opening.network}).num_bytes()
+        """Return the bytes of the models that were sent before a phase."""
+        return sum(size for each in self._phases[-1].sent.values() for size in each.values())
 
     def open(self, opening: Opening, setting: Setting, folder: Path | None) -> GridTransport:
         """Return what carries the messages of a phase; states are found by the first one's name."""

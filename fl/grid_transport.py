@@ -5,7 +5,7 @@ federation to be: method, configuration, network with its first weights, version
 node that disagrees is left out, and named with what differs.
 
 Where bits are learned the server tells each node with this question how the phase begins
-(:mod:`fl.opening`), without the float model; nodes that do not have that yet are sent it, once.
+(:mod:`fl.opening`), without its models; nodes that do not have those yet are sent them, once.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,9 +20,6 @@ from fl.messages import TYPES, packed, unpacked
 from fl.opening import Opening
 from fl.record import Failure, Record, Reply, Request
 from fl.setting import Setting
-
-NETWORK = "network"
-"""The group of the float model in a message to a node."""
 
 HELLO_SECONDS = 60.0
 """How long a node may take to say who it is."""
@@ -62,8 +59,8 @@ class GridTransport:
     federation: str = ""
     opening: Opening | None = None
     agreed: Mapping[str, Any] = field(default_factory=dict)
-    sent: dict[int, int] = field(default_factory=dict)
-    """How often each client was sent the float model, in all phases."""
+    sent: dict[int, dict[str, int]] = field(default_factory=dict)
+    """The bytes of the models that each client was sent, in all phases, by name."""
     claims: dict[int, tuple[int, str]] = field(default_factory=dict)
     """Of each node: which client it says it is, and why that is refused, or nothing."""
 
@@ -100,12 +97,15 @@ class GridTransport:
 
     def commit(self, rounds: int) -> dict[str, Any]:
         """Return the name of the federation: clients find their states by it and the round."""
-        return {"federation": self.federation, "sent": {str(k): n for k, n in self.sent.items()}}
+        return {
+            "federation": self.federation,
+            "sent": {str(k): each for k, each in self.sent.items()},
+        }
 
     def restore(self, committed: dict[str, Any]) -> None:
         """Take up that name."""
         self.federation = committed["federation"]
-        self.sent = {int(client): times for client, times in committed["sent"].items()}
+        self.sent = {int(client): dict(each) for client, each in committed["sent"].items()}
 
     def forget_old_(self) -> None:
         """Leave it to the clients."""
@@ -124,14 +124,14 @@ class GridTransport:
             return
         values = self._place() | ({} if self.opening is None else self.opening.values())
         lacking = self._greet(fresh, Record({}, values))
-        if lacking:
+        for lacks in sorted(set(lacking.values())):
             assert self.opening is not None
-            for client in lacking.values():
-                self.sent[client] = self.sent.get(client, 0) + 1
-            self._greet(list(lacking), Record({NETWORK: self.opening.network}, values))
+            models = {name: self.opening.models[name] for name in lacks}
+            without = [node for node, names in lacking.items() if names == lacks]
+            self._greet(without, Record(models, values))
 
-    def _greet(self, nodes: list[int], told: Record) -> dict[int, int]:
-        """Take what nodes say of themselves; return those that lack the float model, by node."""
+    def _greet(self, nodes: list[int], told: Record) -> dict[int, tuple[str, ...]]:
+        """Take what nodes say of themselves; return the models that they lack, by node."""
         seconds = HELLO_SECONDS if self.opening is None else OPENING_SECONDS
         # found later, it would take the node back to a phase that is over
         messages = [Message(packed(told), n, TYPES["hello"], ttl=seconds) for n in nodes]
@@ -141,17 +141,19 @@ class GridTransport:
             if reply.has_error():
                 continue  # it is asked again before the next round
             said, node = unpacked(reply.content).values, reply.metadata.src_node_id
-            lacks = bool(said.get("lacks"))
+            lacks = tuple(said.get("lacks", ()))
             theirs = said.get("identity", {})
             needed = self.agreed if lacks else mine
             different = [key for key in needed if theirs.get(key) != mine[key]]
             refusal = str(said.get("failure", ""))
             client = int(said["client"])
             if lacks and not different:
-                lacking[node] = client
+                lacking[node] = lacks
                 continue
-            if said.get("sent"):  # perhaps before the server was killed
-                self.sent.setdefault(client, 1)
+            sent = self.sent.setdefault(client, {})
+            for name, size in said.get("sent", {}).items():  # perhaps before the server was killed
+                again = size if name in told.tensors else 0
+                sent[name] = max(sent.get(name, 0) + again, size)
             if different and not refusal:
                 refusal = _difference(different[0], theirs.get(different[0]), mine[different[0]])
             self.claims[node] = (client, refusal)

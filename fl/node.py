@@ -11,7 +11,7 @@ from typing import Any, cast
 from flwr.app import Context
 
 from fl.client import try_answer
-from fl.grid_transport import NETWORK, identity
+from fl.grid_transport import identity
 from fl.method import ClientData
 from fl.node_memory import NodeMemory
 from fl.opening import Opening, carried, check_masks_known, data_of
@@ -99,45 +99,47 @@ class _Learner:
 
     def answered(self, kind: str, phase: str, asked: Record) -> Record:
         if kind == "hello":
-            return self._greeted({**asked.values, "phase": phase}, asked.tensors.get(NETWORK))
+            return self._greeted({**asked.values, "phase": phase}, asked.tensors)
         told = self.memory.opening()
-        network = None if told is None else self._network(told["network"])
-        if told is None or told["phase"] != phase or network is None:
+        models = {} if told is None else self._models(told["models"])
+        if told is None or told["phase"] != phase or models.keys() != told["models"].keys():
             # a node without a folder that ended and is back under the same name
             why = f"the node does not remember how the phase {phase} began, and is told again"
             return Record({}, {"failure": why, "unmet": True})
-        return self._asked(Opening.of(told, network), _request(kind, self.client, asked))
+        return self._asked(Opening.of(told, models), _request(kind, self.client, asked))
 
-    def _greeted(self, told: dict[str, Any], network: Tensors | None) -> Record:
+    def _greeted(self, told: dict[str, Any], models: Mapping[str, Tensors]) -> Record:
         """Take up a phase; say what this node takes the federation to be."""
         check_masks_known(self.hospital.data)
-        if network is not None:
-            self.memory.put_network(network)
-        known = self._network(told["network"])
-        agreed = self.settings.identity()
-        said = {"client": self.client, "sent": bool(self.memory.network())}
-        if known is None:
-            return Record({}, {**said, "identity": agreed, "lacks": True})
+        for name, state in models.items():
+            self.memory.put_model(name, state)
+        known, agreed = self._models(told["models"]), self.settings.identity()
+        sent = {name: Record({name: self.memory.model(name)}).num_bytes() for name in known}
+        said = {"client": self.client, "sent": sent}
+        lacks = sorted(told["models"].keys() - known.keys())
+        if lacks:
+            return Record({}, {**said, "identity": agreed, "lacks": lacks})
         setting = self.settings.setting(Opening.of(told, known))
         self.memory.open(told)
         return Record({}, {**said, "identity": {**agreed, **identity(setting)}})
 
-    def _network(self, wanted: str) -> Tensors | None:
-        """Return the float model with this digest, if the node has it; "" is the first weights'."""
-        if not wanted:
-            return {}
-        first = self.settings.model.state_dict()
-        for known in (self.memory.network(), picked(first, first)):
-            if known and digest(known) == wanted:
-                return known
-        return None
+    def _models(self, wanted: Mapping[str, str]) -> dict[str, Tensors]:
+        """Return the models with these digests that the node has; one may be the first weights."""
+        found, state = {}, self.settings.model.state_dict()
+        for name, told in wanted.items():
+            for known in (self.memory.model(name), picked(state, state)):
+                if known and digest(known) == told:
+                    found[name] = known
+                    break
+        return found
 
     def _asked(self, opening: Opening, request: Request) -> Record:
         phase, memory = opening.phase, self.memory
         setting = self.settings.setting(opening)
         kept = memory.before(request.round, phase)
         if kept is None and phase != "float":
-            kept = carried(memory.last("float"), setting)
+            searched = memory.last("search") if opening.start else None
+            kept = carried(memory.last("float"), setting, searched)
         data = data_of(self.hospital.data, phase)
         answer, keeps = try_answer(setting, data, request, kept)
         if keeps is not None and request.kind == "own":

@@ -9,7 +9,7 @@ from fl.messages import packed, unpacked
 from fl.record import Record, Tensors, load, save
 from fl.store import ByRound
 
-OPENING, NETWORK = "opening", "network"
+OPENING, MODEL = "opening", "model"
 
 
 class NodeMemory:
@@ -54,21 +54,22 @@ class NodeMemory:
         """Keep what the server told of a phase; Flower's memory is cleared of what it outlives."""
         self._put(OPENING, Record({}, values))
         if self.folder is None:
-            needed = (OPENING, NETWORK, "float", values["phase"])
-            self._forget({name.partition("/")[0] for name in self.context.state} - {*needed})
+            models = (f"{MODEL}.{name}" for name in values["models"])
+            needed = {OPENING, *models, "float", "search", values["phase"]}
+            self._forget({name.partition("/")[0] for name in self.context.state} - needed)
 
     def opening(self) -> dict[str, Any] | None:
         """Return what the server told of the current phase."""
         found = self._get(OPENING)
         return None if found is None else found.values
 
-    def put_network(self, network: Tensors) -> None:
-        """Keep the float model that a phase starts from."""
-        self._put(NETWORK, Record({"model": network}))
+    def put_model(self, name: str, state: Tensors) -> None:
+        """Keep a model that a phase begins with."""
+        self._put(f"{MODEL}.{name}", Record({"model": state}))
 
-    def network(self) -> Tensors:
+    def model(self, name: str) -> Tensors:
         """Return it; none if the server never sent it."""
-        found = self._get(NETWORK)
+        found = self._get(f"{MODEL}.{name}")
         return {} if found is None else found.model
 
     # --- one record by name

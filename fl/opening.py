@@ -1,8 +1,9 @@
 """What a phase begins with, beside what server and clients agreed on before the first one.
 
-A client needs three things to take part in a phase: its name, the float model that it starts from
-and is taught by, and in tuning the policies. In one process they are at hand; over a grid the
-server tells each node of them before it asks anything else (:mod:`fl.grid_transport`).
+To take part in a phase a client needs its name, the float model that it starts from and is taught
+by, and in tuning the policies, and the search's weights if it goes on from those. In one process
+they are at hand; over a grid the server tells each node of them before it asks anything else
+(:mod:`fl.grid_transport`).
 """
 
 from collections.abc import Mapping
@@ -30,25 +31,33 @@ class Opening:
         network: the float model's state; none: it is the first weights, which all have.
         policy: of tuning: the bits of the server's model.
         own: of tuning: those of clients with bits of their own, by number.
+        start: of tuning: a state of the float model that it starts from; none: ``network``.
     """
 
     phase: Phase
     network: Tensors = field(default_factory=dict)
     policy: BitwidthPolicy | None = None
     own: Mapping[int, BitwidthPolicy] = field(default_factory=dict)
+    start: Tensors = field(default_factory=dict)
+
+    @property
+    def models(self) -> dict[str, Tensors]:
+        """Return the models that a client needs to have, by name."""
+        found = {"network": self.network, "start": self.start}
+        return {name: state for name, state in found.items() if state}
 
     def values(self) -> dict[str, Any]:
-        """Return it as JSON has it, with a digest in place of the network."""
+        """Return it as JSON has it, with a digest in place of each model."""
         return {
             "phase": self.phase,
-            "network": digest(self.network) if self.network else "",
+            "models": {name: digest(state) for name, state in self.models.items()},
             "policy": None if self.policy is None else self.policy.to_json(),
             "own": policies_as_json(self.own),
         }
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], network: Tensors) -> "Opening":
-        """Return what :meth:`values` told of, with the network.
+    def of(cls, values: Mapping[str, Any], models: Mapping[str, Tensors]) -> "Opening":
+        """Return what :meth:`values` told of, with the models.
 
         Raises:
             RequestError: a policy is damaged.
@@ -56,9 +65,10 @@ class Opening:
         policy = values["policy"]
         return cls(
             values["phase"],
-            network,
+            models.get("network", {}),
             None if policy is None else BitwidthPolicy.from_json(policy),
             {int(k): BitwidthPolicy.from_json(text) for k, text in values["own"].items()},
+            models.get("start", {}),
         )
 
 
@@ -70,18 +80,20 @@ def data_of(client: ClientData, phase: Phase) -> ClientData:
     return replace(client, val=None, test=None, pooled=()) if phase == "search" else client
 
 
-def carried(kept: Record | None, setting: Setting) -> Record | None:
-    """Return what a client starts a phase from, of what it kept in the float one.
+def carried(kept: Record | None, setting: Setting, searched: Record | None = None) -> Record | None:
+    """Return what a client starts a phase from, of what it kept in those before.
 
     Args:
         kept: in the float phase.
         setting: of the phase.
+        searched: kept in the search, if tuning goes on from there.
     """
     known = {} if kept is None else kept.model
     if not known:
         return None
+    newer = {} if searched is None else searched.model
     names = {n: float_name(n, setting.network) for n in setting.names(down=False)}
-    own = {n: known.get(f, setting.initial[n]) for n, f in names.items()}
+    own = {n: newer.get(n, known.get(f, setting.initial[n])) for n, f in names.items()}
     teacher = {n: t for n, t in known.items() if n.startswith("model.")}
     return Record({"model": own, TEACHER: teacher})
 

@@ -74,7 +74,7 @@ class PhaseSettings:
         network = self.network(opening.network)
         if opening.phase == "float":
             return self._float_phase(network)
-        quantized = self.quantized(network)
+        quantized = self.quantized(self.network(opening.start) if opening.start else network)
         if opening.phase == "search":
             return self._search_phase(network, quantized)
         assert opening.policy is not None

@@ -5,9 +5,9 @@ Three phases, each of which is rounds like any others, with the method's own way
 1. *float*: the ordinary federation (none, where the model comes trained);
 2. *search*: weights and bitwidth parameters together; the server projects the latter to the best
    policy within the budget (:mod:`fl.search_rounds`);
-3. *tune*: from the float weights again, under that policy, with bin regularization and the float
-   model for a teacher (:mod:`fl.tune_rounds`). Clients with a budget of their own have a policy of
-   their own.
+3. *tune*: from the float weights again, or from the search's, under that policy, with bin
+   regularization and the float model for a teacher (:mod:`fl.tune_rounds`). Clients with a budget
+   of their own have a policy of their own.
 
 What a client kept in the float phase (a head, its normalisation, a personal model) it starts the
 other two from; what a method's client or server noted beside begins anew with each phase.
@@ -181,6 +181,11 @@ class Learning:
                     f"as with {settings.method.name}; use freeze or train"
                 )
         if searches:
+            if settings.quant.batch_norm == "fold" and settings.phases.tune_from == "search":
+                raise RequestError(
+                    "quant.batch_norm: must not be fold where tuning starts from the search's "
+                    "weights, which have it folded in; use freeze or train, or tune from float"
+                )
             found["search"] = settings.setting(Opening("search"))
         policy = widest if settings.policy is None else settings.policy
         return found | {"tune": settings.setting(Opening("tune", policy=policy))}
@@ -192,7 +197,7 @@ class Learning:
         self.check()
         network = self._float()
         policy, own = self._policies(network)
-        tune = self._run(Opening("tune", network, policy, own))
+        tune = self._run(Opening("tune", network, policy, own, self._searched(network)))
         done = self.results["tune"]
         parts = self.results.values()
         return FederatedBits(
@@ -241,6 +246,13 @@ class Learning:
             row = utilities if theirs is None else method.utilities_of(theirs)
             found[client] = problem.policy_of(row, space)
         return space.policy_of(project(utilities, constraints)), found
+
+    def _searched(self, network: Tensors) -> Tensors:
+        """Return the float model with the search's weights, if tuning starts from them."""
+        if self.settings.phases.tune_from == "float" or "search" not in self.results:
+            return {}
+        state = self.results["search"].state
+        return {name: state[f"net.{name}"] for name in network}
 
     @property
     def _by_own_bits(self) -> bool:

@@ -43,7 +43,7 @@ class Sites(Protocol):
 
     @property
     def opened_bytes(self) -> int:
-        """Return the bytes of the float models that were sent before a phase."""
+        """Return the bytes of the models that were sent before a phase."""
         ...
 
     def open(self, opening: Opening, setting: Setting, folder: Path | None) -> Transport:
@@ -74,30 +74,32 @@ class Here:
         self.clients = method.arrange(clients)
         self.number = len(self.clients)
         self.known = [[c.name, len(c.train)] for c in self.clients]
-        self._opened_bytes = 0
+        self._opened: dict[str, int] = {}
         self._ends: dict[str, InProcess] = {}
 
     @property
     def opened_bytes(self) -> int:
-        """Return what one float model for each client comes to."""
-        return self._opened_bytes
+        """Return what one copy of each model for each client comes to."""
+        return sum(self._opened.values())
 
     def open(self, opening: Opening, setting: Setting, folder: Path | None) -> InProcess:
-        """Return the clients of a phase; they start from what they kept in the float one."""
+        """Return the clients of a phase; they start from what they kept in those before."""
         store = Store(None if folder is None else folder / "clients")
         begun = folder is not None and (folder / STATE).is_file()
         if opening.phase != "float" and "float" in self._ends and not begun:
-            self._carry_over_(setting, store)
-        if not self._opened_bytes:  # search and tuning start from the same model
-            self._opened_bytes = Record({"": opening.network}).num_bytes() * self.number
+            self._carry_over_(opening, setting, store)
+        for name, state in opening.models.items():  # search and tuning have the same network
+            self._opened[name] = Record({name: state}).num_bytes() * self.number
         clients = [data_of(client, opening.phase) for client in self.clients]
         self._ends[opening.phase] = InProcess(setting, clients, store)
         return self._ends[opening.phase]
 
-    def _carry_over_(self, setting: Setting, store: Store) -> None:
+    def _carry_over_(self, opening: Opening, setting: Setting, store: Store) -> None:
         before = self._ends["float"].store
+        search = self._ends["search"].store if opening.start else None
         for client in before.index:
-            kept = carried(before[client], setting)
+            searched = None if search is None else search.get(client)
+            kept = carried(before[client], setting, searched)
             if kept is not None:
                 store.put(client, kept, 0)
 

@@ -128,6 +128,16 @@ def test_apps_compute_what_one_process_does(method: str, tiny: Make, hospitals: 
     assert (found.bytes_up, found.bytes_down) == (expected.bytes_up, expected.bytes_down)
 
 
+def test_apps_tune_from_the_search_as_one_process_does(tiny: Make, hospitals: Clients) -> None:
+    """The heads that FedPer's clients keep, too."""
+    shared = settings(tiny(), "fedper", phases=PHASES.replaced(tune_from="search"))
+    found = Case(shared, hospitals()).run()
+    expected = here(shared, hospitals())
+    check_same(found, expected)
+    assert (found.bytes_up, found.bytes_down) == (expected.bytes_up, expected.bytes_down)
+    assert not same(found.state, here(settings(tiny(), "fedper"), hospitals()).state)
+
+
 def test_clients_with_bits_of_their_own_keep_their_models(
     tiny: Make, hospitals: Clients, tmp_path: Path
 ) -> None:

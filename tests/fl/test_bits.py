@@ -16,6 +16,7 @@ from fl.evaluation import primary
 from fl.opening import Opening
 from fl.phases import learning
 from fl.quant_network import float_name
+from fl.tune_rounds import TuneRounds
 from sdq import plugins
 from sdq.apply_policy import apply_policy_
 from sdq.config import QuantConfig, SearchConfig
@@ -120,6 +121,9 @@ def test_methods_that_cannot_are_refused(method: str, tiny: Make, hospitals: Cli
          "must have one bitwidth a layer, got granularity channel"),
         ({"method": "fedper", "quant": QUANT.replaced(batch_norm="fold")},
          "must not be fold where clients keep tensors of their own, as with fedper"),
+        ({"quant": QUANT.replaced(batch_norm="fold"),
+          "phases": PHASES.replaced(tune_from="search")},
+         "must not be fold where tuning starts from the search's weights"),
         ({"quant": None}, "budget, phases must stand with quant="),
     ],
 )  # fmt: skip
@@ -221,6 +225,37 @@ def test_what_clients_kept_in_float_they_go_on_with(tiny: Make, hospitals: Clien
     assert torch.equal(store[1].model[name], kept["model.head.weight"])
     assert torch.equal(store[1].tensors["teacher"]["model.head.weight"], kept["model.head.weight"])
     assert not torch.equal(store[0].model[name], store[1].model[name])
+
+
+def test_tuning_goes_on_from_the_search(tiny: Make, hospitals: Clients) -> None:
+    """The server's weights and a client's own head are the search's; the teacher is in float."""
+    going = learning(
+        tiny(), quant=QUANT, budget=Budget(avg_weight_bits=3.0), method="fedper",
+        clients=hospitals(), num_classes=3, config=QUICK,
+        phases=PHASES.replaced(tune_from="search"),
+    )  # fmt: skip
+    done = going.go()
+    tune, search = going.done["tune"], done.phases["search"].state
+    before = learning(
+        tiny(), quant=QUANT, budget=Budget(avg_weight_bits=3.0), method="fedper",
+        clients=hospitals(), num_classes=3, config=QUICK, phases=PHASES,
+    ).go()  # fmt: skip
+    assert done.course == before.course
+    name = "net.conv.weight"
+    assert torch.equal(tune.setting.initial[f"model.{name}"], search[name])
+    assert not torch.equal(search[name], done.float_state["conv.weight"])
+    method = tune.setting.method
+    assert isinstance(method, TuneRounds)
+    assert torch.equal(method._first["conv.weight"], done.float_state["conv.weight"])
+    searched = going.done["search"].rounds.transport.store[1].model["model.net.head.weight"]
+    opening = Opening(
+        "tune", done.float_state, done.policy, start=going._searched(done.float_state)
+    )
+    store = going.sites.open(opening, tune.setting, None).store
+    assert torch.equal(store[1].model["model.net.head.weight"], searched)
+    # the weights of the search are sent to each client once, as the float model is
+    size = sum(t.nbytes for t in done.float_state.values())
+    assert done.bytes_down == before.bytes_down + 3 * size
 
 
 class Killed(Exception):
