@@ -11,11 +11,13 @@ from typing import Any, Literal
 import torch
 
 from fl.method import ClientData, pools_images
+from fl.quant_rounds import QuantRounds
 from fl.record import Failure, Kind, Record, Reply, Request
 from fl.rounds import Rounds
 from fl.run import InProcess
 from fl.setting import Setting
 from fl.store import Store
+from fl.tune_rounds import TuneRounds
 from sdq.batches import generator
 from sdq.data import ArrayImages, ImageSet
 from sdq.errors import RunError
@@ -29,7 +31,8 @@ ROUNDS = 4
 EVALUATED = 1
 """Of these, the one with metrics."""
 
-WHEN: dict[Kind, str] = {
+WHEN: dict[Kind | Literal["hello"], str] = {
+    "hello": "before the phase, over a network, to a node that does not have it",
     "counts": "once, before the first round",
     "train": "each round that asks the client",
     "adapt": "at the end, if the last round did not ask the client",
@@ -48,6 +51,8 @@ MEANINGS = {
     ("up", "sits_out"): "why it does not train in this round",
     ("up", "evaluations"): "metrics of its model on its own validation and test images",
     ("down", "evaluate"): "whether it is to send metrics",
+    ("down", "policy"): "bits of each layer",
+    ("down", "own"): "the same, of clients with a budget of their own",
     ("down", "reference"): "the round whose model the message is a change of",
 }
 """Of the values that every method has; what others are, the method's page says."""
@@ -146,7 +151,30 @@ def what_leaves(setting: Setting) -> Leaves:
     if config.participation < 1 and config.evaluate_absent and config.privacy is None:
         rounds.adapt([0])
     rounds.load_model_()
-    return _listed(transport.passed)
+    found = _listed(transport.passed)
+    if isinstance(setting.method, QuantRounds):
+        tensors, values = _begins(setting.method)
+        found = replace(found, tensors=(*tensors, *found.tensors), values=(*values, *found.values))
+    return found
+
+
+def _begins(method: QuantRounds) -> tuple[list[SentTensor], list[SentValue]]:
+    """Return what a client is told before a phase of learning bits."""
+    tensors = [
+        _Seen("down", "hello", name, tensor).tensor(group)
+        for group, state in method.begins.items()
+        for name, tensor in state.items()
+    ]
+    if not isinstance(method, TuneRounds):
+        return tensors, []
+    policies = {"policy": [method.policy], "own": [*method.own.values()]}
+    return tensors, [
+        SentValue(
+            "down", WHEN["hello"], name, MEANINGS["down", name],
+            2 * sum(len(policy) for policy in found), ("act_bits", "weight_bits"),
+        )
+        for name, found in policies.items() if found
+    ]  # fmt: skip
 
 
 def _noise(setting: Setting, client: int) -> ClientData:
@@ -186,7 +214,7 @@ class _Seen:
     """A tensor or value as it was seen, and in which rounds."""
 
     way: Way
-    kind: Kind
+    kind: Kind | Literal["hello"]
     name: str
     value: Any
     rounds: set[int] = field(default_factory=set)

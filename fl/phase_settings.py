@@ -76,10 +76,14 @@ class PhaseSettings:
             return self._float_phase(network)
         quantized = self.quantized(self.network(opening.start) if opening.start else network)
         if opening.phase == "search":
-            return self._search_phase(network, quantized)
-        assert opening.policy is not None
-        apply_policy_(quantized, opening.policy)
-        return self._tune_phase(network, quantized, opening.policy, opening.own)
+            setting = self._search_phase(network, quantized)
+        else:
+            assert opening.policy is not None
+            apply_policy_(quantized, opening.policy)
+            setting = self._tune_phase(network, quantized, opening.policy, opening.own)
+        assert isinstance(setting.method, QuantRounds)
+        setting.method.begins = opening.models
+        return setting
 
     def identity(self) -> dict[str, Any]:
         """Return what server and clients must agree on beside each phase, as JSON has it."""

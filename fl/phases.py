@@ -173,6 +173,7 @@ class Learning:
 
     def _settings(self, widest: BitwidthPolicy, *, searches: bool) -> dict[str, Setting]:
         settings, found = self.settings, {}
+        state = picked(settings.model.state_dict(), settings.model.state_dict())
         if settings.rounds != 0:
             found["float"] = settings.setting(Opening("float"))
             if settings.quant.batch_norm == "fold" and found["float"].names(down=False):
@@ -186,9 +187,11 @@ class Learning:
                     "quant.batch_norm: must not be fold where tuning starts from the search's "
                     "weights, which have it folded in; use freeze or train, or tune from float"
                 )
-            found["search"] = settings.setting(Opening("search"))
+            found["search"] = settings.setting(Opening("search", state))
         policy = widest if settings.policy is None else settings.policy
-        return found | {"tune": settings.setting(Opening("tune", policy=policy))}
+        start = state if searches and settings.phases.tune_from == "search" else {}
+        opening = Opening("tune", state, policy, dict.fromkeys(self.personal, policy), start)
+        return found | {"tune": settings.setting(opening)}
 
     # --- the phases
 

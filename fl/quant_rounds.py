@@ -135,6 +135,8 @@ class QuantRounds(Wrapper, ABC):
         self.teacher = Teacher(model) if config.distill else None
         self._first = picked(model.state_dict(), model.state_dict())
         self.template: QuantModel | None = None
+        self.begins: Mapping[str, Tensors] = {}
+        """The models that a client needs before the first round, by name."""
 
     @property
     def name(self) -> str:

@@ -130,8 +130,19 @@ def test_what_leaves_is_told_of_every_phase(sdq, command):
         for phase, found in leaves.items()
     }
     assert beside["fedavg, float"] == set()
-    assert beside["fedavg, search"] == {("up", "act_scales"), ("up", "bits"), ("down", "bits")}
-    assert beside["fedavg, tune"] == {("up", "act_scales")}
+    begins = ("down", "network")
+    assert beside["fedavg, search"] == {
+        begins, ("up", "act_scales"), ("up", "bits"), ("down", "bits")
+    }  # fmt: skip
+    assert beside["fedavg, tune"] == {begins, ("up", "act_scales")}
+    network, told = (
+        {t["name"] for t in found["tensors"] if (t["way"], t["group"]) == place}
+        for found, place in (
+            (leaves["fedavg, search"], begins), (leaves["fedavg, float"], ("down", "model"))
+        )
+    )  # fmt: skip
+    assert {f"model.{name}" for name in network} == told
+    assert "policy" in {v["name"] for v in leaves["fedavg, tune"]["values"]}
     scales = [t for t in leaves["fedavg, tune"]["tensors"] if t["group"] == "act_scales"]
     assert {t["bytes"] for t in scales} == {4}
 
