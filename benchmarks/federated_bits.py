@@ -1,16 +1,17 @@
 r"""Bits learned across clients, beside what one could do instead.
 
-    float        the federation in float, from which the other rows start
-    float_more   as many rounds more as search and tuning have, at the tuning's learning rates
-    sdq          bits and weights learned in rounds (``sdq federate --bits``)
-    uniform      the same bits everywhere, tuned in the rounds of search and tuning
-    one_client   bits learned by the client with most images, in as many epochs as the search has
-                 rounds; tuned as ``sdq``
-    hessian      bits by ``hessian`` from images and soft labels of that client; tuned as ``sdq``
-    ptq          float_more quantized after training with such bits, on the same images
-    few_bytes    ``sdq``, but float phase and all with --compress
-    personal     ``sdq``, with a budget of their own for the clients of --personal
-    alone        each of those clients as a federation of one: all phases on its own images
+    float          the federation in float, from which the other rows start
+    float_more     as many rounds more as search and tuning have, at the tuning's learning rates
+    sdq            bits and weights learned in rounds (``sdq federate --bits``)
+    uniform        the same bits everywhere, tuned in the rounds of search and tuning
+    one_client     bits learned by the client with most images, in as many epochs as the search has
+                   rounds; tuned as ``sdq``
+    at_one_client  all of search and tuning at that client, from the federation's float model
+    hessian        bits by ``hessian`` from images and soft labels of that client; tuned as ``sdq``
+    ptq            float_more quantized after training with such bits, on the same images
+    few_bytes      ``sdq``, but float phase and all with --compress
+    personal       ``sdq``, with a budget of their own for the clients of --personal
+    alone          each of those clients as a federation of one: all phases on its own images
 
 All but the last two are measured on the test images of all clients, those on the client's own;
 with ``--on val`` on the validation images, to choose settings by. Each finished row is kept in
@@ -38,6 +39,7 @@ from fl.bits import ClientBudget, FederatedBits, PersonalModel, PhasesConfig
 from fl.clients import Partition, clients_of
 from fl.compression import CompressionConfig
 from fl.evaluation import primary
+from fl.method import ClientData
 from sdq.batches import Augmentation, Batches, Normalization, generator
 from sdq.checkpoint import load_tensors, save_tensors
 from sdq.data import DataOptions, ImageSet, Splits, open_data
@@ -45,8 +47,8 @@ from sdq.metrics import agreement, classification_metrics, predict
 from sdq.ptq import soft_labelled
 
 ROWS = (
-    "float", "float_more", "sdq", "uniform", "one_client", "hessian", "ptq", "few_bytes",
-    "personal", "alone",
+    "float", "float_more", "sdq", "uniform", "one_client", "at_one_client", "hessian", "ptq",
+    "few_bytes", "personal", "alone",
 )  # fmt: skip
 PTQ_IMAGES = 512
 DECAY = PhasesConfig().tune_lr_decay
@@ -152,14 +154,17 @@ class Bench:
         return [self.learned(self.federated(search_method="uniform", tune_rounds=rounds))]
 
     def row_one_client(self) -> list[dict[str, Any]]:
-        largest = max(self.clients, key=lambda c: len(c.train))
-        network, loader = self.network("float"), self.batches(largest.train)
+        network, loader = self.network("float"), self.batches(self.largest.train)
         qmodel = sdq.quantize(network, self.quant, sample=self.sample)
         policy = sdq.search(
             qmodel, loader, budget=self.budget(self.options.bits), teacher=network,
             config=sdq.SearchConfig(epochs=self.options.search_rounds, seed=self.seed),
         )  # fmt: skip
         return [self.learned(self.federated(policy=policy))]
+
+    def row_at_one_client(self) -> list[dict[str, Any]]:
+        found = self.learned(self.federated(clients=[self.largest]))
+        return [{**found, "bytes_up": 0, "bytes_down": 0}]  # nothing is sent
 
     def row_hessian(self) -> list[dict[str, Any]]:
         return [self.learned(self.federated(policy=self.without_labels("float")[0].policy))]
@@ -171,9 +176,8 @@ class Bench:
 
     def without_labels(self, row: str) -> tuple[sdq.QuantModel, torch.Tensor]:
         """Return a float row's network under bits by ``hessian``, and the images they are from."""
-        largest = max(self.clients, key=lambda c: len(c.train))
         network = self.network(row)
-        images = torch.cat([x for x, _ in self.batches(largest.train, augmented=False)])
+        images = torch.cat([x for x, _ in self.batches(self.largest.train, augmented=False)])
         images = images[:PTQ_IMAGES]
         data = soft_labelled(network, images)
         qmodel = sdq.quantize(network, self.quant, sample=self.sample)
@@ -202,6 +206,10 @@ class Bench:
         return [self.by_itself(client, bits) for client, bits in self.own_bits.items()]
 
     # --- parts
+
+    @property
+    def largest(self) -> ClientData:
+        return max(self.clients, key=lambda client: len(client.train))
 
     def untrained(self) -> nn.Module:
         widths = self.options.widths
