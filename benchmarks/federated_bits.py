@@ -9,9 +9,13 @@ r"""Bits learned across clients, beside what one could do instead.
     at_one_client  all of search and tuning at that client, from the federation's float model
     hessian        bits by ``hessian`` from images and soft labels of that client; tuned as ``sdq``
     ptq            float_more quantized after training with such bits, on the same images
+    ptq_learned    likewise, bits by a search without training (where activations' are learned)
     few_bytes      ``sdq``, but float phase and all with --compress
     personal       ``sdq``, with a budget of their own for the clients of --personal
     alone          each of those clients as a federation of one: all phases on its own images
+
+With ``--act-choices`` the bits of activations are learned as well, within ``--avg-act-bits``;
+``hessian`` chooses none, and has the most of that mean that all can have alike.
 
 All but the last two are measured on the test images of all clients, those on the client's own;
 with ``--on val`` on the validation images, to choose settings by. Each finished row is kept in
@@ -48,9 +52,11 @@ from sdq.ptq import soft_labelled
 
 ROWS = (
     "float", "float_more", "sdq", "uniform", "one_client", "at_one_client", "hessian", "ptq",
-    "few_bytes", "personal", "alone",
+    "ptq_learned", "few_bytes", "personal", "alone",
 )  # fmt: skip
-PTQ_IMAGES = 512
+PTQ_IMAGES, SEARCH_EPOCHS = 512, 12
+"""As ``sdq quantize --ptq`` has them."""
+
 DECAY = PhasesConfig().tune_lr_decay
 
 
@@ -73,7 +79,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--on", choices=("test", "val"), default="test", help="what is measured")
     parser.add_argument("--widths", help="of a model that takes them, such as 8,16,32")
     parser.add_argument("--bits", type=float, default=2.0)
-    parser.add_argument("--act-bits", type=int, default=4)
+    parser.add_argument("--act-bits", type=int, default=4, help="where they are not learned")
+    parser.add_argument("--act-choices", help="candidates of activations, such as 2,3,4,6")
+    parser.add_argument("--avg-act-bits", type=float, help="with --act-choices")
     parser.add_argument("--personal", default="0:1.5,1:3", help="CLIENT:BITS, ...")
     parser.add_argument("--method", default="fedavg")
     parser.add_argument("--loss", default="balanced_softmax")
@@ -111,7 +119,10 @@ class Bench:
         self.normalization = Normalization.of(train)
         self.augment = Augmentation(splits.horizontal_flip, splits.vertical_flip)
         self.sample = torch.zeros(1, *splits.image_shape)
-        self.quant = sdq.QuantConfig(act_bits=options.act_bits)
+        acts = _whole(options.act_choices) if options.act_choices else None
+        self.quant = sdq.QuantConfig(act_bits=options.act_bits, act_choices=acts)
+        common = max(b for b in acts if b <= options.avg_act_bits) if acts else options.act_bits
+        self.fixed_acts = sdq.QuantConfig(act_bits=common)
         self.own_bits = {
             int(k): float(b) for k, b in (p.split(":") for p in options.personal.split(","))
         }
@@ -167,24 +178,33 @@ class Bench:
         return [{**found, "bytes_up": 0, "bytes_down": 0}]  # nothing is sent
 
     def row_hessian(self) -> list[dict[str, Any]]:
-        return [self.learned(self.federated(policy=self.without_labels("float")[0].policy))]
+        policy = self.without_labels("float", self.fixed_acts, "hessian")[0].policy
+        return [self.learned(self.federated(policy=policy, quant=self.fixed_acts))]
 
     def row_ptq(self) -> list[dict[str, Any]]:
-        qmodel, images = self.without_labels("float_more")
+        return self.after_training(self.fixed_acts, "hessian")
+
+    def row_ptq_learned(self) -> list[dict[str, Any]]:
+        return self.after_training(self.quant, "sdq")
+
+    def after_training(self, quant: sdq.QuantConfig, method: str) -> list[dict[str, Any]]:
+        qmodel, images = self.without_labels("float_more", quant, method)
         sdq.ptq_(qmodel, images, sdq.PtqConfig(seed=self.seed))
         return [self.quantized(qmodel, 0, 0)]
 
-    def without_labels(self, row: str) -> tuple[sdq.QuantModel, torch.Tensor]:
-        """Return a float row's network under bits by ``hessian``, and the images they are from."""
+    def without_labels(
+        self, row: str, quant: sdq.QuantConfig, method: str
+    ) -> tuple[sdq.QuantModel, torch.Tensor]:
+        """Return a float row's network under bits from unlabelled images, and these images."""
         network = self.network(row)
         images = torch.cat([x for x, _ in self.batches(self.largest.train, augmented=False)])
         images = images[:PTQ_IMAGES]
         data = soft_labelled(network, images)
-        qmodel = sdq.quantize(network, self.quant, sample=self.sample)
+        qmodel = sdq.quantize(network, quant, sample=self.sample)
         sdq.calibrate_(qmodel, data)
         policy = sdq.search(
-            qmodel, data, budget=self.budget(self.options.bits), teacher=network, method="hessian",
-            config=sdq.SearchConfig(train_weights=False, seed=self.seed),
+            qmodel, data, budget=self.budget(self.options.bits), teacher=network, method=method,
+            config=sdq.SearchConfig(train_weights=False, seed=self.seed, epochs=SEARCH_EPOCHS),
         )  # fmt: skip
         sdq.apply_policy_(qmodel, policy)
         return qmodel, images
@@ -213,7 +233,7 @@ class Bench:
 
     def untrained(self) -> nn.Module:
         widths = self.options.widths
-        sizes = {"widths": [int(w) for w in widths.split(",")]} if widths else {}
+        sizes = {"widths": _whole(widths)} if widths else {}
         return _reports.untrained(self.options.model, self.splits, self.seed, **sizes)
 
     def file(self, row: str) -> Path:
@@ -226,7 +246,7 @@ class Bench:
 
     def common(self, *, tuning: bool = False, **changes: Any) -> dict[str, Any]:
         options = self.options
-        at = tuple(int(r) for r in options.lr_decay_rounds.split(",") if r)
+        at = _whole(options.lr_decay_rounds)
         pace: dict[str, Any] = {"lr": options.lr, "lr_decay": DECAY, "lr_decay_rounds": at}
         if tuning:
             pace = {"lr": options.tune_lr or options.lr}
@@ -244,11 +264,12 @@ class Bench:
         return fl.run(self.untrained(), rounds=self.options.rounds, **self.common(**changes))
 
     def budget(self, bits: float) -> sdq.Budget:
-        return sdq.Budget(avg_weight_bits=bits)
+        return sdq.Budget(avg_weight_bits=bits, avg_act_bits=self.options.avg_act_bits)
 
     def federated(
         self, network: nn.Module | None = None, *, policy: Any = None, search_method: str = "sdq",
-        tune_rounds: int | None = None, compress: CompressionConfig | None = None, **more: Any,
+        tune_rounds: int | None = None, compress: CompressionConfig | None = None,
+        quant: sdq.QuantConfig | None = None, **more: Any,
     ) -> Any:  # fmt: skip
         """Learn bits and tune, from a float network; ``more`` takes the place of what is common."""
         options = self.options
@@ -262,7 +283,8 @@ class Bench:
             **self.common(tuning=True, compress=compress), **more,
         }  # fmt: skip
         network = network or self.network("float")
-        return fl.run(network, rounds=0, quant=self.quant, phases=phases, policy=policy, **given)
+        quant = quant or self.quant
+        return fl.run(network, rounds=0, quant=quant, phases=phases, policy=policy, **given)
 
     def batches(self, images: ImageSet, *, augmented: bool = True) -> Batches:
         return Batches(
@@ -271,7 +293,7 @@ class Bench:
         )  # fmt: skip
 
     def learned(self, done: FederatedBits) -> dict[str, Any]:
-        qmodel = sdq.quantize(self.network("float"), self.quant, sample=self.sample)
+        qmodel = sdq.quantize(self.network("float"), done.quant, sample=self.sample)
         sdq.apply_policy_(qmodel, done.policy)
         qmodel.load_state_dict(done.state)
         found = self.quantized(qmodel, done.bytes_up, done.bytes_down)
@@ -280,7 +302,7 @@ class Bench:
 
     def quantized(self, qmodel: sdq.QuantModel, up: int, down: int) -> dict[str, Any]:
         found = self.measured(qmodel, qmodel.policy.avg_weight_bits, up, down)
-        return {**found, "policy": [b.weight_bits for b in qmodel.policy if b.searched]}
+        return {**found, **_bits_of(qmodel.policy)}
 
     def measured(self, network: nn.Module, bits: float, up: int, down: int) -> dict[str, Any]:
         images = self.splits.test if self.options.on == "test" else self.splits.val
@@ -300,7 +322,7 @@ class Bench:
             "client": client, "budget": self.own_bits[client],
             "bits": model.policy.avg_weight_bits,
             "metrics": primary(model.evaluation[self.options.on]),
-            "policy": [b.weight_bits for b in model.policy if b.searched],
+            **_bits_of(model.policy),
         }  # fmt: skip
 
     def by_itself(self, client: int, bits: float) -> dict[str, Any]:
@@ -317,9 +339,19 @@ class Bench:
         return self.own(done.personal[0], client)
 
 
+def _bits_of(policy: sdq.BitwidthPolicy) -> dict[str, list[int]]:
+    searched = [bits for bits in policy if bits.searched]
+    return {"policy": [b.weight_bits for b in searched], "acts": [b.act_bits for b in searched]}
+
+
+def _whole(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(",") if word)
+
+
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the tables as Markdown."""
     sizes = f" ({options.widths})" if options.widths else ""
+    learned = f" (mean, of {options.act_choices})" if options.act_choices else ""
     part = f"{options.train_images:,} of its training images, " if options.train_images else ""
     lines = [
         f"# Bits learned across clients: {options.model}{sizes} on {Path(options.data).stem}",
@@ -327,7 +359,8 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         f"Seeds {options.seeds}; {part}{options.clients} clients ({options.partition}), "
         f"{options.method} with {options.loss}; {options.rounds} rounds in float, "
         f"{options.search_rounds} of search, {options.tune_rounds} of tuning, 1 epoch each; W"
-        f"{options.bits:g} (mean over the searched layers) A{options.act_bits}, first and last "
+        f"{options.bits:g} (mean over the searched layers) A"
+        f"{options.avg_act_bits or options.act_bits:g}{learned}, first and last "
         "layer at 8; mean ± standard deviation over seeds. CPU seconds, one thread.",
         "",
         f"`{command(options)}`",

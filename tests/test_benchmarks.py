@@ -1,6 +1,7 @@
 """The benchmark scripts fit the code that they measure."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -123,6 +124,19 @@ def test_bits_across_clients_are_measured_and_go_on(tmp_path: Path) -> None:
     for row in ("uniform | 2.00", "few_bytes | 2.00", "float_more | +0.0", "0 | 1.5 | alone"):
         assert f"| {row} |" in table
     assert "few_bytes sends, up and down together, 1/" in table
+    learned = [
+        *command[: command.index("--personal")], "--act-choices", "2,3,4", "--avg-act-bits", "2.5",
+        "--tune-from", "search", "--rows", "float,float_more,sdq,uniform,at_one_client,ptq_learned",
+        "--out", tmp_path / "acts", "--table", tmp_path / "acts.md",
+    ]  # fmt: skip
+    subprocess.run(learned, check=True, capture_output=True)
+    rows = {name: json.loads((tmp_path / f"acts/{name}-0.json").read_text())[0] for name in (
+        "sdq", "uniform", "at_one_client", "ptq_learned",
+    )}  # fmt: skip
+    assert set(rows["uniform"]["acts"]) == {2}
+    for name in ("sdq", "at_one_client", "ptq_learned"):
+        assert set(rows[name]["acts"]) <= {2, 3, 4}
+        assert rows[name]["bits"] <= 2
 
 
 @pytest.mark.slow
