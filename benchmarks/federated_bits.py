@@ -4,6 +4,7 @@ r"""Bits learned across clients, beside what one could do instead.
     float_more     as many rounds more as search and tuning have, at the tuning's learning rates
     sdq            bits and weights learned in rounds (``sdq federate --bits``)
     uniform        the same bits everywhere, tuned in the rounds of search and tuning
+    uniform_above  the next uniform bits, which are above the budget; tuned as ``uniform``
     one_client     bits learned by the client with most images, in as many epochs as the search has
                    rounds; tuned as ``sdq``
     at_one_client  all of search and tuning at that client, from the federation's float model
@@ -51,7 +52,7 @@ from sdq.metrics import agreement, classification_metrics, predict
 from sdq.ptq import soft_labelled
 
 ROWS = (
-    "float", "float_more", "sdq", "uniform", "one_client", "at_one_client", "hessian", "ptq",
+    "float", "float_more", "sdq", "uniform", "uniform_above", "one_client", "at_one_client", "hessian", "ptq",
     "ptq_learned", "few_bytes", "personal", "alone",
 )  # fmt: skip
 PTQ_IMAGES, SEARCH_EPOCHS = 512, 12
@@ -163,6 +164,16 @@ class Bench:
     def row_uniform(self) -> list[dict[str, Any]]:
         rounds = self.options.search_rounds + self.options.tune_rounds
         return [self.learned(self.federated(search_method="uniform", tune_rounds=rounds))]
+
+    def row_uniform_above(self) -> list[dict[str, Any]]:
+        options, acts = self.options, self.quant.act_choices
+        weights = min(b for b in self.quant.bit_choices if b > options.bits)
+        common = min(b for b in acts if b > options.avg_act_bits) if acts else options.act_bits
+        quant = sdq.QuantConfig(act_bits=common)
+        policy = sdq.quantize(self.network("float"), quant, sample=self.sample).policy
+        policy = policy.with_weight_bits({b.name: weights for b in policy if b.searched})
+        rounds = options.search_rounds + options.tune_rounds
+        return [self.learned(self.federated(policy=policy, quant=quant, tune_rounds=rounds))]
 
     def row_one_client(self) -> list[dict[str, Any]]:
         network, loader = self.network("float"), self.batches(self.largest.train)
