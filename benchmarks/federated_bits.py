@@ -52,8 +52,8 @@ from sdq.metrics import agreement, classification_metrics, predict
 from sdq.ptq import soft_labelled
 
 ROWS = (
-    "float", "float_more", "sdq", "uniform", "uniform_above", "one_client", "at_one_client", "hessian", "ptq",
-    "ptq_learned", "few_bytes", "personal", "alone",
+    "float", "float_more", "sdq", "uniform", "uniform_above", "one_client", "at_one_client",
+    "hessian", "ptq", "ptq_learned", "few_bytes", "personal", "alone",
 )  # fmt: skip
 PTQ_IMAGES, SEARCH_EPOCHS = 512, 12
 """As ``sdq quantize --ptq`` has them."""
