@@ -59,6 +59,7 @@ PTQ_IMAGES, SEARCH_EPOCHS = 512, 12
 """As ``sdq quantize --ptq`` has them."""
 
 DECAY = PhasesConfig().tune_lr_decay
+QUANT = sdq.QuantConfig()
 
 
 def main() -> None:
@@ -82,6 +83,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=float, default=2.0)
     parser.add_argument("--act-bits", type=int, default=4, help="where they are not learned")
     parser.add_argument("--act-choices", help="candidates of activations, such as 2,3,4,6")
+    parser.add_argument("--weight-scale", default=QUANT.weight_scale)
+    parser.add_argument("--scale", default=QUANT.restrict_scale, help="float or power_of_two")
     parser.add_argument("--avg-act-bits", type=float, help="with --act-choices")
     parser.add_argument("--personal", default="0:1.5,1:3", help="CLIENT:BITS, ...")
     parser.add_argument("--method", default="fedavg")
@@ -121,9 +124,10 @@ class Bench:
         self.augment = Augmentation(splits.horizontal_flip, splits.vertical_flip)
         self.sample = torch.zeros(1, *splits.image_shape)
         acts = _whole(options.act_choices) if options.act_choices else None
-        self.quant = sdq.QuantConfig(act_bits=options.act_bits, act_choices=acts)
+        scales = {"weight_scale": options.weight_scale, "restrict_scale": options.scale}
+        self.quant = QUANT.replaced(act_bits=options.act_bits, act_choices=acts, **scales)
         common = max(b for b in acts if b <= options.avg_act_bits) if acts else options.act_bits
-        self.fixed_acts = sdq.QuantConfig(act_bits=common)
+        self.fixed_acts = self.quant.replaced(act_bits=common, act_choices=None)
         self.own_bits = {
             int(k): float(b) for k, b in (p.split(":") for p in options.personal.split(","))
         }
@@ -169,7 +173,7 @@ class Bench:
         options, acts = self.options, self.quant.act_choices
         weights = min(b for b in self.quant.bit_choices if b > options.bits)
         common = min(b for b in acts if b > options.avg_act_bits) if acts else options.act_bits
-        quant = sdq.QuantConfig(act_bits=common)
+        quant = self.fixed_acts.replaced(act_bits=common)
         policy = sdq.quantize(self.network("float"), quant, sample=self.sample).policy
         policy = policy.with_weight_bits({b.name: weights for b in policy if b.searched})
         rounds = options.search_rounds + options.tune_rounds
@@ -371,7 +375,8 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         f"{options.method} with {options.loss}; {options.rounds} rounds in float, "
         f"{options.search_rounds} of search, {options.tune_rounds} of tuning, 1 epoch each; W"
         f"{options.bits:g} (mean over the searched layers) A"
-        f"{options.avg_act_bits or options.act_bits:g}{learned}, first and last "
+        f"{options.avg_act_bits or options.act_bits:g}{learned}, scales "
+        f"{options.weight_scale}, {options.scale}, first and last "
         "layer at 8; mean ± standard deviation over seeds. CPU seconds, one thread.",
         "",
         f"`{command(options)}`",
