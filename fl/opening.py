@@ -88,10 +88,9 @@ def carried(kept: Record | None, setting: Setting, searched: Record | None = Non
         setting: of the phase.
         searched: kept in the search, if tuning goes on from there.
     """
-    known = {} if kept is None else kept.model
-    if not known:
+    known, newer = ({} if record is None else record.model for record in (kept, searched))
+    if not known and not newer:
         return None
-    newer = {} if searched is None else searched.model
     names = {n: float_name(n, setting.network) for n in setting.names(down=False)}
     own = {n: newer.get(n, known.get(f, setting.initial[n])) for n, f in names.items()}
     teacher = {n: t for n, t in known.items() if n.startswith("model.")}

@@ -86,7 +86,7 @@ class Here:
         """Return the clients of a phase; they start from what they kept in those before."""
         store = Store(None if folder is None else folder / "clients")
         begun = folder is not None and (folder / STATE).is_file()
-        if opening.phase != "float" and "float" in self._ends and not begun:
+        if opening.phase != "float" and not begun:
             self._carry_over_(opening, setting, store)
         for name, state in opening.models.items():  # search and tuning have the same network
             self._opened[name] = Record({name: state}).num_bytes() * self.number
@@ -95,11 +95,12 @@ class Here:
         return self._ends[opening.phase]
 
     def _carry_over_(self, opening: Opening, setting: Setting, store: Store) -> None:
-        before = self._ends["float"].store
-        search = self._ends["search"].store if opening.start else None
-        for client in before.index:
-            searched = None if search is None else search.get(client)
-            kept = carried(before[client], setting, searched)
+        before, search = (
+            self._ends[phase].store if goes_on and phase in self._ends else Store()
+            for phase, goes_on in (("float", True), ("search", bool(opening.start)))
+        )
+        for client in sorted({*before.index, *search.index}):
+            kept = carried(before.get(client), setting, search.get(client))
             if kept is not None:
                 store.put(client, kept, 0)
 

@@ -258,6 +258,23 @@ def test_tuning_goes_on_from_the_search(tiny: Make, hospitals: Clients) -> None:
     assert done.bytes_down == before.bytes_down + 3 * size
 
 
+def test_heads_of_the_search_are_kept_without_a_float_phase(tiny: Make, hospitals: Clients) -> None:
+    going = learning(
+        tiny(), quant=QUANT, budget=Budget(avg_weight_bits=3.0), method="fedper", rounds=0,
+        clients=hospitals(), num_classes=3, config=QUICK,
+        phases=PHASES.replaced(tune_from="search"),
+    )  # fmt: skip
+    done = going.go()
+    name = "model.net.head.weight"
+    searched = going.done["search"].rounds.transport.store[1].model[name]
+    opening = Opening(
+        "tune", done.float_state, done.policy, start=going._searched(done.float_state)
+    )
+    store = going.sites.open(opening, going.done["tune"].setting, None).store
+    assert torch.equal(store[1].model[name], searched)
+    assert not torch.equal(store[0].model[name], searched)
+
+
 class Killed(Exception):
     pass
 
