@@ -1,7 +1,7 @@
 """NNCF: ``nncf.quantize`` for its NPU target, the one that has 4-bit convolutions.
 
 Convolutions can have 4 or 8 bits, no fewer. The ranges of its quantizers are parameters, so that
-the quantized network is trained as it stands. This file has not run to its end yet.
+the quantized network is trained as it stands; only ``ptq`` has run to its end yet.
 """
 
 import os
