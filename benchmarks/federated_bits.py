@@ -28,7 +28,6 @@ with ``--on val`` on the validation images, to choose settings by. Each finished
 
 import argparse
 import json
-import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from typing import Any
 
 import _reports
 import torch
+from _bits_table import lines_of
 from torch import nn
 
 import fl
@@ -47,6 +47,7 @@ from fl.evaluation import primary
 from fl.method import ClientData
 from sdq.batches import Augmentation, Batches, Normalization, generator
 from sdq.checkpoint import load_tensors, save_tensors
+from sdq.cli.ptq import SEARCH_EPOCHS
 from sdq.data import DataOptions, ImageSet, Splits, open_data
 from sdq.metrics import agreement, classification_metrics, predict
 from sdq.ptq import soft_labelled
@@ -55,9 +56,6 @@ ROWS = (
     "float", "float_more", "sdq", "uniform", "uniform_above", "one_client", "at_one_client",
     "hessian", "ptq", "ptq_learned", "few_bytes", "personal", "alone",
 )  # fmt: skip
-PTQ_IMAGES, SEARCH_EPOCHS = 512, 12
-"""As ``sdq quantize --ptq`` has them."""
-
 DECAY = PhasesConfig().tune_lr_decay
 QUANT = sdq.QuantConfig()
 
@@ -72,7 +70,7 @@ def main() -> None:
         bench = Bench(options, splits, seed)
         for name in options.rows.split(","):
             rows += bench.figures(name)
-            write(options, rows)
+            _reports.write(options.table, lines_of(rows, options))
 
 
 def arguments() -> argparse.Namespace:
@@ -105,7 +103,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", type=Path, required=True)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if bool(options.act_choices) != bool(options.avg_act_bits):
+        parser.error("--act-choices and --avg-act-bits must stand together; add the other")
+    return options
 
 
 class Bench:
@@ -213,7 +214,7 @@ class Bench:
         """Return a float row's network under bits from unlabelled images, and these images."""
         network = self.network(row)
         images = torch.cat([x for x, _ in self.batches(self.largest.train, augmented=False)])
-        images = images[:PTQ_IMAGES]
+        images = images[: sdq.PtqConfig().images]
         data = soft_labelled(network, images)
         qmodel = sdq.quantize(network, quant, sample=self.sample)
         sdq.calibrate_(qmodel, data)
@@ -361,107 +362,6 @@ def _bits_of(policy: sdq.BitwidthPolicy) -> dict[str, list[int]]:
 
 def _whole(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in text.split(",") if word)
-
-
-def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Write the tables as Markdown."""
-    sizes = f" ({options.widths})" if options.widths else ""
-    learned = f" (mean, of {options.act_choices})" if options.act_choices else ""
-    part = f"{options.train_images:,} of its training images, " if options.train_images else ""
-    lines = [
-        f"# Bits learned across clients: {options.model}{sizes} on {Path(options.data).stem}",
-        "",
-        f"Seeds {options.seeds}; {part}{options.clients} clients ({options.partition}), "
-        f"{options.method} with {options.loss}; {options.rounds} rounds in float, "
-        f"{options.search_rounds} of search, {options.tune_rounds} of tuning, 1 epoch each; W"
-        f"{options.bits:g} (mean over the searched layers) A"
-        f"{options.avg_act_bits or options.act_bits:g}{learned}, scales "
-        f"{options.weight_scale}, {options.scale}, first and last "
-        "layer at 8; mean ± standard deviation over seeds. CPU seconds, one thread.",
-        "",
-        f"`{command(options)}`",
-        "",
-        f"On all {'test' if options.on == 'test' else 'validation'} images:",
-        "",
-        "| row | bits | balanced accuracy | accuracy | AUC | agreement | S | MB up | MB down | s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    names = dict.fromkeys(row["row"] for row in rows if "client" not in row)
-    lines += [_line(name, [r for r in rows if r["row"] == name]) for name in names]
-    lines += _differences(rows, list(names)) + _bytes(rows)
-    own = [row for row in rows if "client" in row]
-    if own:
-        lines += [
-            "", "Clients with a budget of their own, each on its own images:", "",
-            "| client | budget | row | bits | balanced accuracy | accuracy | AUC |",
-            "|---|---|---|---|---|---|---|",
-        ]  # fmt: skip
-        groups = dict.fromkeys((r["client"], r["budget"], r["row"]) for r in own)
-        for client, budget, name in sorted(groups):
-            some = [r for r in own if (r["client"], r["row"]) == (client, name)]
-            lines.append(f"| {client} | {budget:g} | {name} | {_figures(some)} |")
-    _reports.write(options.table, lines)
-
-
-def _differences(rows: list[dict[str, Any]], names: list[str]) -> list[str]:
-    """Return what each row has above the float federation of as many rounds, seed by seed."""
-    if "float_more" not in names:
-        return []
-    scores: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if "client" not in row:
-            scores.setdefault(row["row"], {})[row["seed"]] = row["metrics"]["balanced_accuracy"]
-    lines = [
-        "", "Points of balanced accuracy above float_more, which has the same division, first "
-        "weights and float phase:", "",
-        "| row | by seed | mean ± standard error |", "|---|---|---|",
-    ]  # fmt: skip
-    for name in names:
-        both = [s for s in scores[name] if s in scores["float_more"]]
-        above = [100 * (scores[name][s] - scores["float_more"][s]) for s in both]
-        error = statistics.stdev(above) / len(above) ** 0.5 if len(above) > 1 else 0.0
-        each = ", ".join(f"{points:+.1f}" for points in above)
-        lines.append(f"| {name} | {each} | {statistics.mean(above):+.1f} ± {error:.1f} |")
-    return lines
-
-
-def _bytes(rows: list[dict[str, Any]]) -> list[str]:
-    """Return what few_bytes sends of what the float federation of as many rounds sends."""
-    sent: dict[str, dict[int, int]] = {}
-    for row in rows:
-        if row["row"] in ("float", "float_more", "few_bytes"):
-            sent.setdefault(row["row"], {})[row["seed"]] = row["bytes_up"] + row["bytes_down"]
-    seeds = sent.get("few_bytes", {}).keys() & sent.get("float_more", {}).keys()
-    if not seeds:
-        return []
-    few = sum(sent["few_bytes"][s] for s in seeds)
-    whole = sum(sent["float"][s] + sent["float_more"][s] for s in seeds)
-    return ["", f"few_bytes sends, up and down together, 1/{whole / few:.1f} of what the float "
-            "federation of as many rounds sends (float and float_more)."]  # fmt: skip
-
-
-def _figures(rows: list[dict[str, Any]]) -> str:
-    metrics = ("balanced_accuracy", "accuracy", "auc")
-    cells = [f"{max(r['bits'] for r in rows):.2f}"]
-    for key in metrics:
-        known = [r["metrics"][key] for r in rows if r["metrics"][key] is not None]
-        cells.append(_reports.spread(known) if known else "-")
-    return " | ".join(cells)
-
-
-def _line(name: str, rows: list[dict[str, Any]]) -> str:
-    agreed = _reports.spread([r["agreement"] for r in rows])
-    special = [r["specialization"] for r in rows if r.get("specialization") is not None]
-    sizes = [f"{max(r[k] for r in rows) / 1e6:.1f}" for k in ("bytes_up", "bytes_down")]
-    seconds = sum(r["seconds"] for r in rows) / len(rows)
-    cells = [_reports.spread(special) if special else "-", *sizes, f"{seconds:.0f}"]
-    return f"| {name} | {_figures(rows)} | {agreed} | {' | '.join(cells)} |"
-
-
-def command(options: argparse.Namespace) -> str:
-    """Return this run's command; the data file by its name alone."""
-    data = options.data
-    return _reports.command().replace(data, f"DIR/{Path(data).name}" if "/" in data else data)
 
 
 if __name__ == "__main__":

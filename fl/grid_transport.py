@@ -151,9 +151,10 @@ class GridTransport:
                 lacking[node] = lacks
                 continue
             sent = self.sent.setdefault(client, {})
-            for name, size in said.get("sent", {}).items():  # perhaps before the server was killed
-                again = size if name in told.tensors else 0
-                sent[name] = max(sent.get(name, 0) + again, size)
+            for name, size in said.get("sent", {}).items():
+                known = sent.get(name, 0)
+                # sent with this question, or perhaps before the server was killed
+                sent[name] = known + size if name in told.tensors else max(known, size)
             if different and not refusal:
                 refusal = _difference(different[0], theirs.get(different[0]), mine[different[0]])
             self.claims[node] = (client, refusal)

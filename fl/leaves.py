@@ -31,14 +31,15 @@ ROUNDS = 4
 EVALUATED = 1
 """Of these, the one with metrics."""
 
-WHEN: dict[Kind | Literal["hello"], str] = {
-    "hello": "before the phase, over a network, to a node that does not have it",
+WHEN: dict[Kind, str] = {
     "counts": "once, before the first round",
     "train": "each round that asks the client",
     "adapt": "at the end, if the last round did not ask the client",
     "collect": "at each evaluation",
     "own": "at the end, of a client that keeps a quantized model of its own",
 }
+TOLD = "before the phase, over a network"
+LACKING = f"{TOLD}, to a node that does not have it"
 LATER = "each round that asks the client, from the second on"
 UNKNOWN = "to a client whose last message the server does not know"
 
@@ -161,7 +162,7 @@ def what_leaves(setting: Setting) -> Leaves:
 def _begins(method: QuantRounds) -> tuple[list[SentTensor], list[SentValue]]:
     """Return what a client is told before a phase of learning bits."""
     tensors = [
-        _Seen("down", "hello", name, tensor).tensor(group)
+        _sent("down", LACKING, group, name, tensor)
         for group, state in method.begins.items()
         for name, tensor in state.items()
     ]
@@ -170,7 +171,7 @@ def _begins(method: QuantRounds) -> tuple[list[SentTensor], list[SentValue]]:
     policies = {"policy": [method.policy], "own": [*method.own.values()]}
     return tensors, [
         SentValue(
-            "down", WHEN["hello"], name, MEANINGS["down", name],
+            "down", TOLD, name, MEANINGS["down", name],
             2 * sum(len(policy) for policy in found), ("act_bits", "weight_bits"),
         )
         for name, found in policies.items() if found
@@ -214,15 +215,13 @@ class _Seen:
     """A tensor or value as it was seen, and in which rounds."""
 
     way: Way
-    kind: Kind | Literal["hello"]
+    kind: Kind
     name: str
     value: Any
     rounds: set[int] = field(default_factory=set)
 
     def tensor(self, group: str) -> SentTensor:
-        shape, size = tuple(self.value.shape), self.value.nbytes
-        dtype = str(self.value.dtype).removeprefix("torch.")
-        return SentTensor(self.way, self._when(), group, self.name, shape, dtype, size)
+        return _sent(self.way, self._when(), group, self.name, self.value)
 
     def values(self) -> SentValue:
         found = list(_numbers(self.value))
@@ -236,6 +235,11 @@ class _Seen:
         if self.rounds == {EVALUATED}:
             return WHEN["collect"]
         return UNKNOWN if self.rounds == {ROUNDS - 1} else LATER
+
+
+def _sent(way: Way, when: str, group: str, name: str, tensor: torch.Tensor) -> SentTensor:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return SentTensor(way, when, group, name, tuple(tensor.shape), dtype, tensor.nbytes)
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[str]:

@@ -18,7 +18,7 @@ from fl.opening import Opening, carried, check_masks_known, data_of
 from fl.personal import Personal
 from fl.phase_settings import PhaseSettings
 from fl.quant_results import write_own
-from fl.record import Failure, Kind, Record, Reply, Request, Tensors, digest, picked
+from fl.record import Failure, Kind, Record, Reply, Request, Tensors, digest
 from fl.setting import Setting
 from sdq.errors import RequestError
 
@@ -125,9 +125,9 @@ class _Learner:
 
     def _models(self, wanted: Mapping[str, str]) -> dict[str, Tensors]:
         """Return the models with these digests that the node has; one may be the first weights."""
-        found, state = {}, self.settings.model.state_dict()
+        found, first = {}, self.settings.first
         for name, told in wanted.items():
-            for known in (self.memory.model(name), picked(state, state)):
+            for known in (self.memory.model(name), first):
                 if known and digest(known) == told:
                     found[name] = known
                     break

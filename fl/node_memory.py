@@ -54,8 +54,10 @@ class NodeMemory:
         """Keep what the server told of a phase; Flower's memory is cleared of what it outlives."""
         self._put(OPENING, Record({}, values))
         if self.folder is None:
-            models = (f"{MODEL}.{name}" for name in values["models"])
-            needed = {OPENING, *models, "float", "search", values["phase"]}
+            models = values["models"]
+            needed = {OPENING, *(f"{MODEL}.{name}" for name in models), "float", values["phase"]}
+            if "start" in models:
+                needed.add("search")
             self._forget({name.partition("/")[0] for name in self.context.state} - needed)
 
     def opening(self) -> dict[str, Any] | None:

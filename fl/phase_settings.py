@@ -14,7 +14,7 @@ from fl.method import Method
 from fl.opening import Opening
 from fl.quant_network import SCALES, set_act_scales_
 from fl.quant_rounds import QuantRounds
-from fl.record import Tensors
+from fl.record import Tensors, picked
 from fl.search_rounds import SearchRounds, SearchRoundsConfig
 from fl.setting import Setting
 from fl.tune_rounds import TuneRounds, TuneRoundsConfig, policies_as_json
@@ -59,6 +59,12 @@ class PhaseSettings:
     normalization: Normalization | None = None
     augment: Augmentation | None = None
     head: str | None = None
+
+    @property
+    def first(self) -> Tensors:
+        """Return a copy of the first weights."""
+        state = self.model.state_dict()
+        return picked(state, state)
 
     @property
     def learns(self) -> bool:

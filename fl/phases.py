@@ -38,7 +38,7 @@ from fl.opening import Opening
 from fl.personal_bits import PersonalProblem, check_personal
 from fl.phase_settings import PhaseSettings
 from fl.quant_rounds import TOLD_BYTES, QuantRounds
-from fl.record import Failure, Tensors, picked
+from fl.record import Failure, Tensors
 from fl.rounds import Listener, listed
 from fl.run import Federated, Run, Watcher
 from fl.search_rounds import GROUP, SearchRounds, last_sent
@@ -173,7 +173,6 @@ class Learning:
 
     def _settings(self, widest: BitwidthPolicy, *, searches: bool) -> dict[str, Setting]:
         settings, found = self.settings, {}
-        state = picked(settings.model.state_dict(), settings.model.state_dict())
         if settings.rounds != 0:
             found["float"] = settings.setting(Opening("float"))
             if settings.quant.batch_norm == "fold" and found["float"].names(down=False):
@@ -187,10 +186,11 @@ class Learning:
                     "quant.batch_norm: must not be fold where tuning starts from the search's "
                     "weights, which have it folded in; use freeze or train, or tune from float"
                 )
-            found["search"] = settings.setting(Opening("search", state))
+            found["search"] = settings.setting(Opening("search", settings.first))
         policy = widest if settings.policy is None else settings.policy
-        start = state if searches and settings.phases.tune_from == "search" else {}
-        opening = Opening("tune", state, policy, dict.fromkeys(self.personal, policy), start)
+        start = settings.first if searches and settings.phases.tune_from == "search" else {}
+        own = dict.fromkeys(self.personal, policy)
+        opening = Opening("tune", settings.first, policy, own, start)
         return found | {"tune": settings.setting(opening)}
 
     # --- the phases
@@ -218,8 +218,7 @@ class Learning:
         if self.settings.rounds != 0:
             self._run(Opening("float"))
             return self.results["float"].state
-        state = self.settings.model.state_dict()
-        return picked(state, state)
+        return self.settings.first
 
     def _policies(self, network: Tensors) -> tuple[BitwidthPolicy, dict[int, BitwidthPolicy]]:
         """Return the policy of all, and those of clients that have their own."""

@@ -95,14 +95,15 @@ class Here:
         return self._ends[opening.phase]
 
     def _carry_over_(self, opening: Opening, setting: Setting, store: Store) -> None:
-        before, search = (
-            self._ends[phase].store if goes_on and phase in self._ends else Store()
-            for phase, goes_on in (("float", True), ("search", bool(opening.start)))
-        )
+        before = self._kept_in("float")
+        search = self._kept_in("search") if opening.start else Store()
         for client in sorted({*before.index, *search.index}):
             kept = carried(before.get(client), setting, search.get(client))
             if kept is not None:
                 store.put(client, kept, 0)
+
+    def _kept_in(self, phase: str) -> Store:
+        return self._ends[phase].store if phase in self._ends else Store()
 
     def own_models(self, rounds: Rounds, clients: Iterable[int]) -> list[OwnModel | Failure]:
         """Return the models of these clients."""

@@ -6,6 +6,8 @@ halve the side, after a stem of 16 channels: 54,823 parameters with seven classe
 
 from torch import Tensor, nn
 
+from sdq.models._conv import conv_bn, init_weights_
+
 BLOCKS = ((32, 1), (64, 2), (64, 1), (128, 2), (128, 1), (128, 1))
 """Output channels and stride of each block."""
 
@@ -33,11 +35,9 @@ class DepthwiseSmall(nn.Module):
 def _conv(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
 ) -> nn.Sequential:
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
-    )
-    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
+    layer = conv_bn(in_channels, out_channels, kernel_size, stride, groups)
+    init_weights_(layer)
+    return layer
 
 
 def build(num_classes: int, in_channels: int = 3) -> nn.Module:

@@ -14,7 +14,7 @@ from fl.bits import ClientBudget, FederatedBits, PhasesConfig
 from fl.compression import CompressionConfig
 from fl.evaluation import primary
 from fl.opening import Opening
-from fl.phases import learning
+from fl.phases import Learning, learning
 from fl.quant_network import float_name
 from fl.tune_rounds import TuneRounds
 from sdq import plugins
@@ -40,6 +40,14 @@ def go(net: nn.Module, clients: list[fl.ClientData], **more: Any) -> FederatedBi
     found = fl.run(net, clients=clients, num_classes=3, **given)
     assert isinstance(found, FederatedBits)
     return found
+
+
+def learner(net: nn.Module, clients: list[fl.ClientData], **more: Any) -> Learning:
+    """Return a federation whose clients keep heads of their own."""
+    return learning(
+        net, quant=QUANT, budget=Budget(avg_weight_bits=3.0), method="fedper", clients=clients,
+        num_classes=3, config=QUICK, **{"phases": PHASES, **more},
+    )  # fmt: skip
 
 
 def _four_bits(net: nn.Module) -> BitwidthPolicy:
@@ -211,10 +219,7 @@ def test_bin_regularization_acts_after_its_share_of_the_rounds(
 
 
 def test_what_clients_kept_in_float_they_go_on_with(tiny: Make, hospitals: Clients) -> None:
-    going = learning(
-        tiny(), quant=QUANT, budget=Budget(avg_weight_bits=3.0), method="fedper",
-        clients=hospitals(), num_classes=3, config=QUICK, phases=PHASES,
-    )  # fmt: skip
+    going = learner(tiny(), hospitals())
     network = going._float()
     kept = going.done["float"].rounds.transport.store[1].model
     opening = Opening("search", network)
@@ -229,17 +234,10 @@ def test_what_clients_kept_in_float_they_go_on_with(tiny: Make, hospitals: Clien
 
 def test_tuning_goes_on_from_the_search(tiny: Make, hospitals: Clients) -> None:
     """The server's weights and a client's own head are the search's; the teacher is in float."""
-    going = learning(
-        tiny(), quant=QUANT, budget=Budget(avg_weight_bits=3.0), method="fedper",
-        clients=hospitals(), num_classes=3, config=QUICK,
-        phases=PHASES.replaced(tune_from="search"),
-    )  # fmt: skip
+    going = learner(tiny(), hospitals(), phases=PHASES.replaced(tune_from="search"))
     done = going.go()
     tune, search = going.done["tune"], done.phases["search"].state
-    before = learning(
-        tiny(), quant=QUANT, budget=Budget(avg_weight_bits=3.0), method="fedper",
-        clients=hospitals(), num_classes=3, config=QUICK, phases=PHASES,
-    ).go()  # fmt: skip
+    before = learner(tiny(), hospitals()).go()
     assert done.course == before.course
     name = "net.conv.weight"
     assert torch.equal(tune.setting.initial[f"model.{name}"], search[name])
@@ -259,11 +257,7 @@ def test_tuning_goes_on_from_the_search(tiny: Make, hospitals: Clients) -> None:
 
 
 def test_heads_of_the_search_are_kept_without_a_float_phase(tiny: Make, hospitals: Clients) -> None:
-    going = learning(
-        tiny(), quant=QUANT, budget=Budget(avg_weight_bits=3.0), method="fedper", rounds=0,
-        clients=hospitals(), num_classes=3, config=QUICK,
-        phases=PHASES.replaced(tune_from="search"),
-    )  # fmt: skip
+    going = learner(tiny(), hospitals(), rounds=0, phases=PHASES.replaced(tune_from="search"))
     done = going.go()
     name = "model.net.head.weight"
     searched = going.done["search"].rounds.transport.store[1].model[name]
