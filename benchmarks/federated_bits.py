@@ -58,6 +58,7 @@ ROWS = (
 )  # fmt: skip
 DECAY = PhasesConfig().tune_lr_decay
 QUANT = sdq.QuantConfig()
+SEARCH = sdq.SearchConfig()
 
 
 def main() -> None:
@@ -91,6 +92,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--partition", default="dirichlet:1.0")
     parser.add_argument("--rounds", type=int, default=16, help="in float")
     parser.add_argument("--search-rounds", type=int, default=6)
+    parser.add_argument("--search-start", choices=("budget", "highest"), default=SEARCH.start)
     parser.add_argument("--tune-rounds", type=int, default=8)
     parser.add_argument("--tune-from", choices=("float", "search"), default="float")
     parser.add_argument("--distill", type=float, default=PhasesConfig().distill)
@@ -185,7 +187,7 @@ class Bench:
         qmodel = sdq.quantize(network, self.quant, sample=self.sample)
         policy = sdq.search(
             qmodel, loader, budget=self.budget(self.options.bits), teacher=network,
-            config=sdq.SearchConfig(epochs=self.options.search_rounds, seed=self.seed),
+            config=self.search_config.replaced(epochs=self.options.search_rounds),
         )  # fmt: skip
         return [self.learned(self.federated(policy=policy))]
 
@@ -279,6 +281,10 @@ class Bench:
     def in_float(self, **changes: Any) -> fl.Federated:
         return fl.run(self.untrained(), rounds=self.options.rounds, **self.common(**changes))
 
+    @property
+    def search_config(self) -> sdq.SearchConfig:
+        return SEARCH.replaced(seed=self.seed, start=self.options.search_start)
+
     def budget(self, bits: float) -> sdq.Budget:
         return sdq.Budget(avg_weight_bits=bits, avg_act_bits=self.options.avg_act_bits)
 
@@ -292,7 +298,7 @@ class Bench:
         phases = PhasesConfig(
             search_method=search_method, search_rounds=options.search_rounds,
             tune_rounds=tune_rounds or options.tune_rounds, distill=options.distill,
-            tune_from=options.tune_from, search=sdq.SearchConfig(seed=self.seed),
+            tune_from=options.tune_from, search=self.search_config,
         )  # fmt: skip
         given = {
             "budget": None if policy is not None else self.budget(options.bits),

@@ -11,7 +11,7 @@ from pydantic import (
     field_validator,
 )
 
-from sdq.errors import RequestError
+from sdq.errors import RequestError, nearest
 
 
 class Config(BaseModel):
@@ -23,7 +23,7 @@ class Config(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise RequestError(_sentence(type(self).__name__, error)) from None
+            raise RequestError(_sentence(type(self), error)) from None
 
     def replaced(self, **fields: Any) -> Self:
         """Return a copy with these fields changed, checked again."""
@@ -31,12 +31,14 @@ class Config(BaseModel):
         return type(self)(**{**self.model_dump(exclude_unset=True), **fields})
 
 
-def _sentence(where: str, error: ValidationError) -> str:
+def _sentence(kind: type[Config], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in first["loc"])
-    rule = first["msg"].removeprefix("Value error, ")
+    rule, repair = first["msg"].removeprefix("Value error, "), ""
+    if field not in kind.model_fields and first["type"] == "extra_forbidden":
+        rule, repair = "must be a field", f"; {nearest(field, kind.model_fields)}"
     rule = rule[0].lower() + rule[1:]
-    return f"{where}.{field}: {rule}, got {first['input']!r:.100}"
+    return f"{kind.__name__}.{field}: {rule}, got {first['input']!r:.100}{repair}"
 
 
 Bits = Annotated[int, Field(ge=1, le=8)]

@@ -52,7 +52,7 @@ WRONG: list[tuple[type[Config], dict[str, Any], str]] = [
     (QuantConfig, {"first_last_bits": 12}, "first_last_bits: must be at most 8, or 32"),
     (QuantConfig, {"weight_scale": "per_row"}, "weight_scale: "),
     (QuantConfig, {"restrict_scale": "int"}, "restrict_scale: "),
-    (QuantConfig, {"bits": 4}, "bits: extra inputs are not permitted, got 4"),
+    (QuantConfig, {"bits": 4}, "bits: must be a field, got 4; did you mean 'act_bits'? Known: "),
     (TrainConfig, {"epochs": -1}, "epochs: "),
     (TrainConfig, {"epochs": 1.5}, "epochs: "),
     (TrainConfig, {"lr": 0}, "lr: "),

@@ -254,6 +254,7 @@ class ConfigFile:
     """Fields of configurations, read from a file; they stand in the place of options' defaults."""
 
     sections: dict[str, dict[str, Any]]
+    path: Path | None = None
 
     @classmethod
     def read(cls, path: Path | None, *known: str) -> "ConfigFile":
@@ -290,8 +291,11 @@ class ConfigFile:
                         f"--config: {part}.{name} must be given once, but stands in {path} and "
                         f"as --{option.replace('_', '-')}; drop one"
                     )
-        return cls(document)
+        return cls(document, path)
 
     def changed(self, part: str, before: AnyConfig) -> AnyConfig:
         """Return a configuration with the file's fields in it; RequestError names a wrong one."""
-        return before.replaced(**self.sections.get(part, {}))
+        try:
+            return before.replaced(**self.sections.get(part, {}))
+        except RequestError as error:
+            raise RequestError(f"--config: {self.path}: {part}: {error}") from None

@@ -106,7 +106,7 @@ NUMBERS = [
         "no parts but quant, search, got ['train']",
     ),
     (f"{POST} --bits 2 --config {{f}}/training.json", "no parts but quant, search, ptq, got"),
-    *_both("--bits 2 --config {f}/field.json", "SearchConfig.warmth: extra inputs are not"),
+    *_both("--bits 2 --config {f}/field.json", "field.json: search: SearchConfig.warmth: must"),
     *_both("--bits 2 --config {f}/value.json", "SearchConfig.temperature: input should be greater"),
     *_both("--bits 2 --config {f}/twice.json --act-bits 4", "quant.act_bits must be given once"),
     *_both("--latency-ms 1", "--latency-ms: must stand with --target"),

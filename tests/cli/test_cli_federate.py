@@ -197,7 +197,7 @@ def test_a_split_file_says_whose_each_image_is(sdq, command, home, tmp_path):
     [
         ("--clients 3 --method fedavgg", "did you mean 'fedavg'?"),
         ("--clients 3 --method fedavg,fedavg", "every method must be named once"),
-        ("--clients 3 --method fedprox --hyper nu=1", "nu: extra inputs are not permitted"),
+        ("--clients 3 --method fedprox --hyper nu=1", "nu: must be a field, got 1"),
         ("--clients 3 --method fedprox --hyper mu=-1", "mu: input should be greater than"),
         ("--clients 3 --method fedprox --hyper mu=.1 --hyper mu=.2", "fedprox.mu must be given"),
         ("--clients 3 --method fedavg,fedprox --hyper mu=.1", "METHOD.KEY=VALUE of fedavg, fed"),

@@ -170,7 +170,7 @@ def learned_in_process(
 def test_bits_are_learned_between_nodes(deploy: Deploy) -> None:
     """The superlink is killed in the search; what came of it leaves as a file that runs."""
     deployed = deploy(
-        secure=False, hospitals=2, method="fedper", rounds=1, bits=3.0,
+        hospitals=2, method="fedper", rounds=1, bits=3.0,
         **{"search-rounds": 2, "client-bits": "1:2.0"},
     )  # fmt: skip
     deployed.deadline += 900  # three phases have many messages
