@@ -2,7 +2,9 @@
 
 ``quantize_`` and its int4 kernels are for linear layers; convolutions go this way. Its x86
 quantizer is made for int8; the range of the codes is part of a public ``QuantizationSpec`` and may
-be any.
+be any. In training its fused fake quantizer would divide a weight's range by 2^(b-1) or one less,
+and the conversion by their mean: the same at 8 bits, another network at 2. The unfused one asks the
+observer, as the conversion does.
 """
 
 import dataclasses
@@ -12,7 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchao.quantization.pt2e import allow_exported_model_train_eval
+from torchao.quantization.pt2e import (
+    FakeQuantize,
+    MovingAveragePerChannelMinMaxObserver,
+    allow_exported_model_train_eval,
+)
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
 from torchao.quantization.pt2e.quantizer.utils import QuantizationConfig
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
@@ -21,6 +27,8 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 from benchmarks.toolkits._job import Answer, Job
+
+EPS = 2**-12  # the least scale, as the default configuration has it
 
 REQUIRES = ("torchao==0.18.0", "onnx==1.23.2", "onnxscript==0.7.2")
 
@@ -66,6 +74,11 @@ def narrowed(bits: int, job: Job, training: bool) -> QuantizationConfig:
     weight = dataclasses.replace(
         default.weight, quant_min=-(2 ** (bits - 1)), quant_max=2 ** (bits - 1) - 1
     )
+    if training:
+        observer = MovingAveragePerChannelMinMaxObserver
+        weight = dataclasses.replace(
+            weight, observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=observer, eps=EPS)
+        )
     act = dataclasses.replace(default.input_activation, quant_max=2**job.request.act_bits - 1)
     return dataclasses.replace(default, weight=weight, input_activation=act, output_activation=act)
 
