@@ -7,6 +7,7 @@ r"""Bits learned across clients, beside what one could do instead.
     uniform_above  the next uniform bits, which are above the budget; tuned as ``uniform``
     one_client     bits learned by the client with most images, in as many epochs as the search has
                    rounds; tuned as ``sdq``
+    small_client   likewise, by the client with fewest images
     at_one_client  all of search and tuning at that client, from the federation's float model
     hessian        bits by ``hessian`` from images and soft labels of that client; tuned as ``sdq``
     ptq            float_more quantized after training with such bits, on the same images
@@ -53,8 +54,8 @@ from sdq.metrics import agreement, classification_metrics, predict
 from sdq.ptq import soft_labelled
 
 ROWS = (
-    "float", "float_more", "sdq", "uniform", "uniform_above", "one_client", "at_one_client",
-    "hessian", "ptq", "ptq_learned", "few_bytes", "personal", "alone",
+    "float", "float_more", "sdq", "uniform", "uniform_above", "one_client", "small_client",
+    "at_one_client", "hessian", "ptq", "ptq_learned", "few_bytes", "personal", "alone",
 )  # fmt: skip
 DECAY = PhasesConfig().tune_lr_decay
 QUANT = sdq.QuantConfig()
@@ -183,7 +184,14 @@ class Bench:
         return [self.learned(self.federated(policy=policy, quant=quant, tune_rounds=rounds))]
 
     def row_one_client(self) -> list[dict[str, Any]]:
-        network, loader = self.network("float"), self.batches(self.largest.train)
+        return self.bits_of(self.largest)
+
+    def row_small_client(self) -> list[dict[str, Any]]:
+        return self.bits_of(min(self.clients, key=lambda client: len(client.train)))
+
+    def bits_of(self, client: ClientData) -> list[dict[str, Any]]:
+        """Let one client learn bits, and all tune."""
+        network, loader = self.network("float"), self.batches(client.train)
         qmodel = sdq.quantize(network, self.quant, sample=self.sample)
         policy = sdq.search(
             qmodel, loader, budget=self.budget(self.options.bits), teacher=network,

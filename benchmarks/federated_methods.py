@@ -35,7 +35,7 @@ from fl.clients import Partition, clients_of
 from sdq.batches import Augmentation, Normalization, generator
 from sdq.data import DataOptions, Splits, open_data
 from sdq.errors import RequestError
-from sdq.plugins import load, names
+from sdq.plugins import names
 
 BALANCED = "loss=balanced_softmax"
 REFERENCE = f"fedavg;{BALANCED}"
@@ -83,6 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--local-epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--optimizer", default="adam")
     parser.add_argument("--keep-optimizer", action="store_true")
     parser.add_argument("--augment", action="store_true", help="flips, where the data allow them")
     parser.add_argument("--train-images", type=int, default=0, help="a part of them; 0: all")
@@ -128,7 +129,7 @@ class Bench:
         self, options: argparse.Namespace, splits: Splits, partition: str, seed: int
     ) -> None:
         self.options, self.partition, self.seed = options, partition, seed
-        train = splits.train
+        self.splits, train = splits, splits.train
         if options.train_images:
             order = torch.randperm(len(train), generator=generator(0, "part of the images"))
             train = train.subset(order[: options.train_images].sort().values)
@@ -144,20 +145,22 @@ class Bench:
             self.augment = Augmentation(splits.horizontal_flip, splits.vertical_flip)
 
     def network(self) -> nn.Module:
+        options = self.options
+        if options.model not in SMALL:
+            found = _reports.untrained(options.model, self.splits, self.seed)
+            return found.to(options.device)
         with torch.random.fork_rng():
             torch.manual_seed(generator(self.seed, "weights").initial_seed())
-            if self.options.model in SMALL:
-                widths = [int(width) for width in self.options.widths.split(",")]
-                found = small_cnn(self.classes, self.channels, widths, self.options.model)
-            else:
-                found = load("sdq.models", self.options.model).build(self.classes, self.channels)
-        return found.to(self.options.device)
+            widths = [int(width) for width in options.widths.split(",")]
+            found = small_cnn(self.classes, self.channels, widths, options.model)
+        return found.to(options.device)
 
     def config(self, changes: dict[str, Any]) -> fl.FederationConfig:
         options = self.options
         given = {
             "rounds": options.rounds, "local_epochs": options.local_epochs, "lr": options.lr,
             "batch_size": options.batch_size, "keep_optimizer": options.keep_optimizer,
+            "optimizer": options.optimizer,
             "evaluate_every": options.rounds, "adjust": 1.0, "seed": self.seed,
         }  # fmt: skip
         return fl.FederationConfig(**(given | changes))
@@ -247,7 +250,8 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         f"# Federated methods: {model} on {Path(options.data).stem}",
         "",
         f"Seeds {options.seeds}; {part}{options.rounds} rounds of {options.local_epochs} epochs, "
-        f"Adam {options.lr:g}, {'kept' if options.keep_optimizer else 'anew each round'}, batches "
+        f"{options.optimizer} {options.lr:g}, "
+        f"{'kept' if options.keep_optimizer else 'anew each round'}, batches "
         f"of {options.batch_size}; last round; mean ± standard deviation over seeds. "
         f"torch {torch.__version__}, device {options.device}.",
         "",

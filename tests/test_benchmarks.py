@@ -160,6 +160,22 @@ def test_federated_methods_are_measured_and_go_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_published_federation_is_measured_and_goes_on(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-W", "ignore", FOLDER / "published_federations.py", "--data",
+        "synthetic_derm", "--train-images", "200", "--rounds", "1", "--clients", "3", "--partition",
+        "dirichlet:1.0", "--variants", "fedavg,ditto", "--out", tmp_path / "out",
+        "--table", tmp_path / "table.md",
+    ]  # fmt: skip
+    table = measured_twice(command, tmp_path)
+    rows = [x.strip("| ").split(" | ") for x in table.splitlines() if x.startswith("| ")]
+    assert [(r[0], *r[3:5]) for r in rows[1:]] == [
+        ("fedavg", "59.16", "90.34"), ("ditto", "", "90.59")
+    ]  # fmt: skip
+    assert all(0 < float(x) < 100 for row in rows[1:] for x in row[1:3])
+
+
+@pytest.mark.slow
 def test_bytes_of_a_federation_are_measured_and_go_on(tmp_path: Path) -> None:
     command = [
         sys.executable, "-W", "ignore", FOLDER / "federated_bytes.py", "--data", "synthetic_derm",
