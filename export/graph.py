@@ -11,10 +11,10 @@ import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import helper, numpy_helper
 
-from export.format import SCHEMA
+from export.format import SCHEMA, Bits, QuantizerInFile
 from sdq.batches import Normalization
 from sdq.errors import RequestError, RunError
-from sdq.policy import BitwidthPolicy
+from sdq.policy import FLOAT_BITS, BitwidthPolicy
 from sdq.quantizers import code_range, highest_odd_code
 
 MULTIPLIES = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -59,6 +59,17 @@ def load(path: Path) -> onnx.ModelProto:
 def metadata(model: onnx.ModelProto) -> dict[str, str]:
     """Return the metadata of a model."""
     return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def file_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a file."""
+    return metadata(load(path))
+
+
+def bits_by_name(path: Path, found: Mapping[str, QuantizerInFile]) -> dict[str, Bits]:
+    """Return the bits of a file's layers and activation quantizers, given its quantizers."""
+    floats: dict[str, Bits] = dict.fromkeys(layers(load(path)), FLOAT_BITS)
+    return floats | {name: quantizer.bits for name, quantizer in found.items()}
 
 
 class Constants(dict[str, np.ndarray]):

@@ -117,6 +117,6 @@ def open_runtime(path: Path, runtime: str, *, taps: bool) -> Runner:
     spec = json.loads((folder / project.SPEC).read_text(encoding="utf-8"))
     if not taps:
         spec |= {"traced": {}, "taps": {}}
-    values = graph.metadata(graph.load(path)).get("normalization")
+    values = graph.file_metadata(path).get("normalization")
     prepare = Normalization(**json.loads(values)) if values else None
     return Simulation(path, folder / project.PROJECT, spec, prepare)

@@ -37,7 +37,6 @@ from export.format import Bits, QuantizerInFile, Runner, Trace
 from export.tracing import OPSET, trace
 from sdq.batches import Normalization
 from sdq.errors import RunError
-from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 
 FILE = "model.onnx"
@@ -52,6 +51,8 @@ ADVICE = {
 }
 
 OPSETS = range(13, 26)
+
+metadata = graph.file_metadata
 
 _DEQUANTIZERS = ("DequantizeLinear", "Mul")
 
@@ -124,15 +125,9 @@ def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> Non
     graph.save(model, path, metadata)
 
 
-def metadata(path: Path) -> dict[str, str]:
-    """Return the file's metadata."""
-    return graph.metadata(graph.load(path))
-
-
 def bits(path: Path) -> dict[str, Bits]:
     """Return the bits of each layer's weight and each activation quantizer: from the Clips."""
-    floats = dict.fromkeys(graph.layers(graph.load(path)), FLOAT_BITS)
-    return floats | {name: q.bits for name, q in quantizers(path).items()}
+    return graph.bits_by_name(path, quantizers(path))
 
 
 def quantizers(path: Path) -> dict[str, QuantizerInFile]:

@@ -33,7 +33,6 @@ from export.format import Bits, QuantizerInFile, Runner, Trace
 from export.tracing import trace
 from sdq.batches import Normalization
 from sdq.errors import RunError
-from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 
 with warnings.catch_warnings():
@@ -50,6 +49,8 @@ RUNTIMES = (EXECUTOR,)
 REWRITES: tuple[str, ...] = ()
 ADVICE: dict[str, str] = {}
 DOMAIN = "qonnx.custom_op.general"
+
+metadata = graph.file_metadata
 
 _QUANTIZERS = ("Quant", "BipolarQuant")
 _MAKERS = (*_QUANTIZERS, *channels.JOINS)
@@ -90,15 +91,9 @@ def network_graph(
     return _cleaned(model)
 
 
-def metadata(path: Path) -> dict[str, str]:
-    """Return the file's metadata."""
-    return graph.metadata(graph.load(path))
-
-
 def bits(path: Path) -> dict[str, Bits]:
     """Return the bits of each layer's weight and each activation quantizer: from Quant nodes."""
-    floats = dict.fromkeys(graph.layers(graph.load(path)), FLOAT_BITS)
-    return floats | {name: q.bits for name, q in quantizers(path).items()}
+    return graph.bits_by_name(path, quantizers(path))
 
 
 def quantizers(path: Path) -> dict[str, QuantizerInFile]:
