@@ -8,6 +8,7 @@ r"""Bits learned across clients, beside what one could do instead.
     one_client     bits learned by the client with most images, in as many epochs as the search has
                    rounds; tuned as ``sdq``
     small_client   likewise, by the client with fewest images
+    other_clients  likewise, by each of the others: client_2 has the second most
     at_one_client  all of search and tuning at that client, from the federation's float model
     hessian        bits by ``hessian`` from images and soft labels of that client; tuned as ``sdq``
     ptq            float_more quantized after training with such bits, on the same images
@@ -55,7 +56,8 @@ from sdq.ptq import soft_labelled
 
 ROWS = (
     "float", "float_more", "sdq", "uniform", "uniform_above", "one_client", "small_client",
-    "at_one_client", "hessian", "ptq", "ptq_learned", "few_bytes", "personal", "alone",
+    "other_clients", "at_one_client", "hessian", "ptq", "ptq_learned", "few_bytes", "personal",
+    "alone",
 )  # fmt: skip
 DECAY = PhasesConfig().tune_lr_decay
 QUANT = sdq.QuantConfig()
@@ -184,12 +186,16 @@ class Bench:
         return [self.learned(self.federated(policy=policy, quant=quant, tune_rounds=rounds))]
 
     def row_one_client(self) -> list[dict[str, Any]]:
-        return self.bits_of(self.largest)
+        return [self.bits_of(self.by_images[0])]
 
     def row_small_client(self) -> list[dict[str, Any]]:
-        return self.bits_of(min(self.clients, key=lambda client: len(client.train)))
+        return [self.bits_of(self.by_images[-1])]
 
-    def bits_of(self, client: ClientData) -> list[dict[str, Any]]:
+    def row_other_clients(self) -> list[dict[str, Any]]:
+        others = enumerate(self.by_images[1:-1], 2)
+        return [{**self.bits_of(client), "row": f"client_{rank}"} for rank, client in others]
+
+    def bits_of(self, client: ClientData) -> dict[str, Any]:
         """Let one client learn bits, and all tune."""
         network, loader = self.network("float"), self.batches(client.train)
         qmodel = sdq.quantize(network, self.quant, sample=self.sample)
@@ -197,10 +203,10 @@ class Bench:
             qmodel, loader, budget=self.budget(self.options.bits), teacher=network,
             config=self.search_config.replaced(epochs=self.options.search_rounds),
         )  # fmt: skip
-        return [self.learned(self.federated(policy=policy))]
+        return self.learned(self.federated(policy=policy))
 
     def row_at_one_client(self) -> list[dict[str, Any]]:
-        found = self.learned(self.federated(clients=[self.largest]))
+        found = self.learned(self.federated(clients=[self.by_images[0]]))
         return [{**found, "bytes_up": 0, "bytes_down": 0}]  # nothing is sent
 
     def row_hessian(self) -> list[dict[str, Any]]:
@@ -223,7 +229,7 @@ class Bench:
     ) -> tuple[sdq.QuantModel, torch.Tensor]:
         """Return a float row's network under bits from unlabelled images, and these images."""
         network = self.network(row)
-        images = torch.cat([x for x, _ in self.batches(self.largest.train, augmented=False)])
+        images = torch.cat([x for x, _ in self.batches(self.by_images[0].train, augmented=False)])
         images = images[: sdq.PtqConfig().images]
         data = soft_labelled(network, images)
         qmodel = sdq.quantize(network, quant, sample=self.sample)
@@ -254,8 +260,9 @@ class Bench:
     # --- parts
 
     @property
-    def largest(self) -> ClientData:
-        return max(self.clients, key=lambda client: len(client.train))
+    def by_images(self) -> list[ClientData]:
+        """The clients, from most images to fewest."""
+        return sorted(self.clients, key=lambda client: -len(client.train))
 
     def untrained(self) -> nn.Module:
         widths = self.options.widths
