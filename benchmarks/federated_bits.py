@@ -146,7 +146,7 @@ class Bench:
             return known
         start = time.process_time()
         found = getattr(self, f"row_{name}")()
-        seconds = (time.process_time() - start) / len(found)
+        seconds = (time.process_time() - start) / max(len(found), 1)
         rows = [{"row": name, "seed": self.seed, "seconds": seconds, **one} for one in found]
         file.write_text(json.dumps(rows))
         print(rows, flush=True)
