@@ -30,7 +30,7 @@ def lines_of(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[st
         f"{options.weight_scale}, {options.scale}, first and last "
         "layer at 8; mean ± standard deviation over seeds. CPU seconds, one thread.",
         "",
-        f"`{_command(options)}`",
+        f"`{_reports.command()}`",
         "",
         f"On all {'test' if options.on == 'test' else 'validation'} images:",
         "",
@@ -107,9 +107,3 @@ def _line(name: str, rows: list[dict[str, Any]]) -> str:
     seconds = sum(r["seconds"] for r in rows) / len(rows)
     cells = [_reports.spread(special) if special else "-", *sizes, f"{seconds:.0f}"]
     return f"| {name} | {_figures(rows)} | {agreed} | {' | '.join(cells)} |"
-
-
-def _command(options: argparse.Namespace) -> str:
-    """Return this run's command; the data file by its name alone."""
-    data = options.data
-    return _reports.command().replace(data, f"DIR/{Path(data).name}" if "/" in data else data)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sdq.batches import generator
-from sdq.data import Splits
+from sdq.data import ImageSet, Splits
 from sdq.plugins import call_with_known, load
 
 OUTSIDE = {"--data-root": "DIR", "--weights": "FILE"}
@@ -48,9 +48,20 @@ def untrained(name: str, splits: Splits, seed: int, **sizes: Any) -> nn.Module:
     return network
 
 
+def part(images: ImageSet, count: int, purpose: str = "part of the images") -> ImageSet:
+    """Return so many images of a set, the same ones whatever the seed; 0: all."""
+    if not count:
+        return images
+    order = torch.randperm(len(images), generator=generator(0, purpose))
+    return images.subset(order[:count].sort().values)
+
+
 def command() -> str:
     """Return this run's command; what lies outside the project by a name that says what it is."""
     words = sys.argv[1:]
+    if "--data" in words:
+        at = words.index("--data") + 1
+        words[at] = f"DIR/{Path(words[at]).name}" if "/" in words[at] else words[at]
     for option, name in OUTSIDE.items():
         if option in words:
             words[words.index(option) + 1] = name

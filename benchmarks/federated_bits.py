@@ -47,7 +47,7 @@ from fl.clients import Partition, clients_of
 from fl.compression import CompressionConfig
 from fl.evaluation import primary
 from fl.method import ClientData
-from sdq.batches import Augmentation, Batches, Normalization, generator
+from sdq.batches import Augmentation, Batches, Normalization
 from sdq.checkpoint import load_tensors, save_tensors
 from sdq.cli.ptq import SEARCH_EPOCHS
 from sdq.data import DataOptions, ImageSet, Splits, open_data
@@ -119,10 +119,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, splits: Splits, seed: int) -> None:
         self.options, self.seed, self.splits = options, seed, splits
-        train = splits.train
-        if options.train_images:
-            order = torch.randperm(len(train), generator=generator(0, "part of the images"))
-            train = train.subset(order[: options.train_images].sort().values)
+        train = _reports.part(splits.train, options.train_images)
         self.clients = clients_of(
             replace(splits, train=train), Partition.parsed(options.partition), options.clients, seed
         )

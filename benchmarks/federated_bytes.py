@@ -44,23 +44,14 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = federated_methods.network_parser(__doc__)
+    network = federated_methods.network_parser(__doc__)
+    parser = federated_methods.federation_parser(network)
     parser.add_argument("--method", default="fedavg")
     parser.add_argument("--partition", default="dirichlet:1.0")
-    parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--participation", type=float, default=1.0)
     parser.add_argument("--variants", default=VARIANTS)
-    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--last", type=int, default=5, help="rounds whose figures are averaged")
-    parser.add_argument("--local-epochs", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--train-images", type=int, default=0, help="a part of them; 0: all")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--table", type=Path, required=True)
-    parser.set_defaults(augment=False, keep_optimizer=False)
+    parser.set_defaults(rounds=16, seeds="0")
     return parser.parse_args()
 
 
@@ -106,7 +97,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         f"{options.lr:g}, batches of {options.batch_size}; seeds {options.seeds}; mean ± standard "
         f"deviation over seeds. torch {torch.__version__}, device {options.device}.",
         "",
-        f"`{federated_methods.named(_reports.command(), options.data)}`",
+        f"`{_reports.command()}`",
         "",
         "MB: of all tensors in all rounds' messages, of all clients. `of float`: up and down "
         "together, as a part of what the run in float sends.",

@@ -75,10 +75,15 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = network_parser(__doc__)
+    parser = federation_parser(network_parser(__doc__))
     parser.add_argument("--partitions", default=PARTITIONS)
-    parser.add_argument("--clients", type=int, default=6, help="of a Dirichlet partition")
     parser.add_argument("--variants", default=",".join((*BESIDE, *names("fl.methods"))))
+    return parser.parse_args()
+
+
+def federation_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add what :class:`Bench` makes a federation of."""
+    parser.add_argument("--clients", type=int, default=6, help="of a Dirichlet partition")
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--local-epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -91,7 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", type=Path, required=True)
-    return parser.parse_args()
+    return parser
 
 
 def network_parser(description: str | None) -> argparse.ArgumentParser:
@@ -129,10 +134,7 @@ class Bench:
         self, options: argparse.Namespace, splits: Splits, partition: str, seed: int
     ) -> None:
         self.options, self.partition, self.seed = options, partition, seed
-        self.splits, train = splits, splits.train
-        if options.train_images:
-            order = torch.randperm(len(train), generator=generator(0, "part of the images"))
-            train = train.subset(order[: options.train_images].sort().values)
+        self.splits, train = splits, _reports.part(splits.train, options.train_images)
         made = Partition.parsed(partition)
         number = options.clients if made.kind in ("dirichlet", "iid") else None
         self.clients = clients_of(replace(splits, train=train), made, number, seed)
@@ -255,7 +257,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         f"of {options.batch_size}; last round; mean ± standard deviation over seeds. "
         f"torch {torch.__version__}, device {options.device}.",
         "",
-        f"`{named(_reports.command(), options.data)}`",
+        f"`{_reports.command()}`",
         "",
         "G: the server's model on all test images. S: each client's model on its own, mean over "
         "clients. Balanced accuracy in % unless AUC is said. `masked`: without the classes that a "
@@ -299,11 +301,6 @@ def percent(values: Sequence[float | None]) -> str:
         return ""
     deviation = statistics.stdev(known) if len(known) > 1 else 0.0
     return f"{statistics.mean(known):.1f} ± {deviation:.1f}"
-
-
-def named(command: str, data: str) -> str:
-    """Return a command with the data file by its name alone."""
-    return command.replace(data, f"DIR/{Path(data).name}" if "/" in data else data)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from onnxruntime_speed import session, take_turns
 from safetensors.torch import load_file
 
 import sdq
-from sdq.batches import Augmentation, Batches, Normalization, generator
+from sdq.batches import Augmentation, Batches, Normalization
 from sdq.checkpoint import save_tensors
 from sdq.data import ArrayImages, DataOptions, ImageSet, open_data
 from sdq.metrics import agreement, classification_metrics, predict
@@ -121,8 +121,8 @@ class Group:
         options = self.options
         splits = open_data(options.data, DataOptions(root=options.data_root))
         assert splits.test is not None
-        train = part(splits.train, options.train_images, "train")
-        test = part(splits.test, options.test_images, "test")
+        train = _reports.part(splits.train, options.train_images, "train")
+        test = _reports.part(splits.test, options.test_images, "test")
         np.savez(
             self.folder / "images.npz", train_images=pixels(train),
             train_labels=train.labels.numpy(), test_images=pixels(test),
@@ -263,14 +263,6 @@ def known(file: Path) -> dict[str, Any]:
     row: dict[str, Any] = json.loads(file.read_text())
     right = file.with_name(RIGHT)
     return row | ({"right": np.load(right).astype(float)} if right.exists() else {})
-
-
-def part(images: ImageSet, count: int, purpose: str) -> ImageSet:
-    """Return so many images of a set, the same ones whatever the seed; 0: all."""
-    if not count:
-        return images
-    order = torch.randperm(len(images), generator=generator(0, purpose))
-    return images.subset(order[:count].sort().values)
 
 
 def pixels(images: ImageSet) -> np.ndarray:

@@ -22,7 +22,7 @@ from typing import Any
 
 import _reports
 import torch
-from federated_methods import Bench, value
+from federated_methods import Bench, federation_parser, value
 
 from sdq.data import DataOptions, open_data
 
@@ -54,19 +54,13 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = _reports.data_parser(__doc__, "benchmarks/networks/fedavg_cnn.py")
-    parser.add_argument("--variants", default=",".join(PUBLISHED))
+    network = _reports.data_parser(__doc__, "benchmarks/networks/fedavg_cnn.py")
+    parser = federation_parser(network)
     parser.add_argument("--partition", default="dirichlet:0.1")
-    parser.add_argument("--clients", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--local-epochs", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=10)
-    parser.add_argument("--lr", type=float, default=0.005)
-    parser.add_argument("--train-images", type=int, default=0, help="a part of them; 0: all")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--table", type=Path, required=True)
-    parser.set_defaults(optimizer="sgd", keep_optimizer=False, augment=False, device="cpu")
+    parser.add_argument("--variants", default=",".join(PUBLISHED))
+    parser.set_defaults(
+        clients=20, rounds=100, batch_size=10, optimizer="sgd", lr=0.005, seeds="0"
+    )  # fmt: skip
     return parser.parse_args()
 
 
@@ -77,8 +71,9 @@ def lines_of(options: argparse.Namespace, rows: list[dict[str, Any]]) -> list[st
         f"# Federated methods in a published setting: {Path(options.data).stem}",
         "",
         f"Seeds {options.seeds}; {options.clients} clients, {options.partition}, {images}, "
-        f"{options.rounds} rounds of {options.local_epochs} local epoch, SGD without momentum, "
-        f"learning rate {options.lr:g}, batches of {options.batch_size}. Published: 45,000 "
+        f"{options.rounds} rounds of {options.local_epochs} local epoch, "
+        f"{options.optimizer} without momentum, learning rate {options.lr:g}, "
+        f"batches of {options.batch_size}. Published: 45,000 "
         "training images, 2,000 rounds, learning rate 0.005. Accuracy in %; G: the server's model "
         "on all test images; S: each client's own, mean over clients. torch "
         f"{torch.__version__}.",

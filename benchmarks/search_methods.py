@@ -81,10 +81,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, splits: Splits, seed: int, fabric: Any) -> None:
         self.options, self.seed, self.fabric = options, seed, fabric
-        train = splits.train
-        if options.train_images:
-            order = torch.randperm(len(train), generator=generator(0, "part of the images"))
-            train = train.subset(order[: options.train_images].sort().values)
+        train = _reports.part(splits.train, options.train_images)
         if options.mean:
             self.normalization = Normalization(numbers(options.mean), numbers(options.std))
         else:
