@@ -1,16 +1,18 @@
 r"""Rounds in which bits are learned: every client's gradient, one decision for all.
 
 The server has one log-odds :math:`\theta` for each step between the candidate bitwidths of a unit,
-and each unit's active pair. In a round every client starts from them, and trains the weights with
-the method's loss and :math:`\theta` with the search's (:mod:`sdq.gradient_search`), under the
-budget of all. The server averages,
+and each unit's active pair. In a round every client goes on from them as a search in one place does
+(:mod:`sdq.gradient_search`): it trains the weights with the method's loss and :math:`\theta` with
+the search's under the budget of all, and leaves pairs that are decided for it, as many as it comes
+to. The server averages,
 
 .. math:: \theta \leftarrow \sum_k \frac{n_k}{n}\, \theta_k, \qquad
           \log \lambda_Q \leftarrow \sum_k \frac{n_k}{n} \log \lambda_{Q,k},
 
 which of probabilities :math:`\beta = \sigma(\theta)` and prices is the geometric mean of the odds
-and of the prices; and then decides, once and for all clients, which pairs are left, by the
-thresholds of :class:`~sdq.stochastic.BitwidthParameters`.
+and of the prices; and then decides, once and for all clients, which pair of a unit is active: the
+highest whose mean probability is above the threshold, where a client that left a pair downwards
+counts with the least log-odds there are.
 
 The course of the expected cost (a line from its first value to the budget) and the temperature
 depend on the round alone. In a round a client holds its own expected cost on that line with a price
@@ -40,13 +42,9 @@ from sdq.gradient_search import BitwidthSearch
 from sdq.quant_model import QuantModel
 from sdq.search_problem import SearchProblem
 from sdq.search_space import SearchSpace
-from sdq.stochastic import Mixing
+from sdq.stochastic import LARGEST_LOG_ODDS, Mixing, logit
 
 GROUP = "bits"
-
-FURTHEST = 1.5
-"""Pairs that a client's theta can cross in a round: only one is left, and the mean must get there
-though clients disagree."""
 
 
 class SearchRoundsConfig(QuantRoundsConfig):
@@ -85,8 +83,7 @@ class SearchClient(QuantClient):
         rounds = context.config.rounds
         objective.prices.pace_(self.of_round * rounds)
         objective.cool_(context.round / rounds)
-        reach = min(12 / rounds, FURTHEST) * objective.one_pair
-        lr = search.bitwidth_lr or reach / self.of_round
+        lr = search.bitwidth_lr or 12 * objective.one_pair / (self.of_round * rounds)
         self.optimizer: torch.optim.Optimizer | None = None
         if bits.theta.numel():
             self.optimizer = torch.optim.AdamW(
@@ -103,13 +100,14 @@ class SearchClient(QuantClient):
         return super().loss(outputs, labels) + self.method.objective.regularizer()
 
     def after_step(self) -> None:
-        """Step along the bits' gradient, within what can still turn back; hold the cost."""
+        """Step along the bits' gradient; leave decided pairs; hold the cost."""
         super().after_step()
         objective, rounds = self.method.objective, self.context.config.rounds
+        search = self.method.config.search
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        objective.bits.move_(decay_below=0.0, rise_above=None)  # no pair is left here
+        objective.bits.move_(search.decay_threshold, search.rise_threshold)
         self.done += 1
         progress = (self.context.round + min(self.done / self.of_round, 1.0)) / rounds
         objective.prices.steer_(objective.usage, progress)
@@ -221,18 +219,40 @@ class SearchRounds(QuantRounds):
         """Average weights as the method does and bits by images; decide which pairs are left."""
         found = super().aggregate(server, replies)
         weights = [float(reply.num_examples) for reply in replies]
-        sent = [
-            {n: t for n, t in reply.record.tensors[GROUP].items() if n != "level"}
-            for reply in replies
-        ]
-        mean = server.mean(sent, weights)
-        level = server.memory.tensors[GROUP]["level"]  # a client has no say in it
+        sent = [reply.record.tensors[GROUP] for reply in replies]
         for reply in replies:
             if reply.client in self.remembered:
                 server.memory.tensors[last_sent(reply.client)] = reply.record.tensors[GROUP]
-        self.load_bits_({**mean, "level": level})
+        self.load_bits_(self._averaged(server, sent, weights))
         self._decide_(server)
         return found
+
+    def _averaged(self, server: Server, sent: Sequence[Tensors], weights: list[float]) -> Tensors:
+        """Return the clients' mean, and the pair that it leaves each unit at."""
+        bits, before = self.objective.bits, server.memory.tensors[GROUP]["level"]
+        higher = torch.arange(1, bits.theta.shape[1] + 1)  # each pair's candidate
+        left = torch.tensor(-LARGEST_LOG_ODDS)
+        mean = server.mean(
+            [
+                {
+                    **tensors,
+                    "kept": tensors["theta"].where(higher <= tensors["level"][:, None], left),
+                }
+                for tensors in sent
+            ],
+            weights,
+        )
+        kept = mean.pop("kept")
+        left_by_few = kept > logit(self.config.search.decay_threshold)
+        least = torch.ones(len(bits), 1, dtype=torch.long)  # there are units without a pair
+        level = torch.cat([least, left_by_few * higher], 1).amax(1).minimum(bits.top.cpu())
+        # a pair that most have only come to holds what they learned, but no more than at its entry
+        entered = kept.where(level[:, None] >= before[:, None], kept.clamp_max(bits.entry))
+        return {
+            **mean,
+            "level": level,
+            "theta": entered.where(higher == level[:, None], mean["theta"]),
+        }
 
     def _decide_(self, server: Server) -> None:
         objective, search = self.objective, self.config.search

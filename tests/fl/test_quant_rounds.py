@@ -27,7 +27,7 @@ from fl.state import Route
 from fl.store import Store
 from fl.tune_rounds import TuneRounds, TuneRoundsConfig
 from sdq.calibration import calibrate_
-from sdq.config import QuantConfig
+from sdq.config import QuantConfig, SearchConfig
 from sdq.cost import Budget
 from sdq.losses import distillation
 from sdq.policy import BitwidthPolicy
@@ -88,7 +88,7 @@ def test_log_odds_and_prices_are_averaged_by_images(tiny: Make, hospitals: Clien
     theta = torch.zeros_like(before["theta"])
     one, other = (
         {"theta": theta + value, "log_price": torch.tensor([math.log(price)]),
-         "first_usage": torch.ones(1), "level": before["level"] * 0}
+         "first_usage": torch.ones(1)}
         for value, price in ((1.0, 1e-3), (-2.0, 1e-1))
     )  # fmt: skip
     name = "model.net.hidden.weight"
@@ -101,7 +101,7 @@ def test_log_odds_and_prices_are_averaged_by_images(tiny: Make, hospitals: Clien
     # the weights are the method's, here by images too
     assert torch.allclose(found.model[name], weight + 1)
     assert float(after["log_price"]) == pytest.approx((math.log(1e-3) + 3 * math.log(1e-1)) / 4)
-    # a client has no say in the level, and -1.25 decides nothing: beta is 0.22
+    # -1.25 decides nothing: beta is 0.22
     assert torch.equal(after["level"], before["level"])
     used = rounds.server.memory.values[GROUP][0]
     assert used["bits_and_beta"]["hidden"][1] == pytest.approx(0.2227, abs=1e-4)
@@ -124,18 +124,65 @@ def test_the_server_alone_leaves_a_pair(
     assert sent_down["level"].tolist() == [2 + moved] * 3
 
 
-def test_a_client_moves_no_level_and_stays_where_it_can_turn_back(
+@pytest.mark.parametrize(
+    ("images", "level", "theta"),
+    [
+        # a mean below the logit of 0.1, -2.197, leaves a pair
+        ((30, 10), 3, (30 * 1.0 - 10 * 4.0) / 40),
+        ((10, 30), 1, (10 * 3.0 + 30 * 0.5) / 40),
+        ((14, 26), 2, (14 * 2.0 - 26 * 4.0) / 40),
+        # what few have learned of a pair that is new to the others
+        ((0, 40), 1, 0.5),
+    ],
+)
+def test_clients_at_unequal_pairs(
+    images: tuple[int, int], level: int, theta: float, tiny: Make, hospitals: Clients
+) -> None:
+    """One is still at the pair of 8 and 4 bits; the other has left it and the next (-4 each)."""
+    setting, method = search_rounds(tiny(), search=SearchConfig(start="highest"))
+    rounds = begun(setting, hospitals())
+    size = len(rounds.server.memory.tensors[GROUP]["level"])
+    of_one, of_other = (
+        {"theta": torch.tensor([row] * size), "level": torch.full((size,), at),
+         "first_usage": torch.ones(1)}
+        for row, at in (((3.0, 2.0, 1.0), 3), ((0.5, -2.3, -2.3), 1))
+    )  # fmt: skip
+    method.aggregate(rounds.server, [
+        sent(rounds, 0, images[0], of_one), sent(rounds, 1, images[1], of_other),
+    ])  # fmt: skip
+    after = rounds.server.memory.tensors[GROUP]
+    assert after["level"].tolist() == [level] * size
+    assert after["theta"][:, level - 1].tolist() == pytest.approx([theta] * size)
+
+
+def test_a_pair_is_entered_with_the_odds_of_its_entry_at_most(
     tiny: Make, hospitals: Clients
 ) -> None:
-    setting, _ = search_rounds(tiny(), bits=2.0)
+    setting, method = search_rounds(tiny(), search=SearchConfig(start="highest", entry_beta=0.6))
+    rounds = begun(setting, hospitals())
+    size = len(rounds.server.memory.tensors[GROUP]["level"])
+    bits = {"theta": torch.tensor([[3.0, 2.0, -3.0]] * size), "first_usage": torch.ones(1)}
+    method.aggregate(rounds.server, [sent(rounds, 0, 5, bits)])
+    after = rounds.server.memory.tensors[GROUP]
+    assert after["level"].tolist() == [2] * size
+    assert after["theta"][:, 1].tolist() == pytest.approx([math.log(1.5)] * size)
+
+
+def test_a_client_leaves_what_is_decided_for_it_and_can_turn_back(
+    tiny: Make, hospitals: Clients
+) -> None:
+    """Three epochs of a step that decides a pair at once: more than one pair in a round."""
+    setting, _ = search_rounds(tiny(), search=SearchConfig(start="highest", bitwidth_lr=4.0))
     rounds = begun(setting, hospitals())
     (request,) = rounds.requests("train", [0], None, evaluate=False)
+    began = request.record.tensors[GROUP]["level"]
+    fell = 0
     for client in range(4):  # of other draws each
         reply, _ = answer(setting, hospitals()[0], replace(request, client=client), None)
         bits = reply.record.tensors[GROUP]
-        assert torch.equal(bits["level"], request.record.tensors[GROUP]["level"])
-        assert not torch.equal(bits["theta"], request.record.tensors[GROUP]["theta"])
+        fell = max(fell, int((began - bits["level"]).max()))
         assert bits["theta"].gather(1, (bits["level"] - 1)[:, None]).abs().max() <= 4.0
+    assert fell > 1
 
 
 def test_only_numbers_leave_a_client_before_the_first_round(tiny: Make, hospitals: Clients) -> None:
