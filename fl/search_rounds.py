@@ -46,6 +46,10 @@ from sdq.stochastic import LARGEST_LOG_ODDS, Mixing, logit
 
 GROUP = "bits"
 
+FURTHEST = 0.5
+"""Pairs that a client's theta can cross in a step: clients may have few steps, and one batch is to
+decide nothing."""
+
 
 class SearchRoundsConfig(QuantRoundsConfig):
     """What server and clients agree on while bits are learned.
@@ -83,7 +87,8 @@ class SearchClient(QuantClient):
         rounds = context.config.rounds
         objective.prices.pace_(self.of_round * rounds)
         objective.cool_(context.round / rounds)
-        lr = search.bitwidth_lr or 12 * objective.one_pair / (self.of_round * rounds)
+        reach = min(12 / (self.of_round * rounds), FURTHEST) * objective.one_pair
+        lr = search.bitwidth_lr or reach
         self.optimizer: torch.optim.Optimizer | None = None
         if bits.theta.numel():
             self.optimizer = torch.optim.AdamW(
