@@ -127,11 +127,12 @@ class Bench:
         qmodel = sdq.quantize(self.network, config, sample=self.sample.to(self.fabric.device))
         sdq.calibrate_(qmodel, self.plain)
         watched: list[StepReport] = []
+        searching = {"epochs": self.options.search_epochs, "seed": self.seed, **search}
         start = time.perf_counter()
         policy = sdq.search(
             qmodel, self.loader, budget=sdq.Budget(avg_weight_bits=bits), teacher=self.network,
-            config=sdq.SearchConfig(epochs=self.options.search_epochs, seed=self.seed, **search),
-            method=method, fabric=self.fabric, watch=watched.append,
+            config=sdq.SearchConfig(**searching), method=method, fabric=self.fabric,
+            watch=watched.append,
         )  # fmt: skip
         seconds = time.perf_counter() - start
         sdq.apply_policy_(qmodel, policy)

@@ -31,7 +31,7 @@ class PhasesConfig(Config):
             need no data and no rounds. Other methods of ``sdq quantize`` need all images at once.
         search_rounds: in which bits are learned.
         tune_rounds: under the policy.
-        search: of phase 1; its epochs and ``distill`` do not count here.
+        search: of phase 1; its ``epochs``, ``distill`` and ``keep_weights`` do not count here.
         distill: share of the float model's soft labels in the loss, beside the method's own.
         merge: of the clients' activation scales.
         bin_weight: lambda_E of bin regularization.

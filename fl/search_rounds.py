@@ -55,7 +55,7 @@ class SearchRoundsConfig(QuantRoundsConfig):
     """What server and clients agree on while bits are learned.
 
     Args:
-        search: of phase 1; its epochs do not count.
+        search: of phase 1; its ``epochs`` and ``keep_weights`` do not count.
         mixing: draw one of the two bitwidths of a pair, or interpolate.
         limits: of the constraints, by name.
     """

@@ -225,6 +225,9 @@ class SearchConfig(Config):
         lr: learning rate of the weights, falling along a cosine.
         train_weights: learn the weights along with the bitwidths, as the paper does; else they
             stay as they are, as after-training quantization needs.
+        keep_weights: the model that bits are learned for gets the weights of the search, from
+            which fine-tuning then goes on; else it stays as it is. Methods that train no weights
+            have none to give.
         bitwidth_lr: learning rate of the bitwidth parameters theta, beta = sigmoid(theta). None:
             such that a pair can be decided in a twelfth of the steps.
         temperature: of the Gumbel-softmax at the start.
@@ -250,6 +253,7 @@ class SearchConfig(Config):
     epochs: Annotated[int, Field(ge=1)] = 4
     lr: Annotated[float, Field(gt=0)] = 1e-3
     train_weights: bool = True
+    keep_weights: bool = False
     bitwidth_lr: Annotated[float, Field(gt=0)] | None = None
     temperature: Annotated[float, Field(gt=0)] = 1.0
     end_temperature: Annotated[float, Field(gt=0)] | None = None

@@ -300,7 +300,7 @@ def learn(problem: SearchProblem, mixing: Mixing) -> list[int]:
     config = problem.config
     steps = config.epochs * number_of_steps(problem.loader)
     objective = BitwidthSearch(problem, mixing, steps)
-    # bits are what counts here: the weights are not kept
+    # bits are what counts here: weights are at most what fine-tuning starts from
     off = {"select": "last", "bn_batches": 0}
     loop = objective.weight_config.replaced(epochs=config.epochs, seed=config.seed, **off)
     fit(

@@ -34,10 +34,12 @@ def search(
     checkpoint: Checkpoint | None = None,
     watch: Watcher | None = None,
 ) -> BitwidthPolicy:
-    """Choose a policy within the budget; the model itself is left as it is.
+    """Choose a policy within the budget.
 
     Args:
-        qmodel: a quantized model; a copy of it is trained.
+        qmodel: a quantized model; a copy of it is trained. It is left as it is, or with
+            ``config.keep_weights`` gets weights, statistics and scales of that copy, but not yet
+            the policy.
         loader: of ``(images, labels)``, with a length.
         budget: what the policy may cost; it is never exceeded.
         teacher: a float network whose soft labels are learned; None learns the hard labels, whose
@@ -59,14 +61,29 @@ def search(
     space, constraints = check_search(qmodel, budget, config, method)
     if not space.units:
         return qmodel.policy
-    qmodel = copy.deepcopy(qmodel)
-    if not qmodel.calibrated:
-        calibrate_(qmodel, loader)
+    searched = copy.deepcopy(qmodel)
+    if not searched.calibrated:
+        calibrate_(searched, loader)
     problem = SearchProblem(
-        qmodel, loader, space, constraints, config, teacher, fabric, checkpoint, watch
+        searched, loader, space, constraints, config, teacher, fabric, checkpoint, watch
     )
     picks: list[int] = plugins.load("sdq.search_methods", method).choose(problem)
+    if config.keep_weights and config.train_weights:
+        _take_weights_(qmodel, searched)
     return space.policy_of(picks)
+
+
+def _take_weights_(qmodel: QuantModel, searched: QuantModel) -> None:
+    """Take a search's weights, statistics and scales; those of searched layers are fitted anew."""
+    own = qmodel.state_dict()
+    shared = {name: tensor for name, tensor in searched.state_dict().items() if name in own}
+    qmodel.load_state_dict(
+        shared, strict=False
+    )  # a searched layer has a quantizer for each bitwidth
+    for bits in qmodel.policy:
+        if bits.searched:
+            quantizer = qmodel.new_weight_quantizer(bits.name, bits.weight_bits)
+            qmodel.set_weight_quantizer_(bits.name, quantizer)
 
 
 def check_search(

@@ -347,6 +347,43 @@ def test_weights_can_be_left_as_they_are(
         assert torch.equal(after[f"module.qmodel.net.{name}.weight"], weight)
 
 
+@pytest.mark.parametrize("method", ["sdq", "hessian"])
+def test_the_model_can_keep_the_weights_of_the_search(
+    method: str, qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """All but the searched layers' quantizers, which are fitted to the new weights."""
+    qmodel, alone = qtoy(), qtoy()
+    alone.load_state_dict(qmodel.state_dict())
+    for each in (qmodel, alone):
+        calibrate_(each, batches())
+    file = tmp_path / "s.safetensors"
+    found = search(
+        qmodel, batches(), budget=Budget(avg_weight_bits=2.0), method=method,
+        config=QUICK.replaced(keep_weights=True), checkpoint=Checkpoint(file),
+    )  # fmt: skip
+    same_way = search(
+        alone, batches(), budget=Budget(avg_weight_bits=2.0), method=method, config=QUICK
+    )
+    assert found == same_way
+    before, after = alone.state_dict(), qmodel.state_dict()
+    assert after.keys() == before.keys()
+    if method == "hessian":  # which trains none
+        assert same(after, before)
+        return
+    trained = load_tensors(file)[0]
+    taken = [name for name in after if f"module.qmodel.{name}" in trained]
+    assert {f"net.{bits.name}.weight" for bits in found} < set(taken)
+    for name in taken:
+        assert torch.equal(after[name], trained[f"module.qmodel.{name}"]), name
+    left = set(after) - set(taken)
+    assert left
+    for bits in found:
+        if bits.searched:
+            fresh = qmodel.new_weight_quantizer(bits.name, qmodel.policy[bits.name].weight_bits)
+            assert same(qmodel.weight_quantizer(bits.name).state_dict(), fresh.state_dict())
+
+
 def test_the_temperature_falls_along_an_exponential(qtoy: Callable[..., QuantModel]) -> None:
     config = SearchConfig(temperature=2.0, end_temperature=0.5)
     objective = objective_of(qtoy(), Budget(avg_weight_bits=9.0), config)

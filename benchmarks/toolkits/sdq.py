@@ -24,7 +24,10 @@ def quantized(job: Job, method: str) -> Answer:
     after_training = asked.task == "ptq"
     images = soft_labelled(network, job.calibration) if after_training else job.training_images()
     searching = sdq.SearchConfig(
-        epochs=asked.search_epochs, seed=asked.seed, train_weights=not after_training
+        epochs=asked.search_epochs,
+        seed=asked.seed,
+        train_weights=not after_training,
+        keep_weights=True,
     )
     sdq.calibrate_(qmodel, soft_labelled(network, job.calibration))
     policy = sdq.search(

@@ -195,6 +195,10 @@ def make_plan(
         )
     if policy is not None and limits.given:
         raise RequestError("--policy: must stand without a budget, got both; drop one")
+    if policy is not None and search.keep_weights:
+        raise RequestError(
+            "--keep-weights: must stand without --policy, with which nothing is searched; drop one"
+        )
     if policy is None:
         limits.check()
     given = str(policy) if policy is not None else None
@@ -222,7 +226,10 @@ FIELDS: dict[str, dict[str, str]] = {
         "weight_quantizer": "weight_quantizer",
     },
     "ptq": {"images": "ptq_images", "steps": "ptq_steps", "seed": "seed"},
-    "search": {"granularity": "granularity", "epochs": "search_epochs", "seed": "seed"},
+    "search": {
+        "granularity": "granularity", "epochs": "search_epochs", "seed": "seed",
+        "keep_weights": "keep_weights",
+    },
     "train": {
         name: name
         for name in (

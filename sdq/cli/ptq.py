@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OF_TRAINING = (
     "epochs", "lr", "weight_decay", "optimizer", "schedule", "bin_weight", "bin_reduction",
     "teacher", "teacher_model", "teacher_weights", "distill", "ema_decay", "bn_batches", "select",
-    "devices", "precision",
+    "devices", "precision", "keep_weights",
 )  # fmt: skip
 """Parameters of ``sdq quantize`` that mean nothing where nothing is trained."""
 

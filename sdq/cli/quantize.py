@@ -111,20 +111,26 @@ def calibration_data(source: Source, plan: Plan) -> "Loader":
 def find_policy(
     qmodel: QuantModel, source: Source, plan: Plan, run: RunFolder, fabric: "Fabric", watch: Watch
 ) -> BitwidthPolicy:
-    """Return the policy: given, already found, or found now."""
-    if (run.path / "policy.json").exists():
+    """Return the policy: given, already found, or found now.
+
+    With ``plan.search.keep_weights`` the model has the search's weights then.
+    """
+    document = run.read_json("run.json")
+    identity = {"request": document["request"], "data": document["data"]["fingerprint"]}
+    checkpoint = run.checkpoint("search", identity)
+    # a search that ended is at its end again at once, with its weights
+    again = plan.search.keep_weights and checkpoint.path.exists()
+    if (run.path / "policy.json").exists() and not again:
         return run.read_policy()
     if plan.given_policy is not None:
         policy = BitwidthPolicy.load(Path(plan.given_policy))
     else:
         assert plan.limits is not None
         budget = plan.limits.budget(SearchSpace.of(qmodel, plan.search.granularity))
-        document = run.read_json("run.json")
-        identity = {"request": document["request"], "data": document["data"]["fingerprint"]}
         policy = search(
             qmodel, training_data(source, plan), budget=budget, teacher=source.network,
             config=plan.search, method=plan.method, fabric=fabric, watch=watch,
-            checkpoint=run.checkpoint("search", identity),
+            checkpoint=checkpoint,
         )  # fmt: skip
     apply_policy_(copy.deepcopy(qmodel), policy)  # raises if it does not fit the network
     run.write_policy(policy)
@@ -268,6 +274,9 @@ def quantize(
     batch_norm: options.BatchNorm = "train",
     search_method: options.SearchMethod = "sdq",
     search_epochs: options.SearchEpochs = 4,
+    keep_weights: Annotated[
+        bool, typer.Option(help="Fine-tune from the search's weights, or from the float ones.")
+    ] = SearchConfig().keep_weights,
     config: options.ConfigPath = None,
     epochs: Annotated[int, typer.Option(min=0, help="Passes of fine-tuning (phase 2).")] = 12,
     lr: Annotated[
@@ -326,8 +335,9 @@ def quantize(
     asked_teacher = TeacherRequest.of(teacher, teacher_model, teacher_weights, distill=distill)
     quant, limits = make_quantization(file, Limits.of(budget), quantization, batch_norm)
     searching = SearchConfig(
-        granularity=quantization.granularity, epochs=search_epochs, seed=images.seed
-    )
+        granularity=quantization.granularity, epochs=search_epochs, seed=images.seed,
+        keep_weights=keep_weights,
+    )  # fmt: skip
     if after_training is not None:
         learned = quant.act_choices is not None
         searching, search_method = search_of(searching, search_method, learn_act_bits=learned)

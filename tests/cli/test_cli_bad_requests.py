@@ -207,6 +207,8 @@ RUNS = [
     ("quantize --model mlp --data {f}/ok.npz --bits 2", "--weights: must name the float weights"),
     ("quantize --from {f} --data {f}/ok.npz --bits 2", "must be a run folder"),
     (f"{QUANTIZE} --policy p.json --bits 2", "must stand without a budget, got both"),
+    (f"{QUANTIZE} --policy p.json --keep-weights", "--keep-weights: must stand without --policy"),
+    (f"{POST} --bits 2 --keep-weights", "--keep-weights: must stand without --ptq"),
 ]
 
 

@@ -39,6 +39,7 @@ def same(run: Path, undisturbed: Path) -> None:
         pytest.param(TRAIN, id="train"),
         pytest.param(SEARCH, id="search", marks=pytest.mark.slow),
         pytest.param(f"{QUANTIZE} --ema-decay 0.9 --bn-batches 2", id="quantize"),
+        pytest.param(f"{QUANTIZE} --keep-weights", id="keep", marks=pytest.mark.slow),
         pytest.param(PTQ, id="ptq", marks=pytest.mark.slow),
     ],
 )
