@@ -24,10 +24,7 @@ def quantized(job: Job, method: str) -> Answer:
     after_training = asked.task == "ptq"
     images = soft_labelled(network, job.calibration) if after_training else job.training_images()
     searching = sdq.SearchConfig(
-        epochs=asked.search_epochs,
-        seed=asked.seed,
-        train_weights=not after_training,
-        keep_weights=True,
+        epochs=asked.search_epochs, seed=asked.seed, train_weights=not after_training
     )
     sdq.calibrate_(qmodel, soft_labelled(network, job.calibration))
     policy = sdq.search(
