@@ -399,6 +399,13 @@ class Method:
         """Return what goes down beside the network."""
         return Record()
 
+    def misfit(self, server: Server, reply: Reply) -> str | None:
+        """Return why what its client adds to the network cannot be used, or None.
+
+        Numbers are finite, and the network's own tensors are what they must be.
+        """
+        return None
+
     def weights(self, server: Server, replies: Sequence[Reply]) -> list[float]:
         """Return each reply's weight in the mean; the sum does not matter."""
         return [float(reply.num_examples) for reply in replies]

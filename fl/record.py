@@ -7,6 +7,7 @@ JSON text) and what a safetensors file can hold; nothing is pickled.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,6 +169,16 @@ def misfit(sent: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | 
                 f"{want.dtype} {tuple(want.shape)}"
             )
     return None
+
+
+def no_number(values: Mapping[str, Any], name: str, *, least: float = -math.inf) -> str | None:
+    """Return why a value is no finite number, or one below the least, or None."""
+    value = values.get(name)
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if known and math.isfinite(value) and value >= least:  # type: ignore[arg-type, operator]
+        return None
+    asked = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
+    return f"{name!r} is {value!r:.40} instead of {asked}"
 
 
 def picked(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Tensors:

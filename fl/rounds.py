@@ -292,6 +292,8 @@ class Rounds:
         loss = reply.record.values.get("train_loss", 0.0)
         if not isinstance(loss, int | float):
             return Failure(reply.client, f"its train_loss is {loss!r:.40}")
+        if (why := self.setting.method.misfit(self.server, reply)) is not None:
+            return Failure(reply.client, f"its reply is not the method's: {why}")
         return reply
 
     def _screened(self, replies: list[Reply], report: RoundReport) -> list[Reply]:

@@ -34,7 +34,7 @@ from fl.method import Aggregated, Method, Progress, Server
 from fl.network import Network, Outputs
 from fl.quant_network import distinct_acts, set_act_scales_
 from fl.quant_rounds import QuantClient, QuantRounds, QuantRoundsConfig
-from fl.record import Record, Reply, Tensors
+from fl.record import Record, Reply, Tensors, misfit
 from sdq.config import Config, SearchConfig
 from sdq.cost import Constraint
 from sdq.errors import RequestError
@@ -219,6 +219,11 @@ class SearchRounds(QuantRounds):
         """Send the bits, beside what the inner method sends."""
         found = super().send(server, client)
         return Record({**found.tensors, GROUP: server.memory.tensors[GROUP]}, found.values)
+
+    def misfit(self, server: Server, reply: Reply) -> str | None:
+        """Look at the bits, beside what the inner method looks at."""
+        known, sent = server.memory.tensors[GROUP], reply.record.tensors.get(GROUP, {})
+        return misfit(sent, known) or super().misfit(server, reply)
 
     def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
         """Average weights as the method does and bits by images; decide which pairs are left."""

@@ -174,6 +174,10 @@ class Wrapper(Method):
         """Return the inner record; add groups and values of your own to it."""
         return self.inner.send(server, client)
 
+    def misfit(self, server: Server, reply: Reply) -> str | None:
+        """Ask the inner method."""
+        return self.inner.misfit(server, reply)
+
     def weights(self, server: Server, replies: Sequence[Reply]) -> list[float]:
         """Return the inner weights."""
         return self.inner.weights(server, replies)

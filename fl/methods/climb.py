@@ -20,7 +20,7 @@ from pydantic import Field
 
 from fl.composition import refusals
 from fl.method import Aggregated, Client, Method, Progress, Server
-from fl.record import Record, Reply
+from fl.record import Record, Reply, no_number
 from sdq.config import Config
 
 GROUP = "climb"
@@ -76,6 +76,10 @@ class CLIMB(Method):
         """Begin with multipliers of zero."""
         zero = torch.zeros(server.num_clients, dtype=torch.float64)
         server.memory.tensors[GROUP] = {"multipliers": zero}
+
+    def misfit(self, server: Server, reply: Reply) -> str | None:
+        """Look for the loss."""
+        return no_number(reply.record.values, GROUP)
 
     def weights(self, server: Server, replies: Sequence[Reply]) -> list[float]:
         """Return each client's weight by its multiplier."""

@@ -37,7 +37,7 @@ from fl.losses import (
 )
 from fl.method import Aggregated, Progress, Server
 from fl.network import Network, Outputs
-from fl.record import Record, Reply, Tensors
+from fl.record import Record, Reply, Tensors, misfit
 from fl.wrapper import Wrapper, WrapperClient, WrapperConfig
 from sdq.batches import Loader
 from sdq.errors import RequestError
@@ -268,6 +268,15 @@ class CPA(Wrapper):
         inner = super().send(server, client)
         known = server.memory.tensors.get(GROUP)
         return Record({**inner.tensors, **({GROUP: known} if known else {})}, inner.values)
+
+    def misfit(self, server: Server, reply: Reply) -> str | None:
+        """Look for a prototype of each class, or of what is inside and outside of each mask."""
+        pixels = server.memory.tensors.get(GROUP, {}).get("pixels")
+        rows = (server.all_counts if pixels is None else pixels).numel()
+        size = server.network.head.weight[0].numel()
+        like = {"prototypes": torch.empty(rows, size), "present": torch.empty(rows)}
+        sent = reply.record.tensors.get(GROUP, {})
+        return misfit(sent, like) or super().misfit(server, reply)
 
     def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
         """Let the inner method aggregate, and renew the common prototypes."""

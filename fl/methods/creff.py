@@ -25,7 +25,7 @@ from torch import Tensor
 from fl.composition import refusals
 from fl.method import Aggregated, Client, Method, Progress, Server, Side, View
 from fl.network import HeadLayer, Network, Outputs
-from fl.record import Record, Reply
+from fl.record import Record, Reply, misfit
 from fl.state import Route
 from sdq.config import Config
 
@@ -168,6 +168,15 @@ class CReFF(Method):
             classes, self.config.features, size, generator=server.generator("features")
         )
         server.memory.tensors[GROUP] = {"features": drawn}
+
+    def misfit(self, server: Server, reply: Reply) -> str | None:
+        """Look for a gradient of each class."""
+        classes, _, size = server.memory.tensors[GROUP]["features"].shape
+        like = {
+            "gradients": torch.empty(classes, classes, size + 1),
+            "present": torch.empty(classes),
+        }
+        return misfit(reply.record.tensors.get(GROUP, {}), like)
 
     def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
         """Average the network; move the features and train the head."""

@@ -33,7 +33,7 @@ from fl.config import FederationConfig
 from fl.losses import LossConfig
 from fl.method import LEVELS, Client, Method, Progress, Server, SitsOut
 from fl.network import Network, Outputs
-from fl.record import Record, Reply
+from fl.record import Record, Reply, no_number
 from fl.state import Route
 from sdq.batches import Loader
 from sdq.config import Config
@@ -196,6 +196,10 @@ class FedMixSeg(Method):
     def route(self, name: str, network: Network) -> Route:
         """Share both networks."""
         return Route.SHARE
+
+    def misfit(self, server: Server, reply: Reply) -> str | None:
+        """Look for the loss."""
+        return no_number(reply.record.values, GROUP, least=0.0)
 
     def weights(self, server: Server, replies: Sequence[Reply]) -> list[float]:
         """Return the adaptive weights."""

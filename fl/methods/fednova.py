@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from fl.composition import refusals
 from fl.method import Aggregated, Client, Method, Progress, Server
-from fl.record import Record, Reply
+from fl.record import Record, Reply, no_number
 
 VALUE = "fednova"
 
@@ -47,6 +47,10 @@ class FedNova(Method):
         aggregation="it sums changes divided by steps",
         noise="how many steps it took leaves the client",
     )
+
+    def misfit(self, server: Server, reply: Reply) -> str | None:
+        """Look for the count, by which changes are divided; one step is 1, but for rounding."""
+        return no_number(reply.record.values, VALUE, least=0.99)
 
     def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
         """Step along the normalised mean; statistics are the clients' mean."""

@@ -122,6 +122,11 @@ class FedST(Method):
         noise="what a client knows of its images leaves it",
     )
 
+    def misfit(self, server: Server, reply: Reply) -> str | None:
+        """Look whether it tells of masks."""
+        told = reply.record.values.get(GROUP)
+        return None if isinstance(told, bool) else f"{GROUP!r} is {told!r:.40} instead of a bool"
+
     def weights(self, server: Server, replies: Sequence[Reply]) -> list[float]:
         """Return equal shares of what each of the two kinds has."""
         labelled = [bool(r.record.values[GROUP]) for r in replies]

@@ -19,7 +19,7 @@ from pydantic import Field
 from fl.composition import refusals
 from fl.config import FederationConfig
 from fl.method import Aggregated, Client, Method, Progress, Server
-from fl.record import Record, Reply, Tensors
+from fl.record import Record, Reply, Tensors, misfit
 from sdq.config import Config
 from sdq.errors import RequestError
 
@@ -134,6 +134,11 @@ class Scaffold(Method):
         if self.config.weighting == "uniform":
             return [1.0] * len(replies)
         return super().weights(server, replies)
+
+    def misfit(self, server: Server, reply: Reply) -> str | None:
+        """Compare with the server's control variate."""
+        known, sent = server.memory.tensors[GROUP], reply.record.tensors.get(GROUP, {})
+        return misfit({n: sent[n] for n in known.keys() & sent.keys()}, known)
 
     def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
         """Step towards the mean model, and renew the control variate."""

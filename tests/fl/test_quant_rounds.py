@@ -155,6 +155,25 @@ def test_clients_at_unequal_pairs(
     assert after["theta"][:, level - 1].tolist() == pytest.approx([theta] * size)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"theta": torch.zeros(2, 3)}, "'theta' is torch.float32 (2, 3) instead of"),
+        ({"level": torch.zeros(3)}, "'level' is torch.float32 (3,) instead of torch.int64 (3,)"),
+        ({"more": torch.zeros(1)}, "'more' is unknown"),
+    ],
+)
+def test_bits_of_another_search_are_refused(
+    change: dict[str, Any], reason: str, tiny: Make, hospitals: Clients
+) -> None:
+    setting, method = search_rounds(tiny())
+    rounds = begun(setting, hospitals())
+    assert method.misfit(rounds.server, sent(rounds, 0, 5, {})) is None
+    why = method.misfit(rounds.server, sent(rounds, 0, 5, change))
+    assert why is not None
+    assert reason in why
+
+
 def test_a_pair_is_entered_with_the_odds_of_its_entry_at_most(
     tiny: Make, hospitals: Clients
 ) -> None:

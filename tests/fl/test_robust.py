@@ -224,3 +224,53 @@ def test_unusable_updates_are_named(
     report, _ = one_round(tiny(), hospitals(), spoil, "fedavg")
     assert report.replied == [0, 2]
     assert reason in report.failures[0].reason
+
+
+def without(group: str) -> Callable[[Record], None]:
+    def spoil(record: Record) -> None:
+        record.tensors.pop(group, None)
+        record.values.pop(group, None)
+
+    return spoil
+
+
+def cut(group: str, name: str) -> Callable[[Record], None]:
+    def spoil(record: Record) -> None:
+        record.tensors[group][name] = record.tensors[group][name][:-1]
+
+    return spoil
+
+
+def told(name: str, value: Any) -> Callable[[Record], None]:
+    def spoil(record: Record) -> None:
+        record.values[name] = value
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("method", "spoil", "reason"),
+    [
+        ("scaffold", without("scaffold"), "'model.bn.bias' is missing"),
+        ("scaffold", cut("scaffold", "model.head.weight"), "'model.head.weight' is torch.float32"),
+        ("creff", without("creff"), "'gradients' is missing"),
+        ("creff", cut("creff", "present"), "'present' is torch.float32 (2,) instead of"),
+        ("cpa", cut("cpa", "prototypes"), "'prototypes' is torch.float32"),
+        ("climb", without("climb"), "'climb' is None instead of a finite number"),
+        ("climb", told("climb", True), "'climb' is True instead of a finite number"),
+        (
+            "fednova",
+            told("fednova", 0),
+            "'fednova' is 0 instead of a finite number of at least 0.99",
+        ),
+    ],
+)
+def test_what_a_method_adds_is_looked_at(
+    method: str, spoil: Callable[[Record], Any], reason: str, tiny: Make, hospitals: Clients
+) -> None:
+    report, _ = one_round(tiny(), hospitals(), nothing, method)
+    assert report.replied == [0, 1, 2]
+    report, _ = one_round(tiny(), hospitals(), spoil, method)
+    assert report.replied == [0, 2]
+    assert report.failures[0].reason.startswith("its reply is not the method's: ")
+    assert reason in report.failures[0].reason
