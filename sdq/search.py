@@ -77,9 +77,8 @@ def _take_weights_(qmodel: QuantModel, searched: QuantModel) -> None:
     """Take a search's weights, statistics and scales; those of searched layers are fitted anew."""
     own = qmodel.state_dict()
     shared = {name: tensor for name, tensor in searched.state_dict().items() if name in own}
-    qmodel.load_state_dict(
-        shared, strict=False
-    )  # a searched layer has a quantizer for each bitwidth
+    # not strict: a searched layer has a quantizer for each bitwidth there
+    qmodel.load_state_dict(shared, strict=False)
     for bits in qmodel.policy:
         if bits.searched:
             quantizer = qmodel.new_weight_quantizer(bits.name, bits.weight_bits)
