@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fl.quant_rounds import Merge
 from fl.record import Tensors
 from fl.run import Federated
 from sdq.config import BinReduction, Config, QuantConfig, SearchConfig
 from sdq.cost import Budget
+from sdq.errors import RequestError
 from sdq.policy import BitwidthPolicy
 from sdq.search_space import SearchSpace, Unit
 from sdq.stochastic import Mixing
@@ -57,6 +58,16 @@ class PhasesConfig(Config):
     tune_lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.3
     tune_from: Literal["float", "search"] = "float"
     personal_bits: Literal["global", "own"] = "global"
+
+    @field_validator("search")
+    @classmethod
+    def _without_all_images(cls, value: SearchConfig) -> SearchConfig:
+        if value.start == "hessian":
+            raise RequestError(
+                "phases.search.start: must be budget or highest in a federation, got hessian, "
+                "which needs all images in one place"
+            )
+        return value
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,8 @@ class SearchConfig(Config):
         temperature: of the Gumbel-softmax at the start.
         end_temperature: at the end, reached along an exponential; None stays at ``temperature``.
         start: where layers begin: at the ``highest`` candidate, as the paper has it, or next to
-            the ``budget``, which leaves more steps for telling layers apart.
+            the ``budget``, which leaves more steps for telling layers apart, or at the bits that
+            the search method ``hessian`` would end at.
         entry_beta: probability, when a pair becomes active, of the bitwidth the layer comes from.
         decay_threshold: the higher bitwidth is dropped when beta falls below it.
         rise_threshold: the next higher bitwidth is tried when beta rises above it; None, as in
@@ -257,7 +258,7 @@ class SearchConfig(Config):
     bitwidth_lr: Annotated[float, Field(gt=0)] | None = None
     temperature: Annotated[float, Field(gt=0)] = 1.0
     end_temperature: Annotated[float, Field(gt=0)] | None = None
-    start: Literal["highest", "budget"] = "budget"
+    start: Literal["highest", "budget", "hessian"] = "budget"
     entry_beta: Annotated[float, Field(gt=0.5, lt=1)] = 0.8
     decay_threshold: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     rise_threshold: Annotated[float, Field(gt=0.5, lt=1)] | None = 0.97

@@ -11,6 +11,7 @@ from sdq.batches import generator
 from sdq.calibration import calibrate_acts
 from sdq.config import TrainConfig
 from sdq.expected_cost import ExpectedCost
+from sdq.search_methods import hessian
 from sdq.search_problem import SearchProblem
 from sdq.stochastic import (
     BitwidthParameters,
@@ -125,8 +126,12 @@ class BitwidthSearch:
 
     def _start(self) -> list[int] | None:
         """Return the level at which every unit begins; None for the highest."""
-        if self.config.start == "highest":
+        saved = self.problem.checkpoint
+        resumed = saved is not None and saved.path.exists()  # and has levels of its own
+        if self.config.start == "highest" or resumed:
             return None
+        if self.config.start == "hessian":
+            return hessian.choose(self.problem)
         units, constraints = self.space.units, self.problem.constraints
         for level in range(max((len(unit.choices) for unit in units), default=0)):
             picks = [min(level, len(unit.choices) - 1) for unit in units]

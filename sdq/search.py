@@ -110,6 +110,11 @@ def check_search(
             "search: granularity channel must stand with per_channel scales: channels of different "
             f"bitwidths have scales of their own, got {qmodel.config.weight_scale}"
         )
+    if config.start == "hessian" and space.act_units:
+        raise RequestError(
+            "search.start: must be budget or highest where activations' bits are learned, got "
+            "hessian, which knows weights alone"
+        )
     constraints = budget.constraints(space)
     check_reachable(constraints)
     return space, constraints

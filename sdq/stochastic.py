@@ -76,7 +76,8 @@ class BitwidthParameters(nn.Module):
 
     Args:
         choices: candidate bitwidths of each unit, ascending.
-        start: index of the higher bitwidth of each unit's first active pair; None for the highest.
+        start: index of the bitwidth that each unit begins at, the higher one of its first active
+            pair, or of the lowest pair the lower one (0); None for the highest.
         entry_beta: probability, when a pair becomes active, of the bitwidth the unit comes from:
             the higher one after a decay, the lower one after a rise.
         mixing: draw one bitwidth, or interpolate between the two.
@@ -110,19 +111,19 @@ class BitwidthParameters(nn.Module):
         padded = [[*row, *[row[-1]] * (width - len(row))] for row in choices]
         top = torch.tensor([len(row) - 1 for row in choices], dtype=torch.long)
         begin = top if start is None else torch.tensor(start, dtype=torch.long)
-        begin = torch.minimum(begin.clamp_min(1), top)
+        begin = torch.minimum(begin, top)
         # until tried, steps up to the start are taken to be worth it and steps beyond it not, the
         # more so the further away: every bit more removes a quarter of the error the last one did
         step = torch.arange(width - 1)
         away = begin[:, None] - step - (step >= begin[:, None]).long()
         self.theta = nn.Parameter(self.entry * away.float())
-        self.register_buffer("level", begin)
+        self.register_buffer("level", torch.minimum(begin.clamp_min(1), top))
         # both follow from the choices and are not part of the state
         bits = torch.tensor(padded, dtype=torch.float32)
         self.register_buffer("bits", bits.reshape(len(choices), -1), persistent=False)
         self.register_buffer("top", top, persistent=False)
         self._share: Tensor | None = None
-        self.levels: list[int] = begin.tolist()
+        self.levels: list[int] = self.level.tolist()
         """``level`` as numbers, as of the last draw or move: no wait for the device."""
 
     def __len__(self) -> int:

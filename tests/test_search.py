@@ -56,7 +56,7 @@ def best_average(qmodel: QuantModel, limit: float) -> float:
 # ---------------------------------------------------------------------------------------- budgets
 
 
-@pytest.mark.parametrize("start", ["budget", "highest"])
+@pytest.mark.parametrize("start", ["budget", "highest", "hessian"])
 @pytest.mark.parametrize(("bits", "seed"), [(1.0, 0), (1.5, 1), (2.0, 0), (2.0, 1), (3.3, 2)])
 def test_the_average_is_never_above_the_budget_and_close_below(
     qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]], bits: float, seed: int,
@@ -180,7 +180,7 @@ class Stopped(Exception):
     """Stands for a killed process."""
 
 
-@pytest.mark.parametrize("start", ["budget", "highest"])
+@pytest.mark.parametrize("start", ["budget", "highest", "hessian"])
 @pytest.mark.parametrize(("epoch", "step"), [(1, None), (2, None), (1, 2)])
 def test_a_resumed_search_ends_bit_for_bit_where_the_undisturbed_one_does(
     qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]], tmp_path: Path,
@@ -319,6 +319,36 @@ def test_start_next_to_the_budget(
     config = SearchConfig(start="highest")
     found = objective_of(qtoy(), Budget(avg_weight_bits=2.0), config).bits
     assert [c[k] for c, k in zip(found.choices, found.levels, strict=True)] == [8] * 4
+
+
+def test_start_where_hessian_ends(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]]
+) -> None:
+    """A unit at the lowest candidate begins in its only pair, with the odds turned."""
+    qmodel, budget = qtoy(), Budget(avg_weight_bits=1.7)
+    calibrate_(qmodel, batches())
+    config = SearchConfig(start="hessian", entry_beta=0.8)
+    bits = chosen(search(qmodel, batches(), budget=budget, method="hessian"))
+    space = SearchSpace.of(qmodel, config.granularity)
+    problem = SearchProblem(qmodel, batches(), space, budget.constraints(space), config)
+    found = BitwidthSearch(problem, "draw", steps=10).bits
+    for row, level, beta, b in zip(
+        found.choices, found.levels, found.beta().tolist(), bits, strict=True
+    ):
+        assert row[max(level - (beta < 0.5), 0)] == b
+        assert beta == pytest.approx(0.2 if b == row[0] else 0.8)
+    assert 1 in bits
+    assert max(bits) > 1
+
+
+def test_hessian_knows_no_activations(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]]
+) -> None:
+    with pytest.raises(RequestError, match=r"search\.start: must be budget or highest where"):
+        search(
+            qtoy(act_choices=(2, 4)), batches(), config=SearchConfig(start="hessian"),
+            budget=Budget(avg_weight_bits=2.0, avg_act_bits=3.0),
+        )  # fmt: skip
 
 
 def test_thetas_learn_at_their_own_constant_rate_without_decay(

@@ -196,6 +196,11 @@ def test_without_data_and_without_rounds_in_float(tiny: Make, hospitals: Clients
     assert all(torch.equal(t, found.float_state[n]) for n, t in net.state_dict().items())
 
 
+def test_no_search_starts_where_all_images_would_be_needed() -> None:
+    with pytest.raises(RequestError, match="must be budget or highest in a federation"):
+        PHASES.replaced(search=SearchConfig(start="hessian"))
+
+
 def test_nothing_to_search(hospitals: Clients) -> None:
     """Both layers are first and last, with bits that are given: there are no rounds of search."""
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
