@@ -85,7 +85,7 @@ def write_table(options: argparse.Namespace, results: dict[str, list[dict[str, A
     """Write the table as Markdown."""
     count = len(results["float"])
     lines = [
-        f"# {options.model} on {options.data}, {options.bits} average weight bits, "
+        f"# {options.model} on {Path(options.data).stem}, {options.bits} average weight bits, "
         f"{options.act_bits}-bit activations",
         "",
         f"{count} seeds ({options.seeds}), test split; mean ± standard deviation over seeds. "

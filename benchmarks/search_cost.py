@@ -101,7 +101,7 @@ def write(options: argparse.Namespace, rows: dict[str, dict[str, float]]) -> Non
     """Write the table as Markdown."""
     base = rows[FLOAT]
     lines = [
-        f"# What a search costs: {options.model} on {options.data}",
+        f"# What a search costs: {options.model} on {Path(options.data).stem}",
         "",
         f"`{_reports.command()}`",
         "",

@@ -194,7 +194,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     bits = options.first_last_bits
     edges = f"first and last layer at {bits} bits" if bits else "every layer searched"
     lines = [
-        f"# Ways to choose bitwidths: {options.model} on {options.data}",
+        f"# Ways to choose bitwidths: {options.model} on {Path(options.data).stem}",
         "",
         f"Seeds {options.seeds}; {part}test split; mean ± standard deviation over seeds. {start}"
         f"{options.float_epochs} epochs of float training, {options.search_epochs} of search "
