@@ -115,22 +115,20 @@ def find_policy(
 
     With ``plan.search.keep_weights`` the model has the search's weights then.
     """
-    document = run.read_json("run.json")
-    identity = {"request": document["request"], "data": document["data"]["fingerprint"]}
-    checkpoint = run.checkpoint("search", identity)
-    # a search that ended is at its end again at once, with its weights
-    again = plan.search.keep_weights and checkpoint.path.exists()
-    if (run.path / "policy.json").exists() and not again:
+    # a search whose weights count is done again: from its checkpoint it is at its end at once
+    if (run.path / "policy.json").exists() and not plan.search.keep_weights:
         return run.read_policy()
     if plan.given_policy is not None:
         policy = BitwidthPolicy.load(Path(plan.given_policy))
     else:
         assert plan.limits is not None
         budget = plan.limits.budget(SearchSpace.of(qmodel, plan.search.granularity))
+        document = run.read_json("run.json")
+        identity = {"request": document["request"], "data": document["data"]["fingerprint"]}
         policy = search(
             qmodel, training_data(source, plan), budget=budget, teacher=source.network,
             config=plan.search, method=plan.method, fabric=fabric, watch=watch,
-            checkpoint=checkpoint,
+            checkpoint=run.checkpoint("search", identity),
         )  # fmt: skip
     apply_policy_(copy.deepcopy(qmodel), policy)  # raises if it does not fit the network
     run.write_policy(policy)
