@@ -92,6 +92,16 @@ def sample() -> Tensor:
 
 
 @pytest.fixture
+def qtoy(toy: Callable[..., nn.Module], sample: Tensor) -> Callable[..., QuantModel]:
+    """Return a function that quantizes that network, with dropout, under a configuration."""
+
+    def make(**config: Any) -> QuantModel:
+        return quantize(toy(dropout=0.2), QuantConfig(**config), sample=sample)
+
+    return make
+
+
+@pytest.fixture
 def refuses() -> Callable[..., "pytest.RaisesExc[RequestError]"]:
     """Return a function that expects a RequestError whose message has the fragments in order."""
 

@@ -19,8 +19,8 @@ from sdq.quant_model import QuantModel, quantize
 
 
 @pytest.fixture
-def qtoy(toy: Callable[..., nn.Module], sample: Tensor) -> QuantModel:
-    return quantize(toy(), QuantConfig(bit_choices=(2, 4, 8)), sample=sample)
+def qmodel(qtoy: Callable[..., QuantModel]) -> QuantModel:
+    return qtoy(bit_choices=(2, 4, 8))
 
 
 def with_layer(qmodel: QuantModel, index: int, **fields: Any) -> BitwidthPolicy:
@@ -29,12 +29,12 @@ def with_layer(qmodel: QuantModel, index: int, **fields: Any) -> BitwidthPolicy:
     return BitwidthPolicy(tuple(layers))
 
 
-def test_channels_of_a_layer_can_have_bits_of_their_own(qtoy: QuantModel) -> None:
-    channels = qtoy.layers[1].weight_shape[0]
+def test_channels_of_a_layer_can_have_bits_of_their_own(qmodel: QuantModel) -> None:
+    channels = qmodel.layers[1].weight_shape[0]
     bits = tuple((2, 4, 8)[k % 3] for k in range(channels))
-    apply_policy_(qtoy, with_layer(qtoy, 1, weight_bits=8, channel_bits=bits))
-    weight = qtoy.weight("small")
-    quantizer = qtoy.weight_quantizer("small")
+    apply_policy_(qmodel, with_layer(qmodel, 1, weight_bits=8, channel_bits=bits))
+    weight = qmodel.weight("small")
+    quantizer = qmodel.weight_quantizer("small")
     values, scale = quantizer(weight)[:2]
     codes = quantizer.codes(weight)
     assert torch.equal(values, codes * scale)
@@ -47,9 +47,9 @@ def test_channels_of_a_layer_can_have_bits_of_their_own(qtoy: QuantModel) -> Non
 
 
 @pytest.mark.parametrize("bits", [(2, 4), ()])
-def test_channel_bits_are_one_for_each_channel(qtoy: QuantModel, bits: tuple[int, ...]) -> None:
+def test_channel_bits_are_one_for_each_channel(qmodel: QuantModel, bits: tuple[int, ...]) -> None:
     with pytest.raises(RequestError, match="channel_bits"):
-        apply_policy_(qtoy, with_layer(qtoy, 1, weight_bits=4, channel_bits=bits))
+        apply_policy_(qmodel, with_layer(qmodel, 1, weight_bits=4, channel_bits=bits))
 
 
 def test_channel_bits_need_scales_of_each_channel(
@@ -112,17 +112,17 @@ def test_learned_activations_change_with_the_policy(
         apply_policy_(qmodel, with_layer(qmodel, first, act_bits=3))
 
 
-def test_apply_policy_changes_only_what_changes(qtoy: QuantModel) -> None:
-    before = {b.name: qtoy.weight_quantizer(b.name) for b in qtoy.policy}
+def test_apply_policy_changes_only_what_changes(qmodel: QuantModel) -> None:
+    before = {b.name: qmodel.weight_quantizer(b.name) for b in qmodel.policy}
     before["wide"].gain.data.mul_(1.1)
-    policy = qtoy.policy.with_weight_bits({"small": 2})
-    apply_policy_(qtoy, policy)
-    assert qtoy.policy is policy
-    after = {b.name: qtoy.weight_quantizer(b.name) for b in qtoy.policy}
+    policy = qmodel.policy.with_weight_bits({"small": 2})
+    apply_policy_(qmodel, policy)
+    assert qmodel.policy is policy
+    after = {b.name: qmodel.weight_quantizer(b.name) for b in qmodel.policy}
     assert [n for n in after if after[n] is not before[n]] == ["small"]
     assert after["small"].bits == 2
     assert torch.equal(
-        after["small"].scale, quantizers.mse_scale(qtoy.weight("small"), 2, True, True)
+        after["small"].scale, quantizers.mse_scale(qmodel.weight("small"), 2, True, True)
     )
 
 
@@ -139,21 +139,25 @@ def test_apply_policy_changes_only_what_changes(qtoy: QuantModel) -> None:
     ],
 )
 def test_a_policy_that_does_not_fit_is_refused(
-    qtoy: QuantModel, index: int, fields: dict[str, Any], message: str, refuses: Callable[..., Any]
+    qmodel: QuantModel,
+    index: int,
+    fields: dict[str, Any],
+    message: str,
+    refuses: Callable[..., Any],
 ) -> None:
-    before = qtoy.policy
-    state = copy.deepcopy(qtoy.state_dict())
+    before = qmodel.policy
+    state = copy.deepcopy(qmodel.state_dict())
     with refuses(message):
-        apply_policy_(qtoy, with_layer(qtoy, index, **fields))
-    assert qtoy.policy is before
-    assert all(torch.equal(v, state[k]) for k, v in qtoy.state_dict().items())
+        apply_policy_(qmodel, with_layer(qmodel, index, **fields))
+    assert qmodel.policy is before
+    assert all(torch.equal(v, state[k]) for k, v in qmodel.state_dict().items())
 
 
 def test_a_policy_of_another_number_or_order_of_layers_is_refused(
-    qtoy: QuantModel, refuses: Callable[..., Any]
+    qmodel: QuantModel, refuses: Callable[..., Any]
 ) -> None:
-    layers = qtoy.policy.layers
+    layers = qmodel.policy.layers
     with refuses("must name the network's 6 layers in order, got 5"):
-        apply_policy_(qtoy, BitwidthPolicy(layers[1:]))
+        apply_policy_(qmodel, BitwidthPolicy(layers[1:]))
     with refuses("must name the network's 6 layers in order, got 6 with 'another order"):
-        apply_policy_(qtoy, BitwidthPolicy(layers[::-1]))
+        apply_policy_(qmodel, BitwidthPolicy(layers[::-1]))
