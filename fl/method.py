@@ -384,6 +384,13 @@ class Method:
 
     # --- server
 
+    def misfit_told(self, server: Server, told: Record) -> str | None:
+        """Return why what a client tells before the first round cannot be used, or None.
+
+        Numbers are finite, and the class counts are what they must be.
+        """
+        return None
+
     def start_server(self, server: Server) -> None:
         """Prepare ``server.memory`` before the first round; class counts are known."""
 

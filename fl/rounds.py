@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from fl.channel import ServerEnd
 from fl.client import share_of_clients
@@ -24,6 +23,7 @@ from fl.record import (
     Request,
     Tensors,
     misfit,
+    no_number,
     not_finite,
     save,
 )
@@ -139,9 +139,10 @@ class Rounds:
         for answer in self._ask("counts", requests):
             if isinstance(answer, Failure):
                 failures.append(answer)
-            elif (counts := self._counts(answer)) is None:
-                failures.append(Failure(answer.client, "its class counts are not usable"))
+            elif (why := self._misfit_told(answer.record)) is not None:
+                failures.append(Failure(answer.client, why))
             else:
+                counts = torch.tensor(answer.record.values["class_counts"], dtype=torch.float32)
                 self.server.counts[answer.client] = counts
                 self.server.told[answer.client] = answer.record
         if not self.server.counts:
@@ -268,10 +269,19 @@ class Rounds:
             self.hear(kind, answer)
             yield answer
 
-    def _counts(self, reply: Reply) -> Tensor | None:
-        counts = torch.tensor(reply.record.values.get("class_counts", []), dtype=torch.float32)
-        good = counts.shape == (self.setting.num_counts,) and bool((counts >= 0).all())
-        return counts if good and bool(counts.isfinite().all()) else None
+    def _misfit_told(self, told: Record) -> str | None:
+        counts, asked = told.values.get("class_counts"), self.setting.num_counts
+        if not (
+            isinstance(counts, list)
+            and len(counts) == asked
+            and not any(no_number({"": n}, "", least=0) for n in counts)
+        ):
+            return f"its class counts are {counts!r:.40} instead of {asked} numbers of at least 0"
+        if (name := not_finite(told)) is not None:
+            return f"what it tells before the first round is NaN or infinite in {name!r}"
+        if (why := self.setting.method.misfit_told(self.server, told)) is not None:
+            return f"what it tells before the first round is not the method's: {why}"
+        return None
 
     def _checked(self, reply: Reply) -> Reply | Failure:
         if reply.sits_out is not None:

@@ -162,6 +162,10 @@ class Wrapper(Method):
         """Return what the inner method's client tells."""
         return self.inner.introduce(network, batches)
 
+    def misfit_told(self, server: Server, told: Record) -> str | None:
+        """Ask the inner method."""
+        return self.inner.misfit_told(server, told)
+
     def start_server(self, server: Server) -> None:
         """Prepare what the inner method keeps."""
         self.inner.start_server(server)

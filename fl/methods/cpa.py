@@ -256,6 +256,17 @@ class CPA(Wrapper):
             return told
         return Record({**told.tensors, GROUP: {"pixels": total}}, told.values)
 
+    def misfit_told(self, server: Server, told: Record) -> str | None:
+        """Look for the pixels outside and inside of each map."""
+        sent = told.tensors.get(GROUP)
+        if sent is not None:
+            pixels = torch.empty(len(server.network.head.weight), 2, dtype=torch.float64)
+            if (why := misfit(sent, {"pixels": pixels})) is not None:
+                return why
+            if bool((sent["pixels"] < 0).any()):
+                return "'pixels' has numbers below 0"
+        return super().misfit_told(server, told)
+
     def start_server(self, server: Server) -> None:
         """Add up the pixels."""
         super().start_server(server)

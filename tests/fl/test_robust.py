@@ -1,5 +1,6 @@
 """Medians and trimmed means, and updates that are refused: too large, misshapen, not finite."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -58,13 +59,18 @@ def test_the_option(wrong: str) -> None:
 
 
 class Spoiling(InProcess):
-    """Client 1's trained replies are changed on their way."""
+    """Client 1's replies are changed on their way: of training, or of before the first round."""
 
     spoil: Callable[[Record], Any]
+    trained = True
 
     def ask(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
         for answer in super().ask(requests):
-            if isinstance(answer, Reply) and answer.client == 1 and answer.model:
+            if (
+                isinstance(answer, Reply)
+                and answer.client == 1
+                and bool(answer.model) == self.trained
+            ):
                 record = answer.record.copy()
                 self.spoil(record)
                 answer = replace(answer, record=record)
@@ -274,3 +280,42 @@ def test_what_a_method_adds_is_looked_at(
     assert report.replied == [0, 2]
     assert report.failures[0].reason.startswith("its reply is not the method's: ")
     assert reason in report.failures[0].reason
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (told("class_counts", []), "its class counts are [] instead of 1 numbers of at least 0"),
+        (told("class_counts", [1.0, 2.0]), "its class counts are [1.0, 2.0] instead of"),
+        (told("class_counts", [-1.0]), "its class counts are [-1.0] instead of"),
+        (told("class_counts", [math.inf]), "its class counts are [inf] instead of"),
+        (told("class_counts", ["2"]), "its class counts are ['2'] instead of"),
+        (told("class_counts", "many"), "its class counts are 'many' instead of"),
+        (told("more", math.nan), "is NaN or infinite in 'values'"),
+        (cut("cpa", "pixels"), "'pixels' is torch.float64 (2, 2) instead of torch.float64 (3, 2)"),
+        (lambda r: r.tensors["cpa"]["pixels"].fill_(math.nan), "NaN or infinite in 'cpa/pixels'"),
+        (lambda r: r.tensors["cpa"]["pixels"].neg_(), "'pixels' has numbers below 0"),
+    ],
+)
+def test_what_is_told_before_the_first_round_is_looked_at(
+    spoil: Callable[[Record], Any], reason: str, tiny_maps: Make, hospitals_with_masks: Clients
+) -> None:
+    setting = Setting.of(
+        tiny_maps(), fl.method("cpa"), CONFIG, num_classes=3, image_shape=(1, 6, 6)
+    )
+    data = hospitals_with_masks()
+    transport = Spoiling(setting, data, Store())
+    transport.spoil, transport.trained = spoil, False
+    rounds = Rounds(setting, transport, len(data))
+    (failure,) = rounds.begin()
+    assert failure.client == 1
+    assert reason in failure.reason
+    assert sorted(rounds.server.counts) == [0, 2]
+    pixels = [
+        answer.record.tensors["cpa"]["pixels"]
+        for answer in InProcess(setting, data, Store()).ask(
+            Request("counts", k, 0, Record()) for k in (0, 2)
+        )
+        if isinstance(answer, Reply)
+    ]
+    assert torch.equal(rounds.server.memory.tensors["cpa"]["pixels"], sum(pixels))
