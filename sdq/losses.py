@@ -24,6 +24,23 @@ def distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return F.cross_entropy(student_logits, targets)
 
 
+def curvature_noise(logits: Tensor, signs: Tensor) -> Tensor:
+    r"""Return random vectors with the covariance of the cross-entropy's Hessian by the logits.
+
+    .. math:: u = \sqrt p \odot s - p\, (\sqrt p \cdot s), \qquad
+              \mathrm{E}\, u u^T = \mathrm{diag}(p) - p p^T
+
+    The Hessian of cross-entropy is the same for all labels, hard or soft.
+
+    Args:
+        logits: ``(N, classes)``.
+        signs: of that shape, -1 or 1 with equal chances.
+    """
+    p = logits.softmax(1)
+    root = p.sqrt() * signs
+    return root - p * root.sum(1, keepdim=True)
+
+
 def bin_regularization(position: Tensor, level: Tensor, reduction: BinReduction = "mean") -> Tensor:
     r"""Return the entropy-aware bin regularization of one layer.
 

@@ -69,6 +69,14 @@ class SearchProblem:
             self.loader.set_epoch(0)
         return islice(iter(self.loader), count)
 
+    def images(self, count: int) -> Iterator[Tensor]:
+        """Return the first so many images of the loader, by batch ``(N, C, H, W)``."""
+        for images, _ in self.batches(count):
+            if count <= 0:
+                return
+            yield images[:count]
+            count -= len(images)
+
     def weight(self, layer: int) -> Tensor:
         """Return the float weight ``(K, ...)`` of a layer, by index."""
         return self.qmodel.weight(self.space.layers[layer].name).detach()

@@ -87,6 +87,19 @@ def map_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(student_logits.float(), targets)
 
 
+def map_curvature_noise(logits: Tensor, signs: Tensor) -> Tensor:
+    """Return random vectors with the covariance of the Hessian of :func:`map_divergence`.
+
+    Its Hessian by the logits of one image is diagonal, p (1 - p) over the number of pixels.
+
+    Args:
+        logits: ``(N, C, H, W)``.
+        signs: of that shape, -1 or 1 with equal chances.
+    """
+    p = torch.sigmoid(logits)
+    return (p * (1 - p) / logits[0].numel()).sqrt() * signs
+
+
 def map_divergence(logits: Tensor, reference: Tensor) -> Tensor:
     """Return the mean Kullback-Leibler divergence of the pixels from a reference's.
 

@@ -29,6 +29,8 @@ class Task:
         loss: of ``(logits, targets)``; targets may be soft, as ``soft_labels`` gives them.
         distillation: of ``(student's logits, teacher's logits)``.
         divergence: the same less its least value, for networks that are compared.
+        curvature_noise: of ``(logits, random signs)``: vectors with the covariance of the Hessian
+            of an image's divergence by its logits.
         soft_labels: probabilities from logits.
         metrics: of ``(logits, targets)``, for ``metrics.json``.
         scores: of ``(logits, targets)``: those by which epochs can be compared.
@@ -43,6 +45,7 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor]
     distillation: Callable[[Tensor, Tensor], Tensor]
     divergence: Callable[[Tensor, Tensor], Tensor]
+    curvature_noise: Callable[[Tensor, Tensor], Tensor]
     soft_labels: Callable[[Tensor], Tensor]
     metrics: Callable[[Tensor, Tensor], dict[str, Any]]
     scores: Callable[[Tensor, Tensor], dict[str, float | None]]
@@ -110,6 +113,7 @@ CLASSIFICATION = Task(
     loss=F.cross_entropy,
     distillation=losses.distillation,
     divergence=_class_divergence,
+    curvature_noise=losses.curvature_noise,
     soft_labels=lambda logits: logits.softmax(1),
     metrics=metrics.classification_metrics,
     scores=_class_scores,
@@ -124,6 +128,7 @@ SEGMENTATION = Task(
     loss=segmentation.segmentation_loss,
     distillation=segmentation.map_distillation,
     divergence=segmentation.map_divergence,
+    curvature_noise=segmentation.map_curvature_noise,
     soft_labels=torch.sigmoid,
     metrics=mask_metrics.segmentation_metrics,
     scores=mask_metrics.overlap,
