@@ -49,7 +49,7 @@ from fl.evaluation import primary
 from fl.method import ClientData
 from sdq.batches import Augmentation, Batches, Normalization
 from sdq.checkpoint import load_tensors, save_tensors
-from sdq.cli.ptq import SEARCH_EPOCHS
+from sdq.cli.ptq import SEARCH_EPOCHS, SEARCH_METHOD
 from sdq.data import DataOptions, ImageSet, Splits, open_data
 from sdq.metrics import agreement, classification_metrics, predict
 from sdq.ptq import soft_labelled
@@ -211,7 +211,7 @@ class Bench:
         return [self.learned(self.federated(policy=policy, quant=self.fixed_acts))]
 
     def row_ptq(self) -> list[dict[str, Any]]:
-        return self.after_training(self.fixed_acts, "hessian")
+        return self.after_training(self.fixed_acts, SEARCH_METHOD)
 
     def row_ptq_learned(self) -> list[dict[str, Any]]:
         return self.after_training(self.quant, "sdq")

@@ -25,7 +25,7 @@ from sdq.batches import Augmentation, Batches, Normalization
 from sdq.data import DataOptions, open_data
 from sdq.plugins import load
 
-METHODS = ("sdq", "interpolate", "hessian", "greedy", "random", "uniform")
+METHODS = ("sdq", "interpolate", "hessian", "sensitivity", "greedy", "random", "uniform")
 FLOAT = "float training"
 
 

@@ -33,7 +33,7 @@ from sdq.plugins import load
 from sdq.train import StepReport
 
 FIGURES = ("accuracy", "balanced_accuracy", "auc")
-METHODS = "sdq,interpolate,hessian,greedy,random,uniform"
+METHODS = "sdq,interpolate,hessian,sensitivity,greedy,random,uniform"
 
 
 def main() -> None:

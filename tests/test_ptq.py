@@ -301,7 +301,7 @@ def test_no_images_are_refused(quantized, images):
 # ---------------------------------------------------------------------------------- no labels
 
 
-@pytest.mark.parametrize("method", ["sdq", "greedy", "hessian"])
+@pytest.mark.parametrize("method", ["sdq", "greedy", "hessian", "sensitivity"])
 def test_search_has_the_float_networks_outputs_for_labels(toy, quantized, images, method):
     net, qmodel = toy(), quantized(8)
     data = soft_labelled(net, images)

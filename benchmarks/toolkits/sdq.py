@@ -4,10 +4,11 @@ from pathlib import Path
 
 import sdq
 from benchmarks.toolkits._job import Answer, Job
+from sdq.cli.ptq import SEARCH_METHOD
 from sdq.ptq import soft_labelled
 
 REQUIRES: tuple[str, ...] = ()
-SEARCH = {"ptq": "hessian", "qat": "sdq"}
+SEARCH = {"ptq": SEARCH_METHOD, "qat": "sdq"}
 """What ``sdq quantize`` takes with and without ``--ptq``."""
 
 

@@ -27,10 +27,10 @@ OF_TRAINING = (
 SEARCH_BATCH = 32
 """Images a step of a search: a few hundred images have few steps otherwise."""
 
-SEARCH_METHOD = "hessian"
-"""With soft labels: before rounding is learned, nearer to the float network than ``greedy`` and
-``sdq`` without training (docs/method.md). It chooses no activation bits; where these are asked for
-it is ``sdq``."""
+SEARCH_METHOD = "sensitivity"
+"""After learned rounding nearer to the float network than ``hessian``, ``greedy`` and uniform bits
+(docs/method.md). It knows layers only: where single channels are asked for it is ``hessian``, where
+bits of activations are, ``sdq``."""
 
 SEARCH_EPOCHS = 12
 """Of a search by gradient: 200 steps with 512 images."""
@@ -58,16 +58,19 @@ def make_ptq(ptq: bool, images: int, steps: int, seed: int) -> PtqConfig | None:
     return PtqConfig(images=images, steps=steps, seed=seed)
 
 
-def search_of(
-    search: SearchConfig, method: str, *, learn_act_bits: bool
-) -> tuple[SearchConfig, str]:
-    """Return search and method as ``--ptq`` has them where the command line leaves them open."""
+def search_of(search: SearchConfig) -> SearchConfig:
+    """Return a search as ``--ptq`` has it where the command line leaves it open."""
     search = search.replaced(train_weights=False)
-    if not options.given("search_epochs"):
-        search = search.replaced(epochs=SEARCH_EPOCHS)
+    return search if options.given("search_epochs") else search.replaced(epochs=SEARCH_EPOCHS)
+
+
+def method_of(search: SearchConfig, method: str, *, learn_act_bits: bool) -> str:
+    """Return the search method of ``--ptq``: what was asked for, or what can choose such bits."""
     if options.given("search_method"):
-        return search, method
-    return search, "sdq" if learn_act_bits else SEARCH_METHOD
+        return method
+    if learn_act_bits:
+        return "sdq"
+    return "hessian" if search.granularity == "channel" else SEARCH_METHOD
 
 
 def calibration_images(inputs: inp.Inputs, count: int) -> Tensor:

@@ -27,7 +27,7 @@ from sdq.cli.option_groups import (
 from sdq.cli.plan import ConfigFile, Limits, Plan, make_plan, make_quantization
 from sdq.cli.plotting import draw_plots
 from sdq.cli.progress import Watch, show_json, show_table
-from sdq.cli.ptq import make_ptq, round_, search_of, unlabelled
+from sdq.cli.ptq import make_ptq, method_of, round_, search_of, unlabelled
 from sdq.cli.report import write_report
 from sdq.cli.teacher import TeacherRequest, open_teacher
 from sdq.cli.train import summary
@@ -337,9 +337,11 @@ def quantize(
         keep_weights=keep_weights,
     )  # fmt: skip
     if after_training is not None:
-        learned = quant.act_choices is not None
-        searching, search_method = search_of(searching, search_method, learn_act_bits=learned)
+        searching = search_of(searching)
     searching = file.changed("search", searching)
+    if after_training is not None:
+        learned = quant.act_choices is not None
+        search_method = method_of(searching, search_method, learn_act_bits=learned)
     plan = make_plan(
         quant,
         limits,

@@ -9,6 +9,7 @@ from sdq.report.tables import headline, metric_cell, metric_label, scaled, share
 SEARCHES = {
     "sdq": "was learned by gradient, together with the weights",
     "hessian": "follows from how sensitive each layer is (Hessian)",
+    "sensitivity": "follows from what fewer bits cost each layer, measured",
     "greedy": "was found by taking bits away where that hurts least",
     "interpolate": "was read off between uniform networks",
     "random": "was drawn at random (a comparison, not a method)",

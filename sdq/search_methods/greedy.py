@@ -8,13 +8,8 @@ come up for the least (the lazy form of the greedy algorithm): they rarely fall 
 
 import heapq
 
-import torch
-from torch import Tensor
-
-from sdq.apply_policy import apply_policy_
-from sdq.calibration import in_float
+from sdq.divergence import Divergence
 from sdq.search_problem import SearchProblem
-from sdq.task import task_of
 
 CHOOSES_ACTS, CHOOSES_CHANNELS = False, False
 
@@ -24,7 +19,7 @@ BATCHES = 2
 
 def choose(problem: SearchProblem) -> list[int]:
     """Return what is left when the budget is met."""
-    measure = _Divergence(problem)
+    measure = Divergence(problem, [images for images, _ in problem.batches(BATCHES)])
     units, constraints = problem.space.units, problem.constraints
     picks = [len(unit.choices) - 1 for unit in units]
     now = measure(picks)
@@ -63,27 +58,3 @@ def choose(problem: SearchProblem) -> list[int]:
             for u, pick in zip(units, picks, strict=True)
         ]
     )
-
-
-class _Divergence:
-    """Mean KL divergence from the float network's outputs, by candidates."""
-
-    @torch.no_grad()
-    def __init__(self, problem: SearchProblem) -> None:
-        self.space, self.qmodel = problem.space, problem.qmodel.eval()
-        device = next(self.qmodel.parameters()).device
-        self.images = [images.to(device) for images, _ in problem.batches(BATCHES)]
-        with in_float(self.qmodel):
-            self.targets = [self.qmodel(x) for x in self.images]
-        self.known: dict[tuple[int, ...], float] = {}
-
-    @torch.no_grad()
-    def __call__(self, picks: list[int]) -> float:
-        key = tuple(picks)
-        if key not in self.known:
-            apply_policy_(self.qmodel, self.space.policy_of(picks))
-            self.known[key] = sum(map(self._one, self.images, self.targets)) / len(self.images)
-        return self.known[key]
-
-    def _one(self, images: Tensor, targets: Tensor) -> float:
-        return float(task_of(targets).divergence(self.qmodel(images), targets))

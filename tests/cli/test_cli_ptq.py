@@ -41,7 +41,7 @@ def test_labels_change_nothing(sdq, files, tmp_path, run):
         assert (tmp_path / "q" / name).read_bytes() == (run[0] / name).read_bytes()
 
 
-@pytest.mark.parametrize("method", ["sdq", "greedy", "uniform"])
+@pytest.mark.parametrize("method", ["sdq", "greedy", "uniform", "hessian"])
 def test_labels_change_nothing_in_any_search(sdq, files, tmp_path, method):
     for data in ("ok", "other"):
         command = PTQ.format(f=files).replace("ok.npz", f"{data}.npz")
@@ -57,11 +57,23 @@ def test_the_file_of_a_run_is_verified(sdq, run, tmp_path, format):
     assert done.code == 0, done.err
 
 
-def test_activation_bits_are_learned_by_a_method_that_can(sdq, files, tmp_path):
-    command = PTQ.format(f=files).replace("--act-bits 8", "--act-bits 4 --learn-act-bits")
-    assert sdq(f"{command} --search-epochs 1 --ptq-steps 1 --out", tmp_path / "q").code == 0
+@pytest.mark.parametrize(
+    ("changed", "method"),
+    [
+        ("", "sensitivity"),
+        ("--act-bits 4 --learn-act-bits --search-epochs 1", "sdq"),
+        ("--act-bits 8 --granularity channel", "hessian"),
+        ("--act-bits 8 --config {f}/channels.json", "hessian"),
+    ],
+)
+def test_bits_are_chosen_by_a_method_that_can(sdq, files, tmp_path, changed, method):
+    (files / "channels.json").write_text('{"search": {"granularity": "channel"}}')
+    command = PTQ.format(f=files)
+    if changed:
+        command = command.replace("--act-bits 8", changed.format(f=files))
+    assert sdq(f"{command} --ptq-steps 1 --out", tmp_path / "q").code == 0
     request = json.loads((tmp_path / "q" / "run.json").read_text())["request"]
-    assert request["search_method"] == "sdq"
+    assert request["search_method"] == method
 
 
 def test_a_given_policy_is_used(sdq, files, tmp_path):

@@ -19,7 +19,9 @@ def searched(sdq, files, out, options):
     return BitwidthPolicy.load(out / "policy.json"), json.loads((out / "run.json").read_text())
 
 
-@pytest.mark.parametrize("method", ["sdq", "interpolate", "hessian", "greedy", "random", "uniform"])
+@pytest.mark.parametrize(
+    "method", ["sdq", "interpolate", "hessian", "sensitivity", "greedy", "random", "uniform"]
+)
 def test_every_method(sdq, files, tmp_path, method):
     policy, run = searched(sdq, files, tmp_path / "s", f"--bits 2.5 --search-method {method}")
     assert policy.avg_weight_bits <= 2.5

@@ -100,7 +100,9 @@ def test_costs_and_a_page(home, sdq):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["greedy", "hessian", "interpolate", "random", "uniform"])
+@pytest.mark.parametrize(
+    "method", ["greedy", "hessian", "sensitivity", "interpolate", "random", "uniform"]
+)
 def test_every_search_method_takes_maps(home, sdq, method, tmp_path):
     done = sdq(
         f"search --from {home / 'f'} {DATA} --search-epochs 1 --bits 3 --choices 2,4 "

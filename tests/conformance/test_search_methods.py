@@ -15,11 +15,12 @@ from sdq.apply_policy import apply_policy_
 from sdq.calibration import calibrate_, in_float
 from sdq.config import QuantConfig, SearchConfig
 from sdq.cost import Budget
+from sdq.divergence import Divergence
 from sdq.errors import RequestError
 from sdq.policy import BitwidthPolicy
 from sdq.quant_model import QuantModel, quantize
 from sdq.search import search
-from sdq.search_methods import greedy, hessian
+from sdq.search_methods import greedy, hessian, sensitivity
 from sdq.search_problem import SearchProblem
 from sdq.search_space import SearchSpace, block_of
 from sdq.task import TASKS, Task
@@ -83,7 +84,7 @@ def test_granularities(
 ) -> None:
     config = QUICK.replaced(granularity=granularity)
     budget = Budget(avg_weight_bits=2.0)
-    if (method, granularity) == ("greedy", "channel"):
+    if method in ("greedy", "sensitivity") and granularity == "channel":
         with pytest.raises(RequestError, match="use --granularity layer"):
             search(qmodel, batches(), budget=budget, config=config, method=method)
         return
@@ -104,7 +105,7 @@ def test_activations_are_learned_or_refused(
 ) -> None:  # fmt: skip
     qmodel = quantize(toy(), QuantConfig(act_choices=(2, 4, 8)), sample=sample)
     budget = Budget(avg_weight_bits=3.0, avg_act_bits=4.0)
-    if method in ("hessian", "greedy"):
+    if method in ("hessian", "greedy", "sensitivity"):
         with pytest.raises(RequestError, match="chooses weight bitwidths only"):
             search(qmodel, batches(), budget=budget, config=QUICK, method=method)
         return
@@ -193,7 +194,7 @@ def test_greedy_gives_way_where_the_outputs_change_least(
     qmodel: QuantModel, batches: Callable[..., list[Batch]]
 ) -> None:
     problem = problem_of(qmodel, batches(), bits=3.0)
-    measure = greedy._Divergence(problem)
+    measure = Divergence(problem, [images for images, _ in batches()[:2]])
     picks = greedy.choose(problem)
     assert measure([2, 2, 2, 2]) < measure(picks)
     every = [
@@ -206,12 +207,38 @@ def test_greedy_gives_way_where_the_outputs_change_least(
     assert measure(picks) <= ranked[len(ranked) // 3]
 
 
+def test_sensitivity_finds_the_least_sum_of_what_single_layers_cost(
+    qmodel: QuantModel, batches: Callable[..., list[Batch]]
+) -> None:
+    """Against every policy, with the divergences worked out from the probabilities here."""
+    problem = problem_of(qmodel, batches(), bits=2.5)
+    picks = sensitivity.choose(problem)
+    images = torch.cat([images for images, _ in batches()])  # 96: fewer than it would take
+    net = copy.deepcopy(qmodel).eval()
+    with torch.no_grad(), in_float(net):
+        wanted = net(images).double().softmax(1)
+
+    def alone(unit: int, k: int) -> float:
+        policy = problem.space.policy_of([2 if u != unit else k for u in range(4)])
+        apply_policy_(net, policy)
+        with torch.no_grad():
+            found = net(images).double().log_softmax(1)
+        return float((wanted * (wanted.log() - found)).sum(1).mean())
+
+    table = [[alone(u, k) for k in range(3)] for u in range(4)]
+    every = [
+        p for p in itertools.product(range(3), repeat=4) if problem.constraints[0].cost(p) <= 2.5
+    ]
+    best = min(every, key=lambda p: sum(table[u][k] for u, k in enumerate(p)))
+    assert tuple(picks) == best
+
+
 def test_the_divergence_of_the_float_network_is_zero(
     qmodel: QuantModel, batches: Callable[..., list[Batch]]
 ) -> None:
-    measure = greedy._Divergence(problem_of(qmodel, batches()))
+    measure = Divergence(problem_of(qmodel, batches()), [batches()[0][0]])
     with in_float(measure.qmodel), torch.no_grad():
-        assert measure._one(measure.images[0], measure.targets[0]) == pytest.approx(0, abs=1e-7)
+        assert measure.of(measure.images[0], measure.targets[0]) == pytest.approx(0, abs=1e-7)
 
 
 @pytest.mark.parametrize(
