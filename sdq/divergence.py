@@ -34,7 +34,9 @@ class Divergence:
         key = tuple(picks)
         if key not in self.known:
             apply_policy_(self.qmodel, self.space.policy_of(picks))
-            self.known[key] = sum(map(self.of, self.images, self.targets)) / len(self.images)
+            pairs = zip(self.images, self.targets, strict=True)
+            total = sum(len(x) * self.of(x, targets) for x, targets in pairs)
+            self.known[key] = total / sum(map(len, self.images))
         return self.known[key]
 
     def of(self, images: Tensor, targets: Tensor) -> float:

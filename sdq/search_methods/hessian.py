@@ -4,9 +4,9 @@ A layer's loss increase at b bits is taken as its mean Hessian trace times the s
 weights; the policy of least total increase within the budget follows exactly.
 
 The trace is that of the Hessian's Gauss-Newton part, which is all of it where the network's own
-answers are the labels, and never negative. Hutchinson's estimate of the whole Hessian, as in the
-paper, is drowned by the products of different layers' random vectors: with 16 of them it gave one
-layer of ResNet-20 0.027 with a seed and -0.0007 with another, and so 1 bit.
+answers are the labels, and never negative. Hutchinson's estimate of the whole Hessian, with random
+vectors in all layers at once, is drowned by the products of different layers' vectors: with 16 it
+gave one layer of ResNet-20 0.027 with a seed and -0.0007 with another, and so 1 bit.
 
 Source: Dong et al., "HAWQ-V2", NeurIPS 2020, equations 4 and 8, https://arxiv.org/abs/1911.03852;
 the integer program: Yao et al., "HAWQ-V3", ICML 2021, https://arxiv.org/abs/2011.10680; the

@@ -6,8 +6,9 @@ follows exactly. Unlike ``greedy``, which measures as it goes, one unit's figure
 what others gave up before it, so that layers whose errors happen to cancel are not taken for
 robust ones.
 
-Source: Cai et al., "ZeroQ", CVPR 2020, equations 5 and 6, https://arxiv.org/abs/2001.00281; the
-integer program: Yao et al., "HAWQ-V3", ICML 2021, https://arxiv.org/abs/2011.10680.
+Source: Cai et al., "ZeroQ", CVPR 2020, https://arxiv.org/abs/2001.00281 (its measure of
+sensitivity); the integer program: Yao et al., "HAWQ-V3", ICML 2021,
+https://arxiv.org/abs/2011.10680.
 """
 
 from sdq.divergence import Divergence
