@@ -5,8 +5,9 @@ fine-tuning. A variant is a search method, with settings of phase 1 or 2 changed
 
     sdq    sdq;search.distill=false    sdq;train.bin_weight=0    hessian    uniform
 
-The table has accuracy, what the policy costs, and the search's seconds. Each finished variant is
-kept in ``--out``; interrupted, the command goes on where it stopped.
+The table has accuracy, what the policy costs, and the search's seconds; of several budgets there
+is a plot beside it. Each finished variant is kept in ``--out``; interrupted, the command goes on
+where it stopped. Variants that differ in phase 2 alone share one search.
 
     python benchmarks/search_methods.py --data cifar10 --data-root DIR --weights F.safetensors \
         --bits 1.5,2 --seeds 0,1,2 --out runs/methods --table benchmarks/results/NAME.md
@@ -17,11 +18,13 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import _reports
 import torch
+from scipy.stats import spearmanr
 from torch import nn
 
 import sdq
@@ -44,7 +47,8 @@ def main() -> None:
         rows.append({"variant": "float", "bits": 32.0, "seed": bench.seed, **bench.float_figures()})
         for bits in map(float, options.bits.split(",")):
             for variant in options.variants.split(","):
-                rows.append(bench.figures(variant, bits))
+                row = bench.figures(variant, bits)
+                rows.append(row | {"size_rank": bench.size_rank(row["policy"])})
                 print(json.dumps(rows[-1]), flush=True)
     write(options, rows)
 
@@ -121,13 +125,42 @@ class Bench:
             known: dict[str, Any] = json.loads(file.read_text())
             return known
         method, search, train = settings(variant)
+        qmodel = self.quantized()
+        policy, told = self.search_once(qmodel, method, search, bits)
+        sdq.apply_policy_(qmodel, policy)
+        if not qmodel.calibrated:
+            sdq.calibrate_(qmodel, self.plain)
+        tuning = sdq.TrainConfig(**{"epochs": self.options.epochs, "seed": self.seed, **train})
+        sdq.finetune_(qmodel, self.loader, teacher=self.network, config=tuning, fabric=self.fabric)
+        found = sdq.evaluate(qmodel, self.test)
+        row = {
+            "variant": variant, "bits": bits, "seed": self.seed,
+            **{key: found[key] for key in FIGURES},
+            "average_bits": policy.avg_weight_bits, "weight_bytes": policy.weight_bytes,
+            **told, "policy": [b.weight_bits for b in policy],
+        }  # fmt: skip
+        file.write_text(json.dumps(row))
+        return row
+
+    def quantized(self) -> sdq.QuantModel:
         config = sdq.QuantConfig(
             act_bits=self.options.act_bits, first_last_bits=self.options.first_last_bits or None
         )
         qmodel = sdq.quantize(self.network, config, sample=self.sample.to(self.fabric.device))
         sdq.calibrate_(qmodel, self.plain)
+        return qmodel
+
+    def search_once(
+        self, qmodel: sdq.QuantModel, method: str, changes: dict[str, Any], bits: float
+    ) -> tuple[sdq.BitwidthPolicy, dict[str, Any]]:
+        """Return a search's policy and what a row says of the search; done once."""
+        name = "+".join([method, *(f"{key}={value}" for key, value in changes.items())])
+        file = self.options.out / f"search-{name}-{bits:g}-{self.seed}.json"
+        if file.exists() and not changes.get("keep_weights"):  # weights are not in the file
+            known = json.loads(file.read_text())
+            return sdq.BitwidthPolicy.from_json(known["policy"]), known["told"]
         watched: list[StepReport] = []
-        searching = {"epochs": self.options.search_epochs, "seed": self.seed, **search}
+        searching = {"epochs": self.options.search_epochs, "seed": self.seed, **changes}
         start = time.perf_counter()
         policy = sdq.search(
             qmodel, self.loader, budget=sdq.Budget(avg_weight_bits=bits), teacher=self.network,
@@ -135,26 +168,30 @@ class Bench:
             watch=watched.append,
         )  # fmt: skip
         seconds = time.perf_counter() - start
-        sdq.apply_policy_(qmodel, policy)
-        if not qmodel.calibrated:
-            sdq.calibrate_(qmodel, self.plain)
-        tuning = sdq.TrainConfig(**{"epochs": self.options.epochs, "seed": self.seed, **train})
-        sdq.finetune_(qmodel, self.loader, teacher=self.network, config=tuning, fabric=self.fabric)
-        found = sdq.evaluate(qmodel, self.test)
         # the second half: the first is still falling
         half = [report.loss for report in watched[len(watched) // 2 :]]
         uses = [r.end_of_epoch["budget_use"] for r in watched if r.end_of_epoch]
-        row = {
-            "variant": variant, "bits": bits, "seed": self.seed,
-            **{key: found[key] for key in FIGURES},
-            "average_bits": policy.avg_weight_bits, "weight_bytes": policy.weight_bytes,
+        told = {
             "search_seconds": seconds,
             "search_loss_deviation": statistics.pstdev(half) if half else None,
             "budget_use": max(uses[-1].values()) if uses else None,
-            "policy": [b.weight_bits for b in policy],
-        }  # fmt: skip
-        file.write_text(json.dumps(row))
-        return row
+        }
+        file.write_text(json.dumps({"policy": policy.to_json(), "told": told}))
+        return policy, told
+
+    @cached_property
+    def layers(self) -> tuple[sdq.LayerBits, ...]:
+        return self.quantized().policy.layers
+
+    def size_rank(self, bits: list[int]) -> float | None:
+        """Return Spearman's correlation of a layer's bits with its weights; None for equal bits."""
+        pairs = [
+            (layer.num_weights, b)
+            for layer, b in zip(self.layers, bits, strict=True)
+            if layer.searched
+        ]
+        sizes, chosen = zip(*pairs, strict=True)
+        return float(spearmanr(sizes, chosen).statistic) if len(set(chosen)) > 1 else None
 
 
 AnyBench = TypeVar("AnyBench", bound=Bench)
@@ -205,12 +242,13 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "",
         "`budget` is the mean of the searched layers' weight bits, `bits` what the policy has. "
         "`deviation` is that of the loss over the steps of the search's second half, `use` the "
-        "expected cost over the budget at the search's end, before the projection, by seed.",
+        "expected cost over the budget at the search's end, before the projection, by seed; `rank` "
+        "Spearman's correlation of a layer's bits with its number of weights.",
         "",
         "| variant | budget | "
         + " | ".join(FIGURES)
-        + " | bits | bytes | seconds | deviation | use |",
-        "|---|---|" + "---|" * (len(FIGURES) + 5),
+        + " | bits | bytes | seconds | deviation | use | rank |",
+        "|---|---|" + "---|" * (len(FIGURES) + 6),
     ]
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:
@@ -218,7 +256,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     for (variant, bits), found in groups.items():
         cells = [_reports.spread([row[key] for row in found]) for key in FIGURES]
         if variant == "float":
-            lines.append(f"| float | 32 | {' | '.join(cells)} | 32 | | | | |")
+            lines.append(f"| float | 32 | {' | '.join(cells)} | 32 | | | | | |")
             continue
         seconds = statistics.mean(row["search_seconds"] for row in found)
         deviations = [row["search_loss_deviation"] for row in found]
@@ -229,14 +267,47 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             f"| {variant} | {bits:g} | {' | '.join(cells)} | "
             f"{max(row['average_bits'] for row in found):.3f} | "
             f"{max(row['weight_bytes'] for row in found):,.0f} | {seconds:.0f} | {deviation} | "
-            f"{use} |"
+            f"{use} | {mean_rank(found)} |"
         )
+    if options.table and len({bits for _, bits in groups}) > 2:  # the float network's is one
+        picture = options.table.with_suffix(".svg")
+        plot(picture, groups)
+        lines += ["", f"![accuracy over the bytes of weights]({picture.name})"]
     lines += ["", "Policies (bits of each layer in order; one list a seed):", ""]
     for (variant, bits), found in groups.items():
         if variant != "float":
             lists = "; ".join("".join(map(str, row["policy"])) for row in found)
             lines.append(f"- {variant}, {bits:g}: {lists}")
     _reports.write(options.table, lines)
+
+
+def mean_rank(rows: list[dict[str, Any]]) -> str:
+    ranks = [row["size_rank"] for row in rows if row["size_rank"] is not None]
+    return f"{statistics.mean(ranks):+.2f}" if ranks else ""
+
+
+def plot(path: Path, groups: dict[tuple[str, float], list[dict[str, Any]]]) -> None:
+    """Draw the accuracy of every variant over its bytes, with standard deviations over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for (variant, _), rows in groups.items():
+        accuracy = [100 * row["accuracy"] for row in rows]
+        if variant == "float":
+            axes.axhline(statistics.mean(accuracy), color="#222222", ls="--", lw=1, label="float")
+            continue
+        size = statistics.mean(row["weight_bytes"] for row in rows) / 1000
+        spread = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
+        lines.setdefault(variant, []).append((size, statistics.mean(accuracy), spread))
+    for variant, points in lines.items():
+        sizes, means, spreads = zip(*sorted(points), strict=True)
+        axes.errorbar(sizes, means, spreads, marker="o", ms=4, capsize=3, label=variant)
+    axes.set(xlabel="kilobytes of weights", ylabel="accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -104,12 +104,17 @@ def test_a_search_method_is_measured_and_goes_on(tmp_path: Path) -> None:
     command = [
         sys.executable, "-W", "ignore", script, "--data", "synthetic_derm", "--model", "mlp",
         "--train-images", "200", "--float-epochs", "1", "--search-epochs", "1", "--epochs", "1",
-        "--variants", "sdq,uniform;train.bin_weight=0", "--seeds", "0", "--device", "cpu",
-        "--out", tmp_path / "out", "--table", tmp_path / "table.md",
+        "--variants", "sdq,sdq;train.bin_weight=0,uniform", "--bits", "2,3", "--seeds", "0",
+        "--device", "cpu", "--out", tmp_path / "out",
+        "--table", tmp_path / "table.md",
     ]  # fmt: skip
     table = measured_twice(command, tmp_path)
     assert "| sdq | 2 |" in table
-    assert "| uniform;train.bin_weight=0 | 2 |" in table
+    assert "| sdq;train.bin_weight=0 | 3 |" in table
+    assert "](table.svg)" in table
+    assert (tmp_path / "table.svg").stat().st_size > 1000
+    searches = {file.name for file in (tmp_path / "out").glob("search-*")}
+    assert searches == {f"search-{m}-{b}-0.json" for m in ("sdq", "uniform") for b in (2, 3)}
 
 
 @pytest.mark.slow
