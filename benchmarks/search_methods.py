@@ -46,7 +46,7 @@ def main() -> None:
     for bench in benches(Bench, options):
         rows.append({"variant": "float", "bits": 32.0, "seed": bench.seed, **bench.float_figures()})
         for bits in map(float, options.bits.split(",")):
-            for variant in options.variants.split(","):
+            for variant in filter(None, options.variants.split(",")):
                 row = bench.figures(variant, bits)
                 rows.append(row | {"size_rank": bench.size_rank(row["policy"])})
                 print(json.dumps(rows[-1]), flush=True)
@@ -56,7 +56,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = search_parser(__doc__)
     parser.add_argument("--bits", default="2")
-    parser.add_argument("--variants", default=METHODS)
+    parser.add_argument("--variants", default=METHODS, help="none: the float network alone")
     return parser.parse_args()
 
 
