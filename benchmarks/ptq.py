@@ -45,10 +45,11 @@ def run_seed(options: argparse.Namespace, seed: int, done: list[dict[str, Any]])
     data = soft_labelled(network, images, SEARCH_BATCH)
     held_out = list(source.inputs.held_out())
     wanted, labels = predict(network, held_out)
+    of = {"data": options.data, "model": source.described["reference"], "seed": seed}
     have = {key(row) for row in done}
 
     def note(**row: Any) -> None:
-        row = {"data": options.data, "seed": seed, "act_bits": options.act_bits, **row}
+        row = {**of, "act_bits": options.act_bits, **row}
         with options.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
@@ -58,15 +59,13 @@ def run_seed(options: argparse.Namespace, seed: int, done: list[dict[str, Any]])
         metrics = classification_metrics(logits, labels)
         return {"accuracy": metrics["accuracy"], "agreement": agreement(logits, wanted)}
 
-    if (options.data, seed, 0, 32.0, "float", 0) not in have:
-        row = measured(None)
-        note(**row, act_bits=0, bits=32.0, method="float", steps=0, search_s=0.0, rounding_s=0.0)
+    unquantized = {"act_bits": 0, "bits": 32.0, "method": "float", "steps": 0}
+    if key({**of, **unquantized}) not in have:
+        note(**measured(None), **unquantized, search_s=0.0, rounding_s=0.0)
     for bits in map(float, options.bits.split(",")):
         for method in options.methods.split(","):
-            todo = [
-                steps for steps in (0, options.steps)
-                if (options.data, seed, options.act_bits, bits, method, steps) not in have
-            ]  # fmt: skip
+            asked = {**of, "act_bits": options.act_bits, "bits": bits, "method": method}
+            todo = [n for n in (0, options.steps) if key({**asked, "steps": n}) not in have]
             if not todo:
                 continue
             quant = sdq.QuantConfig(act_bits=options.act_bits)
@@ -99,15 +98,15 @@ def clock() -> float:
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[k] for k in ("data", "seed", "act_bits", "bits", "method", "steps"))
+    return tuple(row[k] for k in ("data", "model", "seed", "act_bits", "bits", "method", "steps"))
 
 
 def write_table(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write means over the seeds as Markdown."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["data"], *key(row)[2:]), []).append(row)
-    base = {(r["data"], r["seed"]): r["accuracy"] for r in rows if r["method"] == "float"}
+        groups.setdefault((row["data"], row["model"], *key(row)[3:]), []).append(row)
+    base = {key(r)[:3]: r["accuracy"] for r in rows if r["method"] == "float"}
     lines = [
         "# Quantization after training, without labels",
         "",
@@ -121,23 +120,23 @@ def write_table(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None
         *options.commands,
         "```",
         "",
-        "| data | bits | rounding | method | seeds | accuracy | loss | agreement "
+        "| data | network | bits | rounding | method | seeds | accuracy | loss | agreement "
         "| search s | rounding s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---" * 11 + "|",
     ]
     for group, found in groups.items():
-        data, act, bits, method, steps = group
+        data, model, act, bits, method, steps = group
         values = [r["accuracy"] for r in found]
         spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        lost = statistics.mean(100 * (base[data, r["seed"]] - r["accuracy"]) for r in found)
+        lost = statistics.mean(100 * (base[key(r)[:3]] - r["accuracy"]) for r in found)
         means = [
             statistics.mean(r[k] for r in found) for k in ("agreement", "search_s", "rounding_s")
         ]
         if method == "float":
-            cells = [data, "float", "-", "-"]
+            cells = [data, model, "float", "-", "-"]
         else:
             rounding = f"learned, {steps} steps" if steps else "nearest"
-            cells = [data, f"W{bits:g}A{act}", rounding, method]
+            cells = [data, model, f"W{bits:g}A{act}", rounding, method]
         seeds = ",".join(str(r["seed"]) for r in found)
         cells += [seeds, f"{statistics.mean(values):.4f}{spread}", f"{lost:.2f}"]
         cells += [f"{means[0]:.4f}", f"{means[1]:.0f}", f"{means[2]:.0f}"]
