@@ -75,6 +75,7 @@ def search_parser(description: str | None, model: str = "resnet20") -> argparse.
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--judge", choices=("test", "validation"), default="test", help="images")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", type=Path, required=True)
     return parser
@@ -93,8 +94,9 @@ class Bench:
         flips = Augmentation(splits.horizontal_flip, splits.vertical_flip)
         self.loader = Batches(train, self.normalization, shuffle=True, seed=seed, augment=flips)
         self.plain = Batches(train, self.normalization, shuffle=True, seed=seed)
-        assert splits.test is not None
-        self.test = Batches(splits.test, self.normalization, batch_size=500)
+        judged = {"test": splits.test, "validation": splits.val}[options.judge]
+        assert judged is not None
+        self.test = Batches(judged, self.normalization, batch_size=500)
         self.sample = torch.zeros(1, *splits.image_shape)
         self.classes = len(splits.class_names)
         self.network = self.float_network()
@@ -233,7 +235,8 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     lines = [
         f"# Ways to choose bitwidths: {options.model} on {Path(options.data).stem}",
         "",
-        f"Seeds {options.seeds}; {part}test split; mean ± standard deviation over seeds. {start}"
+        f"Seeds {options.seeds}; {part}{options.judge} split; "
+        f"mean ± standard deviation over seeds. {start}"
         f"{options.float_epochs} epochs of float training, {options.search_epochs} of search "
         f"(where a method trains), {options.epochs} of fine-tuning, {options.act_bits}-bit "
         f"activations, {edges}. torch {torch.__version__}, device {options.device}.",
