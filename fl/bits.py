@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from fl.quant_rounds import Merge
 from fl.record import Tensors
-from fl.run import Federated
+from fl.run import Federated, left_out
 from sdq.config import BinReduction, Config, QuantConfig, SearchConfig
 from sdq.cost import Budget
 from sdq.errors import RequestError
@@ -120,6 +120,16 @@ class FederatedBits(Federated):
     phases: dict[str, Federated]
     course: list[dict[str, Any]]
     personal: dict[int, PersonalModel]
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        """Of all phases, their rounds counted on from one to the next."""
+        found, before = [], 0
+        for phase, part in self.phases.items():
+            of_phase = left_out(part.history, before)
+            found += [{"phase": phase, **failure} for failure in of_phase]
+            before += len(part.history)
+        return found
 
 
 def budget_of(limit: Limit, space: SearchSpace) -> Budget:

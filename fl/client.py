@@ -135,7 +135,7 @@ def _train(
     except SitsOut as why:
         values = {"sits_out": str(why), **_evaluations(setting, data, request)}
         found = Record()
-        _put_own_model(setting, request, values, found)
+        _put_own_model(setting, data, request, values, found)
         return Reply(request.client, Record({}, values)), _own_model(kept, found)
     extra = client.finish(progress)
     state = setting.network.state_dict()
@@ -154,17 +154,20 @@ def _train(
     memory.tensors["model"] = picked(state, setting.names(down=False))
     memory.tensors.update(keeps.tensors)
     memory.values.update(keeps.values)
-    _put_own_model(setting, request, up.values, memory)
+    _put_own_model(setting, data, request, up.values, memory)
     return Reply(request.client, up), memory
 
 
 def _put_own_model(
-    setting: Setting, request: Request, values: dict[str, Any], memory: Record
+    setting: Setting, data: ClientData, request: Request, values: dict[str, Any], memory: Record
 ) -> None:
-    """Add the client's own model as it was measured, if clients are to keep theirs."""
+    """Add the client's own model as it was measured, if clients are to keep theirs.
+
+    Of one that pools others there are only their figures, and none of its own.
+    """
     keeps = setting.config.keep_clients or request.kind == "own"
     if keeps and "evaluations" in values:
-        own = values["evaluations"].get(str(request.client), {})
+        own = {} if data.pooled else values["evaluations"].get(str(request.client), {})
         figures = {part: primary(views) for part, views in own.items()}
         model = setting.method.personal(setting.network)
         number = min(request.round + 1, setting.config.rounds)  # adapting is after the last

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fl.method import Method, pools_images
 from fl.phase_settings import PhaseSettings
 from fl.run import Federated
 from fl.setting import Setting, centred
@@ -79,8 +80,13 @@ def open_run(path: Path, description: Description) -> RunFolder:
         request |= {"rounds": setting.rounds, **setting.identity()}
     resume = (path / "run.json").is_file()
     run = RunFolder.create(path, request, resume=resume)
-    run.update(**fields, status="running", server_model=setting.method.has_server_model)
+    run.update(**fields, status="running", **of_method(setting.method))
     return run
+
+
+def of_method(method: Method) -> dict[str, Any]:
+    """Return what ``run.json`` says of a method, for who reads the run."""
+    return {"server_model": method.has_server_model, "pools_images": pools_images(method)}
 
 
 def log_round(run: RunFolder, summary: Mapping[str, Any]) -> None:
@@ -132,7 +138,5 @@ def metrics(done: Federated, names: Sequence[str]) -> dict[str, Any]:
         "bytes_up": done.bytes_up,
         "bytes_down": done.bytes_down,
         **({} if done.privacy is None else {"privacy": done.privacy}),
-        "failures": [
-            {"round": r["round"] + 1, **failure} for r in done.history for failure in r["failures"]
-        ],
+        "failures": done.failures,
     }

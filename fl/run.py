@@ -3,7 +3,7 @@
 import copy
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,18 @@ class Federated:
     bytes_up: int
     bytes_down: int
     privacy: dict[str, Any] | None
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        """Who was left out of which round, counted from 1, and why."""
+        return left_out(self.history)
+
+
+def left_out(history: Sequence[Mapping[str, Any]], before: int = 0) -> list[dict[str, Any]]:
+    """Return who was left out of which of these rounds, which come after ``before`` others."""
+    return [
+        {"round": before + r["round"] + 1, **failure} for r in history for failure in r["failures"]
+    ]
 
 
 class InProcess:

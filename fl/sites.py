@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fl.client import answer
+from fl.client import try_answer
 from fl.method import ClientData, Method
 from fl.opening import Opening, carried, check_masks_known, data_of
 from fl.personal import Personal
@@ -109,10 +109,12 @@ class Here:
         """Return the models of these clients."""
         return [self._own_model(rounds, client) for client in clients]
 
-    def _own_model(self, rounds: Rounds, client: int) -> OwnModel:
+    def _own_model(self, rounds: Rounds, client: int) -> OwnModel | Failure:
         (request,) = rounds.requests("own", [client], None, evaluate=True)
         kept = self._ends["tune"].store.get(client)
-        reply, keeps = answer(rounds.setting, self.clients[client], request, kept)
+        reply, keeps = try_answer(rounds.setting, self.clients[client], request, kept)
+        if isinstance(reply, Failure):
+            return reply
         personal = None if keeps is None else Personal.taken(keeps)
         assert personal is not None
         evaluations = reply.record.values["evaluations"]

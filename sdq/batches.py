@@ -93,6 +93,18 @@ class Normalization:
         return cls(tuple(mean) * repeat[0], tuple(std) * repeat[1])
 
 
+def parts(images: Tensor, size: int) -> list[Tensor]:
+    """Split images ``(N, ...)``; a last one joins those before: batch norm cannot learn from one.
+
+    >>> [len(part) for part in parts(torch.zeros(7, 2), 3)]
+    [3, 4]
+    """
+    found = list(images.split(size))
+    if len(found) > 1 and len(found[-1]) == 1:
+        found[-2:] = [torch.cat(found[-2:])]
+    return found
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """Random flips and shifts. ``shift`` is the largest shift as a share of the side."""

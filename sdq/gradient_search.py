@@ -142,6 +142,15 @@ class BitwidthSearch:
     def _insert_(self) -> list[StochasticWeightQuantizer]:
         """Put stochastic quantizers into the model; return those of weights."""
         qmodel = self.problem.qmodel
+        acts = {unit.name: (u, unit.choices) for u, unit in enumerate(self.space.units)
+                if unit.is_act}  # fmt: skip
+        if acts:
+            # before weights draw their bits: what activations are then would be chance
+            loader = self.problem.loader
+            candidates = calibrate_acts(qmodel, loader, {n: c for n, (_, c) in acts.items()})
+            for name, (u, _) in acts.items():
+                act = StochasticActQuantizer(candidates[name], self.bits, u)
+                qmodel.set_act_quantizer_(name, act)
         found: list[StochasticWeightQuantizer] = []
         rows: dict[int, list[int]] = {}
         for u, unit in enumerate(self.space.units):
@@ -157,14 +166,6 @@ class BitwidthSearch:
             )
             qmodel.set_weight_quantizer_(name, quantizer)
             found.append(quantizer)
-        acts = {unit.name: (u, unit.choices) for u, unit in enumerate(self.space.units)
-                if unit.is_act}  # fmt: skip
-        if acts:
-            loader = self.problem.loader
-            candidates = calibrate_acts(qmodel, loader, {n: c for n, (_, c) in acts.items()})
-            for name, (u, _) in acts.items():
-                act = StochasticActQuantizer(candidates[name], self.bits, u)
-                qmodel.set_act_quantizer_(name, act)
         return found
 
     def parameter_groups(self) -> list[dict[str, Any]]:

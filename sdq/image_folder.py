@@ -20,7 +20,9 @@ from sdq.image_rows import (
     sorted_names,
 )
 
-GROUP_COLUMNS = ("patient_id", "lesion_id")  # the wider group first: images of one never part
+GROUP_COLUMNS = ("patient_id", "patient", "lesion_id")
+"""The wider group first: images of one never part."""
+
 ISIC_CLASSES = ("MEL", "NV", "BCC", "AKIEC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
 
 
@@ -29,7 +31,7 @@ def read_folder(path: Path, options: DataOptions) -> Splits:
 
     The CSV may be that of HAM10000, ISIC 2018 task 3 or ISIC 2019, or have an image and a label
     column, and a column ``split``. Without one the set is divided by ``options.split`` and
-    ``options.seed``, and images of one ``lesion_id`` or ``patient_id`` stay together.
+    ``options.seed``, and images of one ``lesion_id``, ``patient`` or ``patient_id`` stay together.
 
     Raises:
         RequestError: no layout fits, or an image is missing, unreadable or of another size.

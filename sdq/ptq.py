@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from sdq.batches import generator
+from sdq.batches import generator, parts
 from sdq.blocks import Block, split
 from sdq.calibration import calibrate_, in_float
 from sdq.config import PtqConfig
@@ -112,6 +112,14 @@ def check_ptq(qmodel: QuantModel, config: PtqConfig) -> None:
             "ptq: weight_quantizer must be 'lsq', whose levels reproduce themselves, got "
             f"{qmodel.config.weight_quantizer!r}; use lsq, or fine-tune"
         )
+    seen: dict[int, str] = {}
+    for layer in qmodel.policy:
+        first = seen.setdefault(id(qmodel.weight(layer.name)), layer.name)
+        if first != layer.name:
+            raise RequestError(
+                f"ptq: every layer must have a weight of its own, but {layer.name} shares that of "
+                f"{first}, which cannot stand on the levels of both; fine-tune instead"
+            )
 
 
 @torch.no_grad()
@@ -131,7 +139,7 @@ def soft_labelled(
     training, device = network.training, next(network.parameters()).device
     network.eval()
     try:
-        answers = [(x, network(x.to(device))) for x in images.split(batch_size)]
+        answers = [(x, network(x.to(device))) for x in parts(images, batch_size)]
         return [(x, task_of(logits).soft_labels(logits).cpu()) for x, logits in answers]
     finally:
         network.train(training)
@@ -179,7 +187,7 @@ class _Reconstruction:
         for name, weight in weights.items():
             self.qmodel.weight(name).data.copy_(weight)
         if config.batch_norm:
-            inputs = [(part, part) for part in self.inputs.split(CHUNK)]
+            inputs = [(part, part) for part in parts(self.inputs, CHUNK)]
             reestimate_statistics_(self.block.module, inputs, len(inputs))
         report = BlockReport(self.block.layers, before, self._error())
         if watch:

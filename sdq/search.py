@@ -62,7 +62,9 @@ def search(
     if not space.units:
         return qmodel.policy
     searched = copy.deepcopy(qmodel)
-    if not searched.calibrated:
+    if fabric is not None:  # which methods without a training loop do not look at
+        searched.to(fabric.device)
+    if not qmodel.calibrated:
         calibrate_(searched, loader)
     problem = SearchProblem(
         searched, loader, space, constraints, config, teacher, fabric, checkpoint, watch

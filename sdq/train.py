@@ -140,7 +140,16 @@ def fit(
                 if images.dim() == 4:
                     images = images.contiguous(memory_format=torch.channels_last)
                 own_images, own_labels, weight = parallel.own_share(fabric, images, labels)
-                loss = objective.loss(forward, own_images, own_labels)
+                try:
+                    loss = objective.loss(forward, own_images, own_labels)
+                except ValueError as error:
+                    if "Expected more than 1 value per channel" not in str(error):
+                        raise
+                    raise RequestError(
+                        f"{phase}: a batch must have more than {len(own_images)} image, or batch "
+                        "normalisation has no variance to divide by; take another batch size, or "
+                        "leave a last batch of one out (drop_last)"
+                    ) from None
                 if weight != 1:
                     loss = loss * weight
                 value = parallel.mean(fabric, loss)

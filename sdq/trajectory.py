@@ -135,8 +135,15 @@ def _line(name: str, bits: tuple[float, ...], policy: BitwidthPolicy) -> Line:
     if name in index:
         depth = index[name]
     else:
-        searched = [i for i, layer in enumerate(layers) if layer.searched]
-        found = [i for i in searched if name in ("network", block_of(layers[i].name))]
+        group, _, choices = name.removesuffix(")").partition(" (")
+        allowed = {int(b) for b in choices.split(",")} if choices else None
+        found = [
+            i
+            for i, layer in enumerate(layers)
+            if layer.searched
+            and group in ("network", block_of(layer.name))
+            and (allowed is None or layer.weight_bits in allowed)
+        ]
         if not found:
             raise RunError(
                 f"log: unit {name!r} must be of the policy's network; keep them together"

@@ -380,6 +380,23 @@ def test_generic_split_column(
         open_data(str(tmp_path), OPTIONS)
 
 
+@pytest.mark.parametrize("column", ["patient_id", "patient", "lesion_id"])
+def test_a_patient_stays_in_one_part(tmp_path: Path, column: str) -> None:
+    rows = []
+    for i in range(60):  # a patient's images are equal
+        draw(tmp_path / f"{i}.png", 4, 4, value=i // 6)
+        rows.append(f"{i},{'ab'[i % 2]},p{i // 6}")
+    table(tmp_path / "t.csv", f"image,label,{column}", *rows)
+    splits = open_data(str(tmp_path), DataOptions(split=(0.5, 0.2, 0.3)))
+    assert splits.val is not None
+    assert splits.test is not None
+    seen = []
+    for part in (splits.train, splits.val, splits.test):
+        seen.append(set(part.images.take(torch.arange(len(part)))[:, 0, 0, 0].tolist()))
+    assert list(map(len, seen)) == [5, 2, 3]
+    assert len(set.union(*seen)) == 10
+
+
 def test_mixed_groups_reach_train_by_their_rarest_class(tmp_path: Path) -> None:
     rows = []
     for i in range(30):

@@ -313,3 +313,43 @@ def test_search_has_the_float_networks_outputs_for_labels(toy, quantized, images
     )
     assert policy.avg_weight_bits <= 3
     assert all(torch.equal(before[name], tensor) for name, tensor in state(qmodel).items())
+
+
+class Tied(nn.Module):
+    """Two layers, one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.c.weight = self.b.weight
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.c(F.relu(self.b(F.relu(self.a(x)))))).mean((2, 3)))
+
+
+def test_layers_of_one_weight_are_refused(images, sample):
+    qmodel = quantize(Tied(), QuantConfig(act_bits=8), sample=sample)
+    before = qmodel.weight("b").clone()
+    with pytest.raises(RequestError, match=r"ptq: every layer must have .* c shares that of b"):
+        ptq_(qmodel, images, QUICK)
+    assert torch.equal(qmodel.weight("b"), before)
+
+
+def test_one_image_left_over_joins_the_others(sample):
+    """Batch normalisation over features has no variance of a single image."""
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(),
+        nn.Linear(8, 3),
+    ).eval()  # fmt: skip
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randn(65, 1, 8, 8, generator=rng)
+    data = soft_labelled(net, images)
+    assert [len(x) for x, _ in data] == [32, 33]
+    torch.testing.assert_close(torch.cat([y for _, y in data]), net(images).softmax(1))
+    qmodel = quantize(net, QuantConfig(act_bits=8), sample=sample)
+    config = SearchConfig(epochs=1, train_weights=False)
+    policy = search(qmodel, data, budget=Budget(avg_weight_bits=4), teacher=net, config=config)
+    apply_policy_(qmodel, policy)
+    ptq_(qmodel, images, QUICK.replaced(steps=5, batch_norm=True))
+    assert torch.isfinite(qmodel(images)).all()

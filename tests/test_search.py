@@ -5,6 +5,7 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,15 +13,20 @@ import torch
 from torch import Tensor, nn
 
 import hw
+from sdq import plugins
 from sdq.calibration import calibrate_
 from sdq.checkpoint import Checkpoint, load_tensors
 from sdq.config import QuantConfig, SearchConfig
 from sdq.cost import Budget
 from sdq.errors import RequestError, RunError
+from sdq.gradient_search import BitwidthSearch
 from sdq.policy import BitwidthPolicy
 from sdq.projection import SLACK
 from sdq.quant_model import QuantModel, quantize
 from sdq.search import search, uniform_policy
+from sdq.search_methods.hessian import hessian_diagonals
+from sdq.search_problem import SearchProblem
+from sdq.search_space import SearchSpace
 from sdq.train import StepReport
 
 Batch = tuple[Tensor, Tensor]
@@ -330,3 +336,64 @@ def test_the_expected_cost_arrives_at_the_budget(
         # nevertheless (the projection), so that this holds the steering to the right region only
         (use,) = ends[-1]["budget_use"].values()
         assert use == pytest.approx(1.0, abs=0.25), (bits, seed)
+
+
+def test_every_method_computes_where_the_fabric_does(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """On the meta device, which stands for any other than the CPU: nothing but moving works."""
+    problems: list[SearchProblem] = []
+
+    def choose(problem: SearchProblem) -> list[int]:
+        problems.append(problem)
+        return [0] * len(problem.space.units)
+
+    method = SimpleNamespace(choose=choose, CHOOSES_ACTS=False, CHOOSES_CHANNELS=False)
+    monkeypatch.setattr(plugins, "load", lambda *_: method)
+    qmodel, fabric = qtoy(), SimpleNamespace(device=torch.device("meta"))
+    calibrate_(qmodel, batches())
+    search(
+        qmodel, [], budget=Budget(avg_weight_bits=4.0), fabric=fabric,
+        config=SearchConfig(train_weights=False),
+    )  # fmt: skip
+    (problem,) = problems
+    assert {p.device.type for p in problem.qmodel.parameters()} == {"meta"}
+    assert {p.device.type for p in qmodel.parameters()} == {"cpu"}
+    objective = BitwidthSearch(problem, "draw", steps=10)
+    (cost,) = objective.costs
+    assert cost(objective.bits.probabilities()).device.type == "meta"
+
+
+def test_hessian_measures_frozen_layers_and_leaves_them_frozen(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]]
+) -> None:
+    free, frozen = qtoy(), qtoy()
+    for qmodel in (free, frozen):
+        calibrate_(qmodel, batches())
+    frozen.weight("small").requires_grad_(False)
+    budget = Budget(avg_weight_bits=3.0)
+    wanted = search(free, batches(), budget=budget, method="hessian")
+    assert search(frozen, batches(), budget=budget, method="hessian") == wanted
+    space = SearchSpace.of(frozen)
+    problem = SearchProblem(frozen, batches(), space, budget.constraints(space), SearchConfig())
+    hessian_diagonals(problem)
+    assert [b.name for b in frozen.policy if not frozen.weight(b.name).requires_grad] == ["small"]
+
+
+def test_learned_activation_bits_follow_from_the_seed_alone(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]]
+) -> None:
+    found = []
+    for state in range(3):
+        with torch.random.fork_rng():
+            torch.manual_seed(state)
+            found.append(
+                search(
+                    qtoy(act_choices=(2, 4, 8)),
+                    batches(),
+                    config=QUICK,
+                    budget=Budget(avg_weight_bits=3.0, avg_act_bits=4.0),
+                )
+            )
+    assert found[0] == found[1] == found[2]

@@ -316,6 +316,13 @@ def poisoned(batches: list[Batch], epoch: int, step: int) -> Any:
     return Loader()
 
 
+def test_a_batch_of_one_is_named_where_batch_normalisation_refuses_it() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    loader = [(torch.randn(2, 3), torch.tensor([0, 1])), (torch.randn(1, 3), torch.tensor([0]))]
+    with pytest.raises(RequestError, match=r"train: a batch must have more than 1 image"):
+        train_(net, loader, TrainConfig(epochs=1))
+
+
 @pytest.mark.parametrize(("epoch", "step"), [(0, 0), (1, 2)])
 def test_a_loss_that_is_not_finite_names_phase_epoch_and_step(
     toy: Callable[..., nn.Module], batches: Callable[..., list[Batch]], tmp_path: Path,

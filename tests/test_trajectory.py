@@ -74,7 +74,14 @@ def test_channels_become_the_mean_of_their_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("unit", "final", "depth"), [("network", 2, 1), ("body.0", 2, 1), ("body.1", 4, 3)]
+    ("unit", "final", "depth"),
+    [
+        ("network", 2, 1),
+        ("body.0", 2, 1),
+        ("body.1", 4, 3),
+        ("network (4,8)", 4, 3),  # where candidates differ there are several units of a name
+        ("body.0 (3,5)", 2, 2),
+    ],
 )
 def test_a_block_stands_where_its_first_layer_does(unit: str, final: float, depth: int) -> None:
     found = trajectory([record(1, [unit], [[1.0, 2.5]])], POLICY)

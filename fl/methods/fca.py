@@ -82,7 +82,7 @@ class FCAClient(Client):
         context, config = self.context, self.method.config
         self.federated = context.criterion
         if config.federated_prior == "global":
-            loss = loss_of("classification", context.config.loss)
+            loss = loss_of("classification", context.config.loss, self.method.loss)
             progress = context.round / context.config.rounds
             counts = context.all_counts
             self.federated = criterion(loss, counts, counts, progress)

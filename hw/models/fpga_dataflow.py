@@ -148,10 +148,10 @@ class DataflowFpga:
         found, demanded = plain, {}
         if demand.fps is not None:
             found = replace(plain, interval=int(self.clock_hz / demand.fps))
+            found._check_rate(choices, demand.fps)
         if demand.latency_s is not None:
             demanded = {"latency_s": demand.latency_s}
             found = found._within(demand.latency_s, choices)
-        found._check_rate(choices, demand)
         return replace(found, demanded=demanded)
 
     def _check(self, choices: Choices) -> None:
@@ -176,17 +176,15 @@ class DataflowFpga:
             for spec, (weights, acts) in zip(self.network, choices, strict=True)
         }  # fmt: skip
 
-    def _check_rate(self, choices: Choices, demand: Demand) -> None:
+    def _check_rate(self, choices: Choices, fps: float) -> None:
         for name, cycles in self._slowest(choices, max).items():
             if cycles > self.interval:
                 fastest = max(replace(self, interval=1)._slowest(choices, max).values())
-                least = replace(self, interval=fastest)._latency(choices)
-                asked = f"{demand.fps:.6g} fps" if demand.fps else f"{demand.latency_s:.6g} s"
                 raise RequestError(
-                    f"demand: {asked} must be within reach of every candidate, but {name} takes "
-                    f"{cycles} cycles and may take {self.interval}; with these bits at most "
-                    f"{self.clock_hz / fastest:.6g} fps and no less than {least:.6g} s can be "
-                    "reached: ask for less, or offer fewer bits"
+                    f"demand: {fps:.6g} fps must be within reach of every candidate, but {name} "
+                    f"takes {cycles} cycles and may take {self.interval}; with these bits at most "
+                    f"{self.clock_hz / fastest:.6g} fps can be reached: ask for less, or offer "
+                    "fewer bits"
                 )
 
     def _latency(self, choices: Choices) -> float:
@@ -197,7 +195,18 @@ class DataflowFpga:
         )
 
     def _within(self, latency_s: float, choices: Choices) -> "DataflowFpga":
-        """Return the target folded as little as the latency allows."""
+        """Return the target folded as far as the latency allows.
+
+        The layers together have to meet it: each may take longer than the interval, where it has
+        no more parallelism.
+        """
+        shortest = replace(self, interval=1)._latency(choices)
+        if shortest > latency_s:
+            raise RequestError(
+                f"demand: {latency_s:.6g} s must be within reach of every candidate, but with "
+                f"these bits no less than {shortest:.6g} s can be reached: ask for more time, or "
+                "offer fewer bits"
+            )
         least, most = 1, min(self.interval, max(self._slowest(choices, max).values()))
         if replace(self, interval=most)._latency(choices) <= latency_s:
             return replace(self, interval=most)

@@ -15,6 +15,7 @@ from sdq.cli.device import DeviceRequest
 from sdq.cli.progress import show_json, show_table
 from sdq.cli.run_networks import (
     ACTS,
+    OWN,
     SEARCHED,
     as_written,
     is_federation,
@@ -40,11 +41,18 @@ class Compared:
         network: the run's result.
         data: fingerprint of its images.
         predictions: on the test images, if the run kept them.
+        of_clients: the figures are the mean of each client's own network on its own images, and
+            not of one network on all.
     """
 
     network: Network
     data: str
     predictions: Predictions | None
+    of_clients: bool = False
+
+    def like(self, first: "Compared") -> bool:
+        """Return whether figures can be held against those of another run on the same images."""
+        return self.of_clients == first.of_clients
 
     def against(self, first: "Compared") -> Interval | None:
         """Return the 95 % interval of the difference in accuracy; None where it is not known."""
@@ -92,7 +100,7 @@ def compare(
     rows = [_row(each, found[0], same=same) for each in found]
     show_table(f"compared with {found[0].network.name}", rows, quiet=quiet)
     if html is not None:
-        write_bytes_atomically(html, encoded(render(_page([e.network for e in found], same))))
+        write_bytes_atomically(html, encoded(render(_page(found, same))))
     if json_:
         show_json({"same_data": same, "runs": [_document(e, found[0], same=same) for e in found]})
 
@@ -123,8 +131,11 @@ def _compared(run: RunFolder, name: str, device: DeviceRequest | None) -> Compar
         }
         fingerprint = str(document["data"]["fingerprint"])
         network = networks_of(run, device)[-1]
-    named = replace(network, name=name, facts=facts | dict(network.facts))
-    return Compared(named, fingerprint, Predictions.load(run.path))
+    own = network.name == OWN
+    named = replace(
+        network, name=f"{name} ({OWN})" if own else name, facts=facts | dict(network.facts)
+    )
+    return Compared(named, fingerprint, Predictions.load(run.path), own)
 
 
 def _other_data(found: Sequence[Compared], *, allowed: bool) -> None:
@@ -168,7 +179,7 @@ def _row(each: Compared, first: Compared, *, same: bool) -> dict[str, object]:
 
 def _told(each: Compared, first: Compared) -> str:
     ours, theirs = (e.network.metrics.get("accuracy") for e in (each, first))
-    if each is first or ours is None or theirs is None:
+    if each is first or not each.like(first) or ours is None or theirs is None:
         return "-"
     told = f"{signed(100 * (ours - theirs))} points"
     interval = each.against(first)
@@ -187,7 +198,7 @@ def _document(each: Compared, first: Compared, *, same: bool) -> dict[str, Any]:
         **network.costs,
         "metrics": dict(network.metrics),
     }
-    if same and each is not first:
+    if same and each is not first and each.like(first):
         names = metric_names([network.metrics, first.network.metrics])
         ours, theirs = network.metrics, first.network.metrics
         both = [n for n in names if ours.get(n) is not None and theirs.get(n) is not None]
@@ -197,11 +208,18 @@ def _document(each: Compared, first: Compared, *, same: bool) -> dict[str, Any]:
     return document
 
 
-def _page(networks: Sequence[Network], same: bool) -> Page:
+def _page(found: Sequence[Compared], same: bool) -> Page:
+    networks = [each.network for each in found]
+    alike = same and all(each.like(found[0]) for each in found)
     text = f"{len(networks)} runs beside each other."
     if not same:
         text += " They were measured on different images: their figures cannot be compared."
-    verdict = Verdict(text, "plain" if same else "bad")
-    table = network_table(networks, "Runs beside each other", differences=same)
-    charts = network_charts(networks) if same else []
+    elif not alike:
+        text += (
+            " Figures of clients' own networks are of their own images, those of the others of all "
+            "images: they cannot be compared."
+        )
+    verdict = Verdict(text, "plain" if alike else "bad")
+    table = network_table(networks, "Runs beside each other", differences=alike)
+    charts = network_charts(networks) if alike else []
     return Page("Runs compared", [], verdict, [table], charts, command=options.command_line())

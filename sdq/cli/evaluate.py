@@ -47,10 +47,11 @@ def evaluate(
     alone = model is not None or weights is not None
     if run is not None and alone:
         raise RequestError("sdq evaluate: must have a run folder or a --model, got both; drop one")
-    if data is None and (image_size, mean, std) != (None, None, None):
+    divided = {name: options.given(name) for name in ("split", "seed")}
+    if data is None and (any(divided.values()) or (image_size, mean, std) != (None, None, None)):
         raise RequestError(
-            "--image-size, --mean, --std: must go with --data; a run's own data are prepared as "
-            "they were"
+            "--image-size, --mean, --std, --split, --seed: must go with --data; a run's own data "
+            "are prepared and divided as they were"
         )
     if run is None:
         if model is None or weights is None or data is None:
@@ -64,7 +65,11 @@ def evaluate(
         metrics = {"float": task_of(logits).metrics(logits, labels)}
     else:
         folder = RunFolder.open(run)
-        inputs = run_inputs(folder, data, root, image_size, mean, std, split, batch_size)
+        inputs = run_inputs(
+            folder, data, root, image_size, mean, std, split if divided["split"] else None,
+            batch_size if options.given("batch_size") else None,
+            seed if divided["seed"] else None,
+        )  # fmt: skip
         logits, labels = predict(inp.load_float(folder), inputs.held_out())
         task = task_of(logits)
         metrics = {"float": task.metrics(logits, labels)}

@@ -129,7 +129,7 @@ def _run_one(run: RunFolder, method: Method, federation: Federation) -> dict[str
     inputs, config, clients = federation.inputs, federation.config, federation.clients
     run.update(
         data=inputs.describe(), model=federation.described, seed=config.seed,
-        methods=[method.name], server_model=method.has_server_model,
+        methods=[method.name], **results.of_method(method),
         command=options.command_line(),
         clients=describe_clients(clients, federation.inputs.splits),
     )  # fmt: skip

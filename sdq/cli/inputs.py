@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -71,7 +72,7 @@ class DataRequest:
         A network must not be measured on images that it was trained on because another seed
         divides them differently.
         """
-        if before.reference != self.reference:
+        if not same_data(before.reference, self.reference):
             return self
         divided_by = before.division_seed
         return replace(
@@ -82,6 +83,18 @@ class DataRequest:
             client=before.client,
             division_seed=before.seed if divided_by is None else divided_by,
         )
+
+
+def same_data(one: str, other: str) -> bool:
+    """Return whether two references name the same data, though a path be spelled otherwise."""
+    return one == other or _located(one) == _located(other)
+
+
+def _located(reference: str) -> str:
+    file, colon, function = reference.rpartition(":")
+    if colon and os.path.exists(file):  # noqa: PTH110  # Path's raises for names that are too long
+        return f"{os.path.realpath(file)}:{function}"
+    return os.path.realpath(reference) if os.path.exists(reference) else reference  # noqa: PTH110
 
 
 _REQUEST = TypeAdapter(DataRequest)
@@ -213,6 +226,11 @@ def open_inputs(
         DataOptions(root, division_seed, request.image_size, (shares[0], shares[1], shares[2])),
         every_class=every_class,
     )
+    if splits.task == "classification" and every_class and len(splits.class_names) < 2:
+        raise RequestError(
+            f"{request.reference}: must have 2 classes or more to tell apart, got "
+            f"{len(splits.class_names)}; add images of another class"
+        )
     if request.split_file is not None:
         path = Path(request.split_file)
         splits = apply_split_file(path, splits).checked(str(path))

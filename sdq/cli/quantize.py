@@ -359,6 +359,7 @@ def quantize(
     opened = open_source(source, request)
     asked = asked_for("quantize", source, opened.inputs.request, plan) | place.asked()
     # whatever is wrong with the request shows before a folder is made
+    opened.inputs.held_out()
     if plan.train is not None:
         opened.inputs.task.selection(plan.train.select)
     network = open_teacher(plan.teacher, opened.inputs) if plan.teacher else None

@@ -123,6 +123,12 @@ def make_page(
         raise RequestError(
             f"{run.path}: must be a run of {', '.join(VERBS)}, got one of {verb!r}; give another"
         )
+    if "client" in document:
+        raise RequestError(
+            f"{run.path}: must be a whole run, got the network of client {document['client']!r}, "
+            "whose figures are in metrics.json; `sdq evaluate` measures it, and the report of the "
+            "federation tells of all clients"
+        )
     if not run.done:
         raise RequestError(
             f"{run.path}: the run must have ended, but was interrupted; continue it with --resume"

@@ -26,12 +26,12 @@ def federated_page(material: Material) -> Page:
     run = material.run
     folders = method_folders(run)
     methods = [_read(name, folder) for name, folder in folders.items()]
-    document = next(iter(folders.values())).read_json("run.json")
-    names = [str(name) for name in document["data"]["class_names"]]
+    documents = {name: folder.read_json("run.json") for name, folder in folders.items()}
+    names = [str(name) for name in documents[methods[0].method]["data"]["class_names"]]
     failures = fed.failure_table(methods)
     page = Page(
         f"federate: {run.path.resolve().name}",
-        story.federated(document, list(folders), methods[0].count),
+        story.federated(documents, len(methods[0].rounds), methods[0].count),
         federated_verdict({m.method: m.metrics for m in methods}),
         [fed.method_table(methods)],
         fed.curves(methods),

@@ -16,19 +16,22 @@ def run_inputs(
     mean: str | None = None,
     std: str | None = None,
     split: str | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
+    seed: int | None = None,
 ) -> inp.Inputs:
     """Open a run's own data as it was, or other data prepared as the run's was.
 
     Args:
         folder: of the run.
-        data: other data; None: the run's own. The following are of other data alone but ``root``.
+        data: other data; None: the run's own. The following are of other data alone but ``root``
+            and ``batch_size``. The run's own data named again are divided as they were.
         root: folder that holds the data sets read by name; None: as it was.
         image_size: side in pixels; None: as it was.
         mean: of pixels, as ``--mean`` has it; None: as it was.
         std: likewise.
         split: shares, as ``--split`` has them; None: as it was.
-        batch_size: images at a time.
+        batch_size: images at a time; None: as it was.
+        seed: of the division; None: as it was.
 
     Raises:
         RequestError: the run has not ended or had no images, its data are gone or changed since,
@@ -46,7 +49,8 @@ def run_inputs(
             "pass --data"
         )
     if data is None:
-        request = replace(before, root=root or before.root)
+        count = batch_size or before.batch_size
+        request = replace(before, root=root or before.root, batch_size=count)
         inputs = inp.open_inputs(request, every_class=every_class)
         if inputs.splits.label_names and recorded.get("task") != "segmentation":
             inputs = inputs.classifying()
@@ -59,7 +63,12 @@ def run_inputs(
         return inp.Inputs(inputs.splits, recorded_norm, inputs.train, request)
     size = image_size or before.image_size
     request = inp.DataRequest(
-        data, root or before.root, size, mean, std, split or before.split, batch_size,
-        before.seed,
+        data, root or before.root, size, mean, std, split or before.split,
+        batch_size or before.batch_size, before.seed if seed is None else seed,
     )  # fmt: skip
-    return inp.open_inputs(request, recorded, every_class=every_class)
+    if inp.same_data(data, before.reference) and (split, seed) != (None, None):
+        raise RequestError(
+            f"--split, --seed: {data} must be divided as for {folder.path}, or images that it was "
+            "trained on are measured on; leave them out"
+        )
+    return inp.open_inputs(request.like(before), recorded, every_class=every_class)

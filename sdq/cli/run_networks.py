@@ -14,6 +14,9 @@ from sdq.policy import FLOAT_BITS, BitwidthPolicy, LayerBits
 from sdq.report.networks import Network
 from sdq.run_folder import RunFolder
 
+OWN = "clients' own"
+"""The name of what there is of a method that keeps clients' networks apart."""
+
 SEARCHED, ACTS = "bits a searched weight", "bits an activation"
 """Facts about a policy, by column."""
 
@@ -49,7 +52,7 @@ def networks_of(run: RunFolder, device: DeviceRequest | None = None) -> list[Net
     worth = metrics.get("float") or metrics.get("generalization") or {}
     special = metrics.get("specialization")
     if not (run.path / "policy.json").is_file():
-        name = "float" if worth or not special else "clients' own"
+        name = "float" if worth or not special else OWN
         return [Network(name, worth or special or {}, float(FLOAT_BITS))]
     policy, layers = read_policy(run.path)
     asked = device if device is not None else device_of(document["request"])

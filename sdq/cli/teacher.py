@@ -110,7 +110,7 @@ def _check(name: str, recorded: dict[str, Any], inputs: inp.Inputs) -> None:
             f"--teacher {name}: images must be the data's {own_shape} (C, H, W), got {shape}; "
             "train it on images of that size"
         )
-    same_data = recorded["reference"] == inputs.request.reference
+    same_data = inp.same_data(recorded["reference"], inputs.request.reference)
     if same_data and recorded["fingerprint"] != inputs.describe()["fingerprint"]:
         raise RequestError(
             f"--teacher {name}: data must be divided as they are here, or it was trained on "

@@ -50,6 +50,7 @@ def train(
         network = inp.load_float_file(model, weights, inputs)
     inputs.task.check_logits(network, inputs.sample, classes)
     inputs.task.selection(config.select)
+    inputs.held_out()  # without images to measure on there is an error before any training
     asked: dict[str, Any] = {
         "verb": "train",
         "model": model,

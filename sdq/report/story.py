@@ -159,22 +159,37 @@ def _measured(document: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     return told
 
 
-def federated(document: Mapping[str, Any], methods: Sequence[str], clients: int) -> list[str]:
+def federated(documents: Mapping[str, Mapping[str, Any]], rounds: int, clients: int) -> list[str]:
     """Tell of a run of ``sdq federate``.
 
     Args:
-        document: ``run.json`` of one method.
-        methods: that were run.
+        documents: ``run.json`` of each method, by its name.
+        rounds: that each had, of all phases.
         clients: how many there are.
     """
+    document = next(iter(documents.values()))
     setting = document["request"]["federation"]
     share = setting["participation"]
     asked = "all clients" if share == 1 else f"{100 * share:g} % of the clients"
-    several = "" if len(methods) == 1 else f" This was done once with each of {', '.join(methods)}."
-    return [
-        data_sentence(document),
-        f"{clients} clients (such as hospitals) trained it together without showing each other an "
-        f"image: in each of {setting['rounds']} rounds the server sent the network to {asked}, "
-        f"each trained it on its own images for {passes(setting['local_epochs'])} and sent it "
-        f"back, and the server made one network of them.{several}",
-    ]
+    pooled = [name for name, each in documents.items() if each.get("pools_images")]
+    alone = [name for name, each in documents.items() if each.get("server_model") is False]
+    together = [name for name in documents if name not in pooled + alone]
+    told = f"There are {clients} clients (such as hospitals)."
+    if together:
+        told = (
+            f"{clients} clients (such as hospitals) trained it together without showing each other "
+            f"an image: in each of {rounds} rounds the server sent the network to {asked}, "
+            f"each trained it on its own images for {passes(setting['local_epochs'])} and sent it "
+            "back, and the server made one network of them."
+        )
+    if together and len(documents) > 1:
+        each = "once with each of " if len(together) > 1 else "with "
+        told += f" This was done {each}{', '.join(together)}."
+    if alone:
+        told += f" With {', '.join(alone)} each client ended with a network of its own."
+    if pooled:
+        told += (
+            f" With {', '.join(pooled)} the images of all were in one place: no federation, but "
+            "what one is held against."
+        )
+    return [data_sentence(document), told]

@@ -69,6 +69,9 @@ def hessian_diagonals(problem: SearchProblem) -> dict[int, Tensor]:
     with in_float(qmodel):
         qmodel.eval()
         weights = [qmodel.weight(name) for name in names]
+        frozen = [weight for weight in weights if not weight.requires_grad]
+        for weight in frozen:  # they are quantized like the others
+            weight.requires_grad_(True)
         found = [torch.zeros_like(weight) for weight in weights]
         batches = list(problem.images(IMAGES))
         seen, count = 0, sum(map(len, batches))
@@ -84,4 +87,6 @@ def hessian_diagonals(problem: SearchProblem) -> dict[int, Tensor]:
                     total += gradient.square()
             seen += len(images)
             problem.tell(0, 1, seen, count, float(task.distillation(logits, logits).detach()))
+        for weight in frozen:
+            weight.requires_grad_(False)
     return {i: total / (seen * PROBES) for i, total in zip(wanted, found, strict=True)}

@@ -192,7 +192,7 @@ RUNS = [
     ("evaluate {f}", "must be a run folder, but has no run.json"),
     ("evaluate {f}/nowhere", "must be a run folder, but has no run.json"),
     ("evaluate {f}/float --model mlp", "a run folder or a --model, got both"),
-    ("evaluate {f}/float --image-size 14", "--image-size, --mean, --std: must go with --data"),
+    ("evaluate {f}/float --image-size 14", "--std, --split, --seed: must go with --data"),
     ("evaluate {f}/searched", "got one of `sdq search`; run `sdq quantize --policy"),
     ("export {f}/nowhere", "must be a run folder"),
     ("export {f}/float", "got one of `sdq train`; run `sdq quantize --from"),

@@ -132,7 +132,7 @@ def test_bits_are_legal_for_the_kind_of_layer(sdq, files, cnn, tmp_path):
         ("--target pynq_z2 --fps 10 --budget luts=9", "did you mean 'lut'? Known: bram_18k, dsp"),
         ("--target pynq_z2 --budget lut=90000", "demand: must be given, for a dataflow"),
         ("--target pynq_z2 --fps 1e9", "1e+09 fps must be within reach of every candidate"),
-        ("--target pynq_z2 --latency-ms 1e-5", "fps and no less than"),
+        ("--target pynq_z2 --latency-ms 1e-5", "with these bits no less than"),
         ("--target pynq_z2 --fps 100 --budget lut=10", "budget: lut must be at least"),
         ("--target pynq_z2 --fps 100 --act-bits 16", "--act-bits: must have bits that pynq_z2"),
         ("--target pynq_z2 --fps 100 --first-last-bits 32", "must be dense or depthwise"),

@@ -80,7 +80,7 @@ def test_the_rate_is_looked_at_before_anything_is_written(sdq, files, tmp_path):
     done = sdq(f"export {run} --format finn --target pynq_z2 --fps 200000000 --out {out}")
     assert done.code == 2
     assert "demand: 2e+08 fps must be within reach of every candidate" in done.err
-    assert "fps and no less than" in done.err
+    assert "fps can be reached" in done.err
     assert not out.exists()
     done = sdq(f"export {run} --format finn --target pynq_z2 --fps 2000 --out {out} --json")
     cost = sdq(f"cost {run} --target pynq_z2 --fps 2000 --json").json["total"]

@@ -170,6 +170,56 @@ def test_killed_in_any_write_a_federation_goes_on(sdq, command, tmp_path, writes
             assert all(torch.equal(a[n], b[n]) for n in b)
 
 
+def test_figures_of_one_network_and_of_clients_own_are_not_held_against_each_other(
+    sdq, command, tmp_path
+):
+    run = tmp_path / "r"
+    done = sdq(f"{command} --clients 3 --method centralized,local --keep-clients --out {run}")
+    assert done.code == 0, done.err
+    found = sdq(f"compare {run}/centralized {run}/local --json --html {tmp_path}/c.html")
+    assert found.code == 0, found.err
+    assert [r["run"] for r in found.json["runs"]] == [
+        f"{run}/centralized", f"{run}/local (clients' own)"
+    ]  # fmt: skip
+    assert "difference" not in found.json["runs"][1]
+    assert "they cannot be compared" in (tmp_path / "c.html").read_text()
+    twice = sdq(f"compare {run}/local {run}/local --json")
+    assert twice.json["runs"][1]["difference"]["accuracy"] == 0
+    # the one that has all images has no figures of its own: they would be the first hospital's
+    pooled = json.loads((run / "centralized" / "clients" / "all" / "metrics.json").read_text())
+    assert "float" not in pooled
+    refused = sdq(f"report {run}/local/clients/client_1")
+    assert refused.code == 2
+    assert "must be a whole run, got the network of client 'client 1'" in refused.err
+    assert sdq(f"report {run} --quiet").code == 0
+    told = (run / "report.html").read_text()
+    assert "There are 3 clients" in told
+    assert "With local each client ended with a network of its own" in told
+    assert "With centralized the images of all were in one place" in told
+    assert "without showing each other" not in told
+
+
+def test_a_client_without_training_images_is_left_out_of_every_phase(sdq, command, home, tmp_path):
+    rows = [(i, ("north", "south", "tests")[min(i // 60, 2)], "train" if i < 120 else "test")
+            for i in range(165)]  # fmt: skip
+    path = tmp_path / "split.csv"
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([("index", "client", "split"), *rows])
+    run = tmp_path / "r"
+    done = sdq(
+        f"{command} --clients {path} --bits 3 --choices 2,4 --search-rounds 1 --tune-rounds 1 "
+        f"--keep-clients --out {run}"
+    )
+    assert done.code == 0, done.err
+    failures = json.loads((run / "metrics.json").read_text())["failures"]
+    assert [(f["phase"], f["round"], f["client"]) for f in failures] == [
+        ("float", 1, 2), ("float", 2, 2), ("search", 3, 2), ("tune", 4, 2)
+    ]  # fmt: skip
+    assert sorted(p.name for p in (run / "clients").iterdir()) == ["north", "south"]
+    assert sdq(f"report {run} --quiet").code == 0
+    assert "in each of 4 rounds" in (run / "report.html").read_text()
+
+
 def test_a_split_file_says_whose_each_image_is(sdq, command, home, tmp_path):
     """Two hospitals; the second's last images are tested on, wherever the set had them."""
     rows = [(i, "north" if i % 2 else "south", "test" if i >= 60 else "train") for i in range(120)]

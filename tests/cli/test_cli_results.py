@@ -439,3 +439,68 @@ def test_another_packages_export_is_noticed(tmp_path):
     assert done.returncode == 2
     assert f"{tmp_path / 'export.py'} hides it; rename that file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def undivided(sdq, tmp_path_factory):
+    """Data without parts, a network trained on them with seed 1, and quantized with seed 2."""
+    home = tmp_path_factory.mktemp("undivided")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (120, 8, 8, 3), dtype=np.uint8)
+    np.savez(home / "own.npz", images=images, labels=np.arange(120) % 3)
+    data = f"--data {home / 'own.npz'} --quiet"
+    q = f"quantize {data} --from {home / 'f'} --search-epochs 1 --epochs 1 --bits 2"
+    for command in (
+        f"train --model mlp {data} --epochs 1 --seed 1 --out {home / 'f'}",
+        f"train --model mlp {data} --epochs 1 --seed 7 --out {home / 'teacher'}",
+        f"{q} --seed 2 --out {home / 'q'}",
+    ):
+        done = sdq(command)
+        assert done.code == 0, done.err
+    return home
+
+
+def test_data_named_again_are_divided_as_they_were(sdq, undivided, tmp_path, monkeypatch):
+    """Else images that a network was trained on would be measured on."""
+    monkeypatch.chdir(undivided)
+    measured = read(undivided / "q" / "metrics.json")["float"]["accuracy"]
+    for name in ("own.npz", "./own.npz", undivided / "own.npz"):
+        done = sdq(f"evaluate q --data {name} --json --quiet")
+        assert done.code == 0, done.err
+        assert done.json["float"]["accuracy"] == pytest.approx(measured)
+    q = "quantize --data ./own.npz --from f --search-epochs 1 --epochs 1 --bits 2 --seed 3 --quiet"
+    assert sdq(q, "--out", tmp_path / "q").code == 0
+    again = read(tmp_path / "q" / "metrics.json")["float"]["accuracy"]
+    assert again == pytest.approx(measured)
+    refused = sdq(f"{q} --teacher teacher", "--out", tmp_path / "t")
+    assert refused.code == 2
+    assert "data must be divided as they are here" in refused.err
+
+
+def test_a_division_of_their_own_is_for_other_data(sdq, undivided):
+    for given in ("--seed 5", "--split 0.2,0.2,0.6"):
+        done = sdq(f"evaluate {undivided / 'q'} {given}")
+        assert done.code == 2
+        assert "--split, --seed: must go with --data" in done.err
+        done = sdq(f"evaluate {undivided / 'q'} --data {undivided / 'own.npz'} {given}")
+        assert done.code == 2
+        assert "must be divided as for" in done.err
+
+
+def test_data_to_measure_on_are_missed_before_any_training(sdq, undivided, tmp_path):
+    data = f"--data {undivided / 'own.npz'} --split 1,0,0 --out {tmp_path / 'out'}"
+    for verb in ("train --model mlp", f"quantize --model mlp --weights "
+                 f"{undivided / 'f' / 'model.safetensors'} --bits 2 --ptq"):  # fmt: skip
+        done = sdq(f"{verb} {data}")
+        assert done.code == 2
+        assert "must have a test or val split to measure on" in done.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_one_class_is_nothing_to_tell_apart(sdq, tmp_path):
+    images = np.zeros((12, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "one.npz", images=images, labels=np.zeros(12, dtype=np.int64))
+    done = sdq(f"train --model mlp --data {tmp_path / 'one.npz'} --out {tmp_path / 'o'}")
+    assert done.code == 2
+    assert "must have 2 classes or more to tell apart, got 1" in done.err
+    assert not (tmp_path / "o").exists()

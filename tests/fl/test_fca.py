@@ -1,6 +1,7 @@
 """Classifier anchoring: its consistency term by number, its heads and what travels."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,3 +59,15 @@ def test_personal_heads_differ_and_are_reported(
     assert list(found.specialization["views"]) == ["personal", "federated"]
     # one head more goes up than comes down: 3 x 8 weights and 3 biases of 4 bytes, 3 clients
     assert found.bytes_up - found.bytes_down == 27 * 4 * 3
+
+
+def test_the_federated_head_keeps_the_methods_loss_with_everyones_prior() -> None:
+    """Balanced softmax: z + log n = (6.605, 2.803, -1), and 6.627 - 2.803 = 3.825."""
+    context = SimpleNamespace(
+        config=fl.FederationConfig(rounds=1), round=0, criterion=None,
+        all_counts=torch.tensor([100.0, 10.0, 1.0]),
+    )  # fmt: skip
+    client = fl.method("fca", federated_prior="global").client(context)  # type: ignore[arg-type]
+    client.start()
+    z, label = torch.tensor([[2.0, 0.5, -1.0]]), torch.tensor([1])
+    assert float(client.federated(z, label)) == pytest.approx(3.8251, abs=5e-5)

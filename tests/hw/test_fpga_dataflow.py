@@ -228,15 +228,31 @@ def test_a_latency_is_the_sum_of_all_units_and_folds_no_more_than_needed() -> No
 
 
 def test_what_cannot_be_reached_is_refused_with_what_can() -> None:
-    with pytest.raises(RequestError, match=r"at most ([\d.e+]+) fps and no less than") as error:
+    with pytest.raises(RequestError, match=r"at most ([\d.e+]+) fps can be") as error:
         placed(Demand(fps=1e8))
     most = float(str(error.value).split("at most ")[1].split()[0])
     qmodel, device = placed(Demand(fps=most * 0.999))
     assert device.cost(qmodel.layers, qmodel.policy).totals["fps"] >= most * 0.999
     with pytest.raises(RequestError, match="must be within reach"):
         placed(Demand(fps=most * 1.01))
+    with pytest.raises(RequestError, match=r"1e-09 s must .* no less than ([\d.e-]+) s") as error:
+        placed(Demand(fps=1, latency_s=1e-9))
+    least = float(str(error.value).split("no less than ")[1].split()[0])
+    qmodel, device = placed(Demand(latency_s=least * 1.001))
+    assert device.cost(qmodel.layers, qmodel.policy).latency_s <= least * 1.001
     with pytest.raises(RequestError, match="must be within reach"):
-        placed(Demand(latency_s=1e-9))
+        placed(Demand(latency_s=least * 0.99))
+
+
+def test_a_latency_does_not_ask_every_layer_for_the_pace_of_the_others() -> None:
+    """A layer without more parallelism may take longer, if the sum allows it."""
+    qmodel, fastest = placed(Demand(fps=1))
+    fastest = replace(fastest, interval=1)
+    cost = fastest.cost(qmodel.layers, qmodel.policy)
+    _, device = placed(Demand(latency_s=cost.latency_s * 1.01))
+    found = device.cost(qmodel.layers, qmodel.policy)
+    assert device.interval < max(found.layer_cycles)
+    assert found.latency_s <= cost.latency_s * 1.01
 
 
 def test_without_a_demand_a_policy_gets_the_highest_rate_that_fits() -> None:
