@@ -92,9 +92,9 @@ def same_data(one: str, other: str) -> bool:
 
 def _located(reference: str) -> str:
     file, colon, function = reference.rpartition(":")
-    if colon and os.path.exists(file):  # noqa: PTH110  # Path's raises for names that are too long
+    if colon and os.path.exists(file):  # Path's raises for names that are too long
         return f"{os.path.realpath(file)}:{function}"
-    return os.path.realpath(reference) if os.path.exists(reference) else reference  # noqa: PTH110
+    return os.path.realpath(reference) if os.path.exists(reference) else reference
 
 
 _REQUEST = TypeAdapter(DataRequest)
