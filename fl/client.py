@@ -87,10 +87,10 @@ def _count(setting: Setting, data: ClientData, request: Request) -> Reply:
             rng = setting.config.privacy.generator(rng)
         counts = noised(counts, epsilon, rng)
     load_(setting.network, setting.initial)
-    batches = Batches(
-        data.train, setting.normalization, batch_size=setting.config.batch_size, shuffle=True,
-        seed=client_generator(setting.config.seed, request.client, "introduction").initial_seed(),
-    )  # fmt: skip
+    rng = client_generator(setting.config.seed, request.client, "introduction")
+    # in any order, but every image: a loader that shuffles leaves a last batch of one out
+    images = data.train.subset(torch.randperm(len(data.train), generator=rng))
+    batches = Batches(images, setting.normalization, batch_size=setting.config.batch_size)
     told = setting.method.introduce(setting.network, batches)
     return Reply(
         request.client, Record(told.tensors, {"class_counts": counts.tolist(), **told.values})
@@ -154,6 +154,8 @@ def _train(
     memory.tensors["model"] = picked(state, setting.names(down=False))
     memory.tensors.update(keeps.tensors)
     memory.values.update(keeps.values)
+    if kept is not None and (before := Personal.taken(kept.copy())) is not None:
+        before.put(memory)  # of the last round that was evaluated, unless this one is
     _put_own_model(setting, data, request, up.values, memory)
     return Reply(request.client, up), memory
 
@@ -235,6 +237,7 @@ def _context(
         all_counts=everyone,
         received=Record(received, request.record.values),
         memory=memory,
+        loss=setting.loss,
         criterion=criterion(setting.loss, own, everyone, round / setting.config.rounds),
         batches=_batches(setting, data, client, round),
         generator=lambda purpose: client_generator(seed, client, purpose, round),

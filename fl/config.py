@@ -50,7 +50,8 @@ class FederationConfig(Config):
         privacy: clipping and noise, see :mod:`fl.privacy`; None: neither.
         evaluate_every: rounds between evaluations; the last round always is evaluated.
         evaluate_absent: at the end, clients that the last round did not ask train on the final
-            model, are evaluated, and forget it.
+            model, are evaluated, and forget it; where a round is selected, in every round that is
+            evaluated.
         assemble: for the evaluation of the server's model, tensors that stay with the clients are
             collected and averaged. False: where there are such tensors, there is no
             generalization to report.

@@ -111,7 +111,8 @@ class ClientContext:
         all_counts: likewise, of all clients together, as they told (perhaps with noise).
         received: what came with the request beside the network.
         memory: what it kept from its last round; what is in it after :meth:`Client.finish` is kept.
-        criterion: the loss; a wrapper may put another in its place.
+        loss: which loss it is.
+        criterion: the loss itself; a wrapper may put another in its place.
         batches: makes the loader of an epoch; ``batches(epoch, augmented=False)`` the same images
             unchanged and in their own order; ``sampling=...`` instead of the federation's;
             ``batches(epoch, indices=...)`` (int64 ``(M,)``) of some images, as often as they are
@@ -132,6 +133,7 @@ class ClientContext:
     all_counts: Tensor
     received: Record
     memory: Record
+    loss: LossConfig
     criterion: Criterion
     batches: Callable[..., Loader]
     generator: Callable[[str], torch.Generator]

@@ -86,7 +86,7 @@ def dirichlet_with_shares(
         raise RequestError(f"partition: alpha must be positive and finite, got {alpha}")
     rng = np.random.default_rng(seed)
     classes = labels.numpy()
-    shares = np.zeros((classes.max() + 1, clients))
+    shares = np.full((classes.max() + 1, clients), 1 / clients)  # of classes without an image
     for _ in range(1000):
         parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
         for c in np.unique(classes):
@@ -106,8 +106,8 @@ def by_shares(labels: Tensor, shares: np.ndarray, seed: int) -> list[Tensor]:
     """Divide each class among the clients in given shares.
 
     Args:
-        labels: int64 ``(N,)``, of classes that have shares.
-        shares: ``(classes, clients)``, each row of sum 1.
+        labels: int64 ``(N,)``.
+        shares: ``(classes, clients)``, each row of sum 1. Classes beyond it are dealt evenly.
         seed: of which images a client gets.
 
     Returns:
@@ -117,8 +117,10 @@ def by_shares(labels: Tensor, shares: np.ndarray, seed: int) -> list[Tensor]:
     rng = np.random.default_rng(seed)
     classes = labels.numpy()
     parts: list[list[np.ndarray]] = [[np.zeros(0, np.int64)] for _ in range(shares.shape[1])]
+    evenly = np.full(shares.shape[1], 1 / shares.shape[1])
     for c in np.unique(classes):
-        _deal(parts, rng.permutation(np.flatnonzero(classes == c)), shares[c])
+        of_class = shares[c] if c < len(shares) else evenly
+        _deal(parts, rng.permutation(np.flatnonzero(classes == c)), of_class)
     return _merged(parts)
 
 

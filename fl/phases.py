@@ -229,7 +229,7 @@ class Learning:
         quantized = settings.quantized(settings.network(network))
         space = settings.space(quantized)
         if not space.units:
-            return quantized.policy, {}
+            return quantized.policy, dict.fromkeys(self.personal, quantized.policy)
         constraints = budget_of(settings.budget, space).constraints(space)
         problems = {k: PersonalProblem.of(k, asked, space) for k, asked in self.personal.items()}
         if not settings.learns:

@@ -7,7 +7,6 @@ JSON text) and what a safetensors file can hold; nothing is pickled.
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,14 +170,24 @@ def misfit(sent: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | 
     return None
 
 
-def no_number(values: Mapping[str, Any], name: str, *, least: float = -math.inf) -> str | None:
-    """Return why a value is no finite number, or one below the least, or None."""
+MOST = 1e9
+"""No number that clients tell is larger: not of images, steps or seconds, and no loss."""
+
+
+def no_number(values: Mapping[str, Any], name: str, *, least: float = -MOST) -> str | None:
+    """Return why a value is no number, or one out of bounds (NaN is), or None."""
     value = values.get(name)
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    if known and math.isfinite(value) and value >= least:  # type: ignore[arg-type, operator]
+    if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= MOST:
         return None
-    asked = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
-    return f"{name!r} is {value!r:.40} instead of {asked}"
+    return f"{name!r} is {shortened(value)} instead of a number from {least:g} to {MOST:g}"
+
+
+def shortened(value: Any) -> str:
+    """Return how a value is written, at most 40 letters of it."""
+    try:
+        return f"{value!r:.40}"
+    except ValueError:  # Python writes no integer of thousands of digits
+        return "a number of too many digits"
 
 
 def picked(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Tensors:

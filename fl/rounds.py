@@ -13,9 +13,11 @@ import torch
 
 from fl.channel import ServerEnd
 from fl.client import share_of_clients
-from fl.method import Server
+from fl.evaluation import specialization
+from fl.method import Server, pools_images
 from fl.privacy import privatised
 from fl.record import (
+    MOST,
     Failure,
     Kind,
     Record,
@@ -26,6 +28,7 @@ from fl.record import (
     no_number,
     not_finite,
     save,
+    shortened,
 )
 from fl.robust import too_large
 from fl.setting import Setting
@@ -204,6 +207,8 @@ class Rounds:
         for answer in self._ask("adapt", requests):
             if isinstance(answer, Failure):
                 failures.append(answer)
+            elif (why := self._misfit_evaluations(answer)) is not None:
+                failures.append(Failure(answer.client, why))
             else:
                 found |= _evaluations(answer)
         return found, failures
@@ -276,7 +281,10 @@ class Rounds:
             and len(counts) == asked
             and not any(no_number({"": n}, "", least=0) for n in counts)
         ):
-            return f"its class counts are {counts!r:.40} instead of {asked} numbers of at least 0"
+            return (
+                f"its class counts are {shortened(counts)} instead of {asked} numbers from 0 to "
+                f"{MOST:g}"
+            )
         if (name := not_finite(told)) is not None:
             return f"what it tells before the first round is NaN or infinite in {name!r}"
         if (why := self.setting.method.misfit_told(self.server, told)) is not None:
@@ -284,6 +292,8 @@ class Rounds:
         return None
 
     def _checked(self, reply: Reply) -> Reply | Failure:
+        if (why := self._misfit_evaluations(reply)) is not None:
+            return Failure(reply.client, why)
         if reply.sits_out is not None:
             name = not_finite(reply.record)
             return reply if name is None else Failure(reply.client, f"{name!r} is not finite")
@@ -296,15 +306,29 @@ class Rounds:
             return Failure(reply.client, f"its model is not the federation's: {why}")
         if (name := not_finite(reply.record)) is not None:
             return Failure(reply.client, f"its reply is NaN or infinite in {name!r}")
-        count = reply.record.values.get("num_examples", 0)
-        if not isinstance(count, int) or count < 1:
-            return Failure(reply.client, f"its num_examples is {count!r}")
-        loss = reply.record.values.get("train_loss", 0.0)
-        if not isinstance(loss, int | float):
-            return Failure(reply.client, f"its train_loss is {loss!r:.40}")
+        values = reply.record.values
+        why = no_number(values, "num_examples", least=1)
+        if why is None and "train_loss" in values:
+            why = no_number(values, "train_loss")
+        if why is not None or not isinstance(values["num_examples"], int):
+            return Failure(reply.client, f"its {why or 'num_examples is no whole number'}")
         if (why := self.setting.method.misfit(self.server, reply)) is not None:
             return Failure(reply.client, f"its reply is not the method's: {why}")
         return reply
+
+    def _misfit_evaluations(self, reply: Reply) -> str | None:
+        """Return why what a client says of its own model cannot be used, or None."""
+        try:
+            found = _evaluations(reply)
+            for parts in found.values():
+                for part in parts.values():
+                    specialization({reply.client: part})
+        except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+            return f"its evaluations cannot be read: {type(error).__name__}"
+        strangers = found.keys() - {reply.client}
+        if strangers and not pools_images(self.setting.method):
+            return f"its evaluations are of client {min(strangers)}"
+        return None
 
     def _screened(self, replies: list[Reply], report: RoundReport) -> list[Reply]:
         """Return the replies that count, clipped where the server sees to privacy."""

@@ -22,12 +22,16 @@ from fl.setting import Setting
 from fl.store import Store
 from fl.supervision import check_federation
 from sdq.batches import Augmentation, Normalization
+from sdq.checkpoint import write_bytes_atomically
 from sdq.config import QuantConfig
 from sdq.data import ImageSet
 from sdq.errors import RequestError
 
 STATE = "federation.safetensors"
 """The file of a federation's state in its folder."""
+
+ASKED = "asked.json"
+"""How often each client was asked, where every answer has noise of its own."""
 
 Watcher = Callable[[dict[str, Any]], None]
 
@@ -259,6 +263,8 @@ class Run:
         )
         self.rounds = Rounds(setting, transport, num_clients, own, hear, references)
         self.history: list[dict[str, Any]] = []
+        self.asked: Counter[int] = Counter()
+        """How often each client was asked, of rounds that were repeated too."""
         self.best: dict[str, Any] = {"round": 0, "score": None}
         self.best_model: Tensors = {}
         self.identity = {**setting.identity(), "clients": clients, "number": num_clients}
@@ -269,10 +275,12 @@ class Run:
             failures = self.rounds.begin()
             if failures and self.watch:
                 self.watch({"counts": listed(failures)})
+        self._take_up_asked()
         total = self.setting.config.rounds
         while self.rounds.server.round < total:
             number = self.rounds.server.round + 1
             due = number == total or number % self.setting.config.evaluate_every == 0
+            self._note_asked()
             report = self.rounds.round(evaluate=due)
             summary = report.summary()
             if due:
@@ -302,13 +310,39 @@ class Run:
     def _spent(self) -> dict[str, Any] | None:
         """Return the guarantee of the client that was asked most often."""
         privacy = self.setting.config.privacy
-        asked = Counter(client for r in self.history for client in r["asked"])
+        asked = Counter(client for r in self.history for client in r["asked"]) | self.asked
         return None if privacy is None else privacy.spent(max(asked.values()))
+
+    def _note_asked(self) -> None:
+        """Write whom the next round asks before it does, where each answer has noise of its own.
+
+        A round that fails or is interrupted is repeated: the server has then seen two answers.
+        """
+        privacy = self.setting.config.privacy
+        if privacy is None or (privacy.noise, privacy.noise_from) != ("secret", "client"):
+            return
+        self.asked.update(self.rounds.sample())
+        if self.folder is not None:
+            counts = {str(client): times for client, times in sorted(self.asked.items())}
+            write_bytes_atomically(self.folder / ASKED, json.dumps(counts).encode())
+
+    def _take_up_asked(self) -> None:
+        if self.folder is None or not (path := self.folder / ASKED).is_file():
+            return
+        try:
+            found = json.loads(path.read_text())
+            self.asked = Counter({int(client): int(times) for client, times in found.items()})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RequestError(
+                f"{path}: must say how often each client was asked, but: {error!s:.200}; {ANEW}"
+            ) from error
 
     def _evaluate(self, report: RoundReport, summary: dict[str, Any], *, last: bool) -> None:
         clients = dict(report.evaluations)
         config = self.setting.config
-        if last and config.evaluate_absent and config.privacy is None:
+        # a round that may be selected is judged by all clients, or other ones are compared
+        of_all = last or config.select != "last"
+        if of_all and config.evaluate_absent and config.privacy is None:
             absent = [k for k in range(self.rounds.server.num_clients) if k not in report.asked]
             adapted, failures = self.rounds.adapt(absent)
             clients |= adapted

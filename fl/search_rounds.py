@@ -34,17 +34,20 @@ from fl.method import Aggregated, Method, Progress, Server
 from fl.network import Network, Outputs
 from fl.quant_network import distinct_acts, set_act_scales_
 from fl.quant_rounds import QuantClient, QuantRounds, QuantRoundsConfig
-from fl.record import Record, Reply, Tensors, misfit
+from fl.record import MOST, Record, Reply, Tensors, misfit
 from sdq.config import Config, SearchConfig
 from sdq.cost import Constraint
 from sdq.errors import RequestError
-from sdq.gradient_search import BitwidthSearch
+from sdq.gradient_search import LOG_PRICE_RANGE, BitwidthSearch
 from sdq.quant_model import QuantModel
 from sdq.search_problem import SearchProblem
 from sdq.search_space import SearchSpace
 from sdq.stochastic import LARGEST_LOG_ODDS, Mixing, logit
 
 GROUP = "bits"
+
+MOST_LOG_ODDS = 1e3
+"""No search leads further: a step between candidates begins at 10 at most, and stops at 4."""
 
 FURTHEST = 0.5
 """Pairs that a client's theta can cross in a step: clients may have few steps, and one batch is to
@@ -223,7 +226,20 @@ class SearchRounds(QuantRounds):
     def misfit(self, server: Server, reply: Reply) -> str | None:
         """Look at the bits, beside what the inner method looks at."""
         known, sent = server.memory.tensors[GROUP], reply.record.tensors.get(GROUP, {})
-        return misfit(sent, known) or super().misfit(server, reply)
+        return misfit(sent, known) or self._out_of_range(sent) or super().misfit(server, reply)
+
+    def _out_of_range(self, sent: Tensors) -> str | None:
+        """Return which of a client's numbers no training leads to, or None."""
+        top = float(self.objective.bits.top.max()) if len(self.objective.bits) else 0.0
+        ranges = {
+            "theta": (-MOST_LOG_ODDS, MOST_LOG_ODDS), "level": (0.0, top),
+            "log_price": LOG_PRICE_RANGE, "off": (-1.0, 1.0), "first_usage": (0.0, MOST),
+        }  # fmt: skip
+        for name, (low, high) in ranges.items():
+            found, slack = sent[name].double(), 1e-3
+            if bool(((found < low - slack) | (found > high + slack)).any()):
+                return f"{name!r} must be from {low:g} to {high:g}"
+        return None
 
     def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
         """Average weights as the method does and bits by images; decide which pairs are left."""

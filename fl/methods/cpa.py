@@ -36,6 +36,7 @@ from fl.losses import (
     seesaw,
 )
 from fl.method import Aggregated, Progress, Server
+from fl.methods.fedlc import FedLC
 from fl.network import Network, Outputs
 from fl.record import Record, Reply, Tensors, misfit
 from fl.wrapper import Wrapper, WrapperClient, WrapperConfig
@@ -232,6 +233,14 @@ class CPA(Wrapper):
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
+        inside = self.inner
+        while isinstance(inside, Wrapper):
+            inside = inside.inner
+        if isinstance(inside, FedLC):
+            raise RequestError(
+                "cpa.around: must be a method without a loss of its own, got fedlc, which is one; "
+                "take another"
+            )
         self.loss = LossConfig(name="cpa", beta=self.config.beta)
 
     def check(self, config: FederationConfig) -> None:
@@ -240,6 +249,12 @@ class CPA(Wrapper):
         if config.loss is not None and config.loss.name != "cpa":
             raise RequestError(
                 f"cpa: the federation's loss must be cpa, got {config.loss.name!r}; leave it out"
+            )
+        given = config.loss is not None and "beta" in config.loss.model_fields_set
+        if given and config.loss is not None and config.loss.beta != self.config.beta:
+            raise RequestError(
+                f"cpa: loss.beta must be the method's, {self.config.beta:g}, got "
+                f"{config.loss.beta:g}; set beta of the method (--hyper beta={config.loss.beta:g})"
             )
 
     def introduce(self, network: Network, batches: Loader) -> Record:

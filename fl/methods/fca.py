@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fl.composition import refusals
 from fl.config import FederationConfig
-from fl.losses import LossConfig, criterion, loss_of
+from fl.losses import LossConfig, criterion
 from fl.method import Client, Method, Side, View
 from fl.network import Network, Outputs
 from fl.record import Tensors
@@ -81,11 +81,11 @@ class FCAClient(Client):
         """Choose the prior of the federated head."""
         context, config = self.context, self.method.config
         self.federated = context.criterion
-        if config.federated_prior == "global":
-            loss = loss_of("classification", context.config.loss, self.method.loss)
+        # the prior of cpa is everyone's in any case, and its weights are a wrapper's
+        if config.federated_prior == "global" and context.loss.name != "cpa":
             progress = context.round / context.config.rounds
             counts = context.all_counts
-            self.federated = criterion(loss, counts, counts, progress)
+            self.federated = criterion(context.loss, counts, counts, progress)
 
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """Return the three terms."""

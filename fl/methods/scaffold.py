@@ -150,8 +150,9 @@ class Scaffold(Method):
             else t
             for n, t in mean.items()
         }
-        change = server.mean([r.record.tensors[GROUP] for r in replies], [1.0] * len(replies))
-        share = len(replies) / server.num_clients
         common = server.memory.tensors[GROUP]
+        sent = [{n: r.record.tensors[GROUP][n] for n in common} for r in replies]
+        change = server.mean(sent, [1.0] * len(replies))
+        share = len(replies) / server.num_clients
         server.memory.tensors[GROUP] = {n: c + share * change[n] for n, c in common.items()}
         return Aggregated(model)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fl
+from fl.losses import LossConfig
 from fl.methods.fca import HEAD, consistency
 from fl.setting import Setting
 from fl.state import Route
@@ -65,7 +66,7 @@ def test_the_federated_head_keeps_the_methods_loss_with_everyones_prior() -> Non
     """Balanced softmax: z + log n = (6.605, 2.803, -1), and 6.627 - 2.803 = 3.825."""
     context = SimpleNamespace(
         config=fl.FederationConfig(rounds=1), round=0, criterion=None,
-        all_counts=torch.tensor([100.0, 10.0, 1.0]),
+        loss=LossConfig(name="balanced_softmax"), all_counts=torch.tensor([100.0, 10.0, 1.0]),
     )  # fmt: skip
     client = fl.method("fca", federated_prior="global").client(context)  # type: ignore[arg-type]
     client.start()

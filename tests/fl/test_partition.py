@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fl.partition import dirichlet, iid, in_shares
+from fl.partition import by_shares, dirichlet, dirichlet_with_shares, iid, in_shares
 from sdq.errors import RequestError
 
 
@@ -131,3 +131,13 @@ def test_there_are_no_more_clients_than_examples(clients: int) -> None:
         iid(labels(10, 2), clients, 0)
     with pytest.raises(RequestError, match="clients must be from 1 to the 10 examples"):
         dirichlet(labels(10, 2), clients, 1.0, 0)
+
+
+def test_a_class_that_training_images_lack_is_dealt_evenly() -> None:
+    train, test = torch.tensor([0, 2] * 20), torch.tensor([0, 1, 2, 3] * 6)
+    shares = dirichlet_with_shares(train, 3, 0.5, 0)[1]
+    for seed in range(3):
+        parts = by_shares(test, shares, seed)
+        is_partition(parts, len(test))
+        for missing in (1, 3):
+            assert [int((test[part] == missing).sum()) for part in parts] == [2, 2, 2]

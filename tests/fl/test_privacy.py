@@ -1,6 +1,7 @@
 """Differential privacy: the accountant, clipping, noise, and what no longer leaves a client."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,3 +172,31 @@ def test_nodes_need_secret_noise(tiny: Make) -> None:
     )
     with pytest.raises(RequestError, match=r"privacy.noise: must be 'secret' between nodes"):
         apps._check_apart(setting)
+
+
+def test_a_round_that_is_repeated_counts_twice(
+    tiny: Make, hospitals: Clients, tmp_path: Path
+) -> None:
+    """The server has seen two answers, each with noise of its own."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(kind: str, answer: object) -> None:
+        if kind == "train":
+            raise Stopped
+
+    def go(noise: str, **more: Any) -> fl.Federated:
+        return fl.run(
+            tiny(), clients=hospitals(), num_classes=3, folder=tmp_path / noise,
+            config=config(privacy={"noise": noise}), **more,
+        )  # fmt: skip
+
+    for noise, times in (("secret", 5), ("seeded", 2)):  # seeded noise is the same each time
+        for _ in range(3):
+            with pytest.raises(Stopped):
+                go(noise, hear=stop)
+        found = go(noise)
+        assert found.privacy is not None
+        assert found.privacy["rounds"] == times
+        assert found.privacy["epsilon"] == pytest.approx(epsilon(2 * times**0.5, 1e-5))

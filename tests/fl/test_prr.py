@@ -1,6 +1,7 @@
 """DET's stages, CPA's prototypes, and PRR, which is both around PFA."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import fl
 from fl.client import answer
+from fl.losses import LossConfig
 from fl.method import Method
 from fl.methods import cpa, det, fca, fednpr, prr
 from fl.methods.cpa import common_prototypes
@@ -164,9 +166,12 @@ def masks_and_answer(
 def test_pixels_and_their_prototypes(tiny_maps: Make, hospitals_with_masks: Clients) -> None:
     """A client tells its pixels outside and inside, and their mean features, taken one by one."""
     method, data = fl.method("cpa"), hospitals_with_masks()[0]
-    config = QUICK.replaced(lr=1e-12, batch_size=99)  # all at once: one batch normalisation
+    # one image is left over: it is counted too
+    config = QUICK.replaced(batch_size=len(data.train) - 1)
     setting = Setting.of(tiny_maps(), method, config, num_classes=3, image_shape=(1, 6, 6))
     inside, reply = masks_and_answer(data, setting, "counts", Record())
+    config = QUICK.replaced(lr=1e-12, batch_size=99)  # all at once: one batch normalisation
+    setting = Setting.of(tiny_maps(), method, config, num_classes=3, image_shape=(1, 6, 6))
     pixels = torch.stack([(~inside).sum((0, 2, 3)), inside.sum((0, 2, 3))], dim=1)
     assert torch.equal(reply.record.tensors["cpa"]["pixels"], pixels.double())
     received = Record(
@@ -259,3 +264,22 @@ def test_nothing_is_wrapped_in_itself(
 ) -> None:
     with refuses(f"{outer}.around: must not have"):
         fl.method(outer, around=around, inner=inner)
+
+
+def test_cpa_is_the_loss_wherever_it_is_around(refuses: Any) -> None:
+    """Of FCA's two heads too, whose prior is everyone's in any case."""
+    cpa = fl.method("cpa", around="fca", inner={"federated_prior": "global"})
+    inner = cpa.inner.client(
+        SimpleNamespace(loss=cpa.loss, criterion="cpa's", config=None, round=0, all_counts=None)
+    )
+    inner.start()
+    assert inner.federated == "cpa's"
+    with refuses("cpa.around: must be a method without a loss of its own, got fedlc"):
+        fl.method("cpa", around="fedlc")
+    with refuses("cpa.around: must be a method without a loss of its own, got fedlc"):
+        fl.method("cpa", around="det", inner={"around": "fedlc"})
+    federation = fl.FederationConfig(loss=LossConfig(name="cpa", beta=0))
+    with refuses("cpa: loss.beta must be the method's, 0.8, got 0"):
+        fl.method("cpa").check(federation)
+    fl.method("cpa", beta=0).check(federation)
+    fl.method("cpa", beta=0).check(fl.FederationConfig(loss=LossConfig(name="cpa")))

@@ -161,6 +161,9 @@ def test_clients_at_unequal_pairs(
         ({"theta": torch.zeros(2, 3)}, "'theta' is torch.float32 (2, 3) instead of"),
         ({"level": torch.zeros(3)}, "'level' is torch.float32 (3,) instead of torch.int64 (3,)"),
         ({"more": torch.zeros(1)}, "'more' is unknown"),
+        ({"theta": torch.full((3, 3), 1e38)}, "'theta' must be from -1000 to 1000"),
+        ({"level": torch.full((3,), 4)}, "'level' must be from 0 to 3"),
+        ({"log_price": torch.full((1,), 1e4)}, "'log_price' must be from -9.21034 to 4.60517"),
     ],
 )
 def test_bits_of_another_search_are_refused(

@@ -220,8 +220,17 @@ def no_loss(record: Record) -> None:
         (another, "'model.tail' is unknown"),
         (not_a_number, "NaN or infinite in 'model/model.head.weight'"),
         (infinite_loss, "NaN or infinite in 'values'"),
-        (no_images, "its num_examples is 0"),
-        (no_loss, "its train_loss is 'low'"),
+        (no_images, "its 'num_examples' is 0 instead of a number from 1 to 1e+09"),
+        (no_loss, "its 'train_loss' is 'low' instead of a number"),
+        (lambda r: r.values.update(num_examples=2.5), "its num_examples is no whole number"),
+        (lambda r: r.values.update(num_examples=10**400), "its 'num_examples' is 1000000"),
+        (lambda r: r.values.update(train_loss=10**400), "its 'train_loss' is 1000000"),
+        (lambda r: r.values.update(train_loss=10**5000), "NaN or infinite in 'values'"),
+        (lambda r: r.values.update(evaluations=5), "its evaluations cannot be read: Attr"),
+        (lambda r: r.values.update(evaluations={"1": {"test": {}}}), "evaluations cannot be read"),
+        (lambda r: r.values.update(evaluations={"x": {}}), "its evaluations cannot be read: Value"),
+        (lambda r: r.values.update(evaluations={"0": {}}), "its evaluations are of client 0"),
+        (lambda r: r.values.update(evaluations={"77": {}}), "its evaluations are of client 77"),
     ],
 )
 def test_unusable_updates_are_named(
@@ -262,12 +271,12 @@ def told(name: str, value: Any) -> Callable[[Record], None]:
         ("creff", without("creff"), "'gradients' is missing"),
         ("creff", cut("creff", "present"), "'present' is torch.float32 (2,) instead of"),
         ("cpa", cut("cpa", "prototypes"), "'prototypes' is torch.float32"),
-        ("climb", without("climb"), "'climb' is None instead of a finite number"),
-        ("climb", told("climb", True), "'climb' is True instead of a finite number"),
+        ("climb", without("climb"), "'climb' is None instead of a number from -1e+09 to 1e+09"),
+        ("climb", told("climb", True), "'climb' is True instead of a number from -1e+09 to 1e+09"),
         (
             "fednova",
             told("fednova", 0),
-            "'fednova' is 0 instead of a finite number of at least 0.99",
+            "'fednova' is 0 instead of a number from 0.99 to 1e+09",
         ),
     ],
 )
@@ -282,10 +291,22 @@ def test_what_a_method_adds_is_looked_at(
     assert reason in report.failures[0].reason
 
 
+def test_a_name_that_the_server_does_not_know_does_no_harm(tiny: Make, hospitals: Clients) -> None:
+    def spoil(record: Record) -> None:
+        record.tensors["scaffold"]["model.tail"] = torch.zeros(3)
+
+    honest = one_round(tiny(), hospitals(), nothing, "scaffold")[1]
+    report, found = one_round(tiny(), hospitals(), spoil, "scaffold")
+    assert report.replied == [0, 1, 2]
+    assert all(torch.equal(found[name], tensor) for name, tensor in honest.items())
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (told("class_counts", []), "its class counts are [] instead of 1 numbers of at least 0"),
+        (told("class_counts", []), "its class counts are [] instead of 1 numbers from 0 to 1e+09"),
+        (told("class_counts", [1e39]), "its class counts are [1e+39] instead of"),
+        (told("class_counts", [10**400]), "its class counts are [1000000"),
         (told("class_counts", [1.0, 2.0]), "its class counts are [1.0, 2.0] instead of"),
         (told("class_counts", [-1.0]), "its class counts are [-1.0] instead of"),
         (told("class_counts", [math.inf]), "its class counts are [inf] instead of"),

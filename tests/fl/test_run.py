@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fl
+from fl import personal
 from fl.client import client_generator, noised
 from fl.method import (
     Client,
@@ -181,6 +182,34 @@ def test_selection_looks_at_validation_alone(tiny: Make, hospitals: Clients) -> 
     assert found.generalization == expected
     blind = go(tiny(), [replace(c, val=None) for c in clients], config=config)
     assert (blind.round, blind.selected_by) == (4, "last")
+
+
+@pytest.mark.parametrize("select", ["generalization", "specialization"])
+def test_a_selected_round_is_judged_by_all_clients(
+    select: str, tiny: Make, hospitals: Clients
+) -> None:
+    config = QUICK.replaced(
+        rounds=4, evaluate_every=1, participation=0.3, select=select, lr=0.02
+    )  # fmt: skip
+    found = go(tiny(), hospitals(), config=config)
+    assert {len(r["asked"]) for r in found.history} == {1}
+    for record in found.history:
+        assert set(record["specialization"]["test"]["clients"]) == {"0", "1", "2"}
+
+
+def test_a_client_keeps_its_model_of_the_last_round_that_was_evaluated(
+    tiny: Make, hospitals: Clients
+) -> None:
+    kept: dict[int, Any] = {}
+    config = QUICK.replaced(rounds=3, evaluate_every=2, keep_clients=True, evaluate_absent=False)
+    setting = Setting.of(tiny(), fl.method("ditto"), config, num_classes=3, image_shape=(1, 6, 6))
+    store = Store()
+    rounds = Rounds(setting, InProcess(setting, hospitals(), store), 3)
+    rounds.begin()
+    for evaluate in (False, True, False):
+        rounds.round(evaluate=evaluate)
+        kept = {k: personal.Personal.taken(store[k].copy()) for k in store.index}
+    assert [kept[k].round for k in range(3)] == [2, 2, 2]
 
 
 def test_generalization_with_heads_that_stay(tiny: Make, hospitals: Clients) -> None:
