@@ -84,6 +84,7 @@ def verify(
     path = Path(folder) / plugin.FILE
     with _reading(path):
         metadata = plugin.metadata(path)
+    inputs = inputs.detach()
     prepare = preparation(path, metadata, inputs)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     reasons = _check_sha256(Path(folder), name, sha256)
@@ -167,6 +168,8 @@ def preparation(path: Path, metadata: dict[str, str], inputs: Tensor) -> Prepara
                 f"verify: inputs must be normalised float images, got {inputs.dtype}: {path.name} "
                 "holds no preprocessing"
             )
+        if not bool(inputs.isfinite().all()):
+            raise RequestError("verify: inputs must be finite, got NaN or infinity; mend the data")
         return lambda images: (images.float().cpu(), images.float().cpu())
     if inputs.dtype is not torch.uint8:
         raise RequestError(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from sdq.errors import RequestError
 from sdq.layers import LayerSpec
 from sdq.policy import BitwidthPolicy, LayerBits
 
@@ -32,13 +33,29 @@ class LayerCost:
     bops: int
 
 
+def check_policy(layers: Sequence[LayerSpec], policy: BitwidthPolicy) -> None:
+    """Raise RequestError unless a policy is of these layers, in their order."""
+    named, wanted = [bits.name for bits in policy], [spec.name for spec in layers]
+    if named != wanted:
+        at = next((i for i, (a, b) in enumerate(zip(named, wanted, strict=False)) if a != b), None)
+        got = f"{len(named)} of {len(wanted)}" if at is None else f"{named[at]} for {wanted[at]}"
+        raise RequestError(
+            f"policy: must name the network's layers in their order, got {got}; take the policy "
+            "of this network"
+        )
+
+
 def layer_costs(layers: Sequence[LayerSpec], policy: BitwidthPolicy) -> list[LayerCost]:
     """Return the cost of each layer.
 
     Args:
         layers: of the network, in the policy's order.
         policy: one entry a layer.
+
+    Raises:
+        RequestError: the policy is not of these layers.
     """
+    check_policy(layers, policy)
     return [
         LayerCost(
             spec.name, _mean(bits), bits.act_bits, spec.macs, spec.num_params,

@@ -7,8 +7,10 @@ the layer's bits alone, so that a search can hold them as tables.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol, cast
 
+from hw.bops import check_policy
 from sdq import plugins
 from sdq.cost import CostFn
 from sdq.errors import RequestError, nearest
@@ -27,6 +29,11 @@ class Demand:
 
     fps: float | None = None
     latency_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("fps", self.fps), ("latency_s", self.latency_s)):
+            if value is not None and not 0 < value < inf:
+                raise RequestError(f"demand: {name} must be a positive number, got {value}")
 
     @property
     def seconds(self) -> float | None:
@@ -204,8 +211,10 @@ def report(
         demand: what is asked of it.
 
     Raises:
-        RequestError: the demand cannot be met, or the device cannot compute a layer.
+        RequestError: the policy is not of these layers, the demand cannot be met, or the device
+            cannot compute a layer.
     """
+    check_policy(layers, policy)
     found = target(device) if isinstance(device, str) else device
     return found.under(layers, demand or Demand(), choices_of(policy)).cost(layers, policy)
 

@@ -93,6 +93,17 @@ class Normalization:
         return cls(tuple(mean) * repeat[0], tuple(std) * repeat[1])
 
 
+def length(batches: object) -> int | None:
+    """Return the number of batches, or None where it is not known.
+
+    A DataLoader has a length in name, but over an IterableDataset none in fact.
+    """
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def parts(images: Tensor, size: int) -> list[Tensor]:
     """Split images ``(N, ...)``; a last one joins those before: batch norm cannot learn from one.
 

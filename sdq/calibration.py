@@ -2,11 +2,12 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from sdq.batches import length
 from sdq.config import QuantConfig
 from sdq.learned_scale import ActQuantizer, Quantized
 from sdq.policy import FLOAT_BITS
@@ -95,7 +96,8 @@ def calibrate_(
         steps: number of batches to look at. Of large ones only the first images are used, 256 in
             all.
     """
-    count = min(steps, len(batches)) if isinstance(batches, Sized) else steps
+    known = length(batches)
+    count = steps if known is None else min(steps, known)
     share = math.ceil(CALIBRATION_IMAGES / max(count, 1))
     quantizers = qmodel.act_quantizers().values()
     device = next(qmodel.parameters()).device

@@ -23,7 +23,7 @@ from sdq.config import PtqConfig
 from sdq.errors import RequestError
 from sdq.mid_rise import MidRiseQuantizer
 from sdq.outcome import reestimate_statistics_
-from sdq.policy import FLOAT_BITS
+from sdq.policy import FLOAT_BITS, LayerBits
 from sdq.quant_model import QuantModel
 from sdq.rounding import SoftRounding, annealed_beta, rounding_regularizer
 from sdq.task import task_of
@@ -112,13 +112,16 @@ def check_ptq(qmodel: QuantModel, config: PtqConfig) -> None:
             "ptq: weight_quantizer must be 'lsq', whose levels reproduce themselves, got "
             f"{qmodel.config.weight_quantizer!r}; use lsq, or fine-tune"
         )
-    seen: dict[int, str] = {}
-    for layer in qmodel.policy:
-        first = seen.setdefault(id(qmodel.weight(layer.name)), layer.name)
-        if first != layer.name:
+    sharing: dict[nn.Parameter, list[LayerBits]] = {}
+    for bits in qmodel.policy:
+        weight = getattr(qmodel.layer(bits.name), "weight", None)
+        if isinstance(weight, nn.Parameter):  # a module in float may have something else there
+            sharing.setdefault(weight, []).append(bits)
+    for first, *others in sharing.values():
+        if others and any(bits.weight_bits != FLOAT_BITS for bits in (first, *others)):
             raise RequestError(
-                f"ptq: every layer must have a weight of its own, but {layer.name} shares that of "
-                f"{first}, which cannot stand on the levels of both; fine-tune instead"
+                f"ptq: every layer must have a weight of its own, but {others[0].name} shares that "
+                f"of {first.name}, which cannot stand on the levels of both; fine-tune instead"
             )
 
 

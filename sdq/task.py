@@ -98,6 +98,22 @@ def answer_to(network: nn.Module, sample: Tensor) -> Any:
         network.train(training)
 
 
+def _class_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy; of soft labels too, as ``sdq.ptq.soft_labelled`` gives them."""
+    soft = labels.is_floating_point() and labels.shape == logits.shape
+    if soft and not bool(((labels.sum(1) - 1).abs() < 1e-2).all()):
+        raise RequestError(
+            "labels: must be one class an image, int64 (N,), or probabilities of sum 1, got rows "
+            "of another sum; several labels an image are not supported"
+        )
+    if not soft and (labels.dim() != 1 or labels.dtype not in (torch.int64, torch.uint8)):
+        raise RequestError(
+            f"labels: must be int64 (N,), got {labels.dtype} {tuple(labels.shape)}; convert them, "
+            "such as by .flatten().long()"
+        )
+    return F.cross_entropy(logits, labels)
+
+
 def _class_divergence(logits: Tensor, reference: Tensor) -> Tensor:
     ours, theirs = F.log_softmax(logits, dim=1), F.log_softmax(reference, dim=1)
     return F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
@@ -110,7 +126,7 @@ def _class_scores(logits: Tensor, labels: Tensor) -> dict[str, float | None]:
 
 CLASSIFICATION = Task(
     name="classification",
-    loss=F.cross_entropy,
+    loss=_class_loss,
     distillation=losses.distillation,
     divergence=_class_divergence,
     curvature_noise=losses.curvature_noise,
@@ -142,8 +158,22 @@ TASKS: dict[TaskName, Task] = {task.name: task for task in (CLASSIFICATION, SEGM
 
 
 def task_of(logits: Any) -> Task:
-    """Return the task that a network's output ``(N, classes)`` or ``(N, C, H, W)`` speaks of."""
-    return SEGMENTATION if isinstance(logits, Tensor) and logits.dim() == 4 else CLASSIFICATION
+    """Return the task that a network's output ``(N, classes)`` or ``(N, C, H, W)`` speaks of.
+
+    Raises:
+        RequestError: it is of neither.
+    """
+    if not isinstance(logits, Tensor):
+        raise RequestError(
+            f"network: must answer with one tensor of logits, got {type(logits).__name__}; wrap it "
+            "in a module that returns the logits alone"
+        )
+    if logits.dim() == 2 and logits.shape[1] == 1:
+        raise RequestError(
+            "network: must answer with a logit for each of 2 classes or more, got one; give it two "
+            "outputs, and the labels 0 and 1"
+        )
+    return SEGMENTATION if logits.dim() == 4 else CLASSIFICATION
 
 
 def evaluate(model: nn.Module, loader: Loader) -> dict[str, Any]:

@@ -6,7 +6,7 @@ the resumed run ends bit for bit where the undisturbed one does.
 """
 
 import math
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sdq import parallel
 from sdq.batches import Loader as Loader
-from sdq.batches import generator
+from sdq.batches import generator, length
 from sdq.checkpoint import Checkpoint
 from sdq.config import TrainConfig
 from sdq.diagnosis import LOWER, origin, weight_not_finite
@@ -192,12 +192,13 @@ def fit(
 
 def number_of_steps(loader: Loader) -> int:
     """Return the batches of an epoch; RequestError if the loader does not know."""
-    if not isinstance(loader, Sized):
+    count = length(loader)
+    if count is None:
         raise RequestError(
             f"loader: must have a length (the schedule needs it), got {type(loader).__name__}; "
-            "pass a DataLoader or a list of batches"
+            "pass a DataLoader over a dataset with a length, or a list of batches"
         )
-    return max(len(loader), 1)
+    return max(count, 1)
 
 
 def _optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:

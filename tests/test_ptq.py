@@ -353,3 +353,19 @@ def test_one_image_left_over_joins_the_others(sample):
     apply_policy_(qmodel, policy)
     ptq_(qmodel, images, QUICK.replaced(steps=5, batch_norm=True))
     assert torch.isfinite(qmodel(images)).all()
+
+
+def test_what_stays_in_float_may_share_its_weight(images, sample):
+    """Neither layer is put on levels; and a parametrized weight is a new tensor at each look."""
+    net = Tied()
+    qmodel = quantize(net, QuantConfig(act_bits=8, skip=("b", "c")), sample=sample)
+    before = qmodel.weight("b").clone()
+    ptq_(qmodel, images, QUICK.replaced(steps=2))
+    assert torch.equal(qmodel.weight("b"), before)
+    normed = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), *(
+            nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)) for _ in range(3)
+        ), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3),
+    ).eval()  # fmt: skip
+    skipped = QuantConfig(act_bits=8, skip=("2", "3", "4"))
+    ptq_(quantize(normed, skipped, sample=sample), images, QUICK.replaced(steps=2))

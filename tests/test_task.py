@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import sdq
+from sdq.batches import length
 from sdq.losses import distillation
 from sdq.task import CLASSIFICATION, SEGMENTATION, Teacher, task_of
+from sdq.train import number_of_steps
 
 RNG = torch.Generator().manual_seed(0)
 MAPS, LOGITS = torch.randn(2, 3, 4, 4, generator=RNG), torch.randn(2, 3, generator=RNG)
@@ -18,7 +20,6 @@ MAPS, LOGITS = torch.randn(2, 3, 4, 4, generator=RNG), torch.randn(2, 3, generat
 def test_the_output_says_the_task() -> None:
     assert task_of(MAPS) is SEGMENTATION
     assert task_of(LOGITS) is CLASSIFICATION
-    assert task_of((MAPS,)) is CLASSIFICATION
 
 
 @pytest.mark.parametrize(
@@ -98,3 +99,31 @@ def test_a_metric_of_another_task_is_refused(
     config = sdq.TrainConfig(epochs=1, select="dice")
     with pytest.raises(sdq.RequestError, match="in classification, got 'dice'"):
         sdq.train_(toy(), batches(), config, validation=batches())
+
+
+def test_answers_and_labels_that_are_none(refuses) -> None:
+    with refuses("network: must answer with one tensor of logits, got tuple"):
+        task_of((torch.zeros(2, 3),))
+    with refuses("network: must answer with a logit for each of 2 classes or more, got one"):
+        task_of(torch.zeros(2, 1))
+    logits = torch.randn(4, 3)
+    loss = task_of(logits).loss
+    soft = torch.rand(4, 3).softmax(1)
+    torch.testing.assert_close(loss(logits, soft), -(soft * logits.log_softmax(1)).sum(1).mean())
+    with refuses("labels: must be one class an image, int64 (N,), or probabilities of sum 1"):
+        loss(logits, torch.ones(4, 3))
+    for labels in (torch.zeros(4, 1).long(), torch.zeros(4).int(), torch.zeros(4)):
+        with refuses("labels: must be int64 (N,), got"):
+            loss(logits, labels)
+
+
+def test_a_loader_of_no_known_length(refuses) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.zeros(1, 2, 2), 0)] * 4)
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=2)
+    assert length(loader) is None
+    assert length([1, 2]) == 2
+    with refuses("loader: must have a length (the schedule needs it), got DataLoader"):
+        number_of_steps(loader)

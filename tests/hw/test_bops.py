@@ -1,5 +1,6 @@
 """MACs and bit operations against figures that the literature prints."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 import hw
 from sdq.config import QuantConfig
 from sdq.cost import Budget
+from sdq.errors import RequestError
 from sdq.models import resnet20
 from sdq.policy import FLOAT_BITS, BitwidthPolicy, LayerBits
 from sdq.quant_model import QuantModel, quantize
@@ -116,3 +118,20 @@ def test_cost_of_bops_budget_and_of_hw_agree() -> None:
     policy = qmodel.policy.with_weight_bits(dict(zip(names, choices, strict=True)))
     picks = [0, 1, 2, 3, 4, 5] * 3
     assert constraint.cost(picks) == hw.total_bops(qmodel.layers, policy)
+
+
+def test_a_policy_of_other_layers_is_refused() -> None:
+    qmodel = resnet20_at(4)
+    policy = qmodel.policy.layers
+    with pytest.raises(RequestError, match=r"in their order, got \S+ for \S+; take"):
+        hw.total_bops(qmodel.layers, BitwidthPolicy(policy[::-1]))
+    with pytest.raises(RequestError, match="in their order, got 19 of 20"):
+        hw.report(qmodel.layers, BitwidthPolicy(policy[:-1]), "bit_fusion")
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
+def test_a_demand_is_a_positive_number(value: float) -> None:
+    with pytest.raises(RequestError, match="fps must be a positive number"):
+        hw.Demand(fps=value)
+    with pytest.raises(RequestError, match="latency_s must be a positive number"):
+        hw.Demand(latency_s=value)
