@@ -15,6 +15,7 @@ forced to the runtime's side: up to the first tie it is the network itself, and 
 codes are the runtime's. One pass does for any number of ties in a row.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -103,7 +104,7 @@ def _compare(
 ) -> list[Explanation]:
     """Compare codes with a replay, with another in float32 for what is a tie."""
     count = len(exact.output)
-    ties, far = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.float64)
+    ties, far = torch.zeros(2, count, dtype=torch.float64)
     same = torch.ones(count, dtype=torch.bool)
     first: list[str | None] = [None] * count
     given = exact.codes | theirs
@@ -120,13 +121,14 @@ def _compare(
         if single is not None:
             noise = _noise(value, rounded, single.before[name].reshape(count, -1), width)
             near = (2 * noise).clamp(TIE, WIDEST_TIE)
-        ties += ((distance > 0) & (distance <= near)).sum(dim=1)
+        # wide codes are that much nearer to each other, so that ties are as much more frequent
+        ties += ((distance > 0) & (distance <= near)).sum(dim=1) / _unit(width)
         far = torch.maximum(far, distance.amax(dim=1))
         for index in (~(distance <= near)).any(dim=1).nonzero().reshape(-1).tolist():  # NaN, too
             first[index] = first[index] or name
     return [
         Explanation(
-            int(ties[i]), float(far[i]) if far[i] else None, first[i], exact.output[i : i + 1]
+            math.ceil(ties[i]), float(far[i]) if far[i] else None, first[i], exact.output[i : i + 1]
         )
         for i in range(count)
     ]

@@ -98,7 +98,18 @@ def within(path: str, outer: set[str]) -> bool:
 
 def check_layers(model: nn.Module, whole: set[str]) -> None:
     """Refuse the first layer outside ``whole`` that cannot be quantized."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise RequestError(
+                f"model: {name} must be float32, got {parameter.dtype}, in which scales and "
+                "rounding are too coarse: call model.float() first"
+            )
     for path, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"):
+            raise RequestError(
+                f"model: {path or 'it'} is compiled by torch.compile, which cannot be followed: "
+                "give the module it was made from (model._orig_mod)"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise RequestError(
                 f"model: {source_of(path, module)} is compiled by torch.jit, which cannot be "

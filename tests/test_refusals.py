@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, prune
 
 from sdq.config import QuantConfig
+from sdq.errors import RequestError
 from sdq.quant_model import QuantModel, quantize
 
 SAMPLE = torch.zeros(1, 3, 12, 12)
@@ -264,3 +265,17 @@ def test_parameters_that_scale_or_shift_are_no_layers(
                   shift=shift)  # fmt: skip
     exact(net, images())
     exact(between(lambda net, x: wrapped_activation(x)), images(), formats=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_by_name(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2)).to(dtype)
+    with pytest.raises(RequestError, match=r"0\.weight must be float32, got .* model\.float\(\)"):
+        quantize(net, QuantConfig(), sample=torch.zeros(1, 3, 8, 8, dtype=dtype))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own imports
+def test_what_torch_compile_made_is_refused_by_name() -> None:
+    net = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2)))
+    with pytest.raises(RequestError, match=r"compiled by torch\.compile.* model\._orig_mod"):
+        quantize(net, QuantConfig(), sample=torch.zeros(1, 3, 8, 8))  # type: ignore[arg-type]

@@ -6,9 +6,12 @@ import torch
 import export
 from export.format import load_format
 from export.reference import Reference
-from sdq.config import TrainConfig
+from sdq.calibration import calibrate_
+from sdq.config import QuantConfig, TrainConfig
 from sdq.errors import RequestError
 from sdq.finetune import finetune_
+from sdq.models import vgg_like
+from sdq.quant_model import quantize
 
 WIDE = {"act_bits": 16, "input_bits": 16}
 
@@ -53,3 +56,15 @@ def test_they_are_fine_tuned(network, images):
     assert any(not torch.equal(before[name], after[name]) for name in before)
     trace = Reference(qmodel).float64(images)
     assert max(int(c.max()) for c in trace.codes.values()) > 32767
+
+
+def test_a_deeper_network_has_more_ties_the_wider_its_codes_are(tmp_path):
+    """A code of 16 bits is 256 times as near to the next as one of 8."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net, images = vgg_like.build(7), torch.randn(64, 3, 28, 28)
+    qmodel = quantize(net, QuantConfig(act_bits=16), sample=images[:1])
+    calibrate_(qmodel, [(images, images)])
+    export.write(qmodel, tmp_path, format="qonnx", sample=images[:1])
+    report = export.verify(qmodel, tmp_path, format="qonnx", inputs=images)
+    assert report.verified, report.lines
