@@ -277,5 +277,5 @@ def test_half_precision_is_refused_by_name(dtype: torch.dtype) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own imports
 def test_what_torch_compile_made_is_refused_by_name() -> None:
     net = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2)))
-    with pytest.raises(RequestError, match=r"compiled by torch\.compile.* model\._orig_mod"):
+    with pytest.raises(RequestError, match=r"compiled by torch\.compile.*model\._orig_mod"):
         quantize(net, QuantConfig(), sample=torch.zeros(1, 3, 8, 8))  # type: ignore[arg-type]
