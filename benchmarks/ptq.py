@@ -65,7 +65,8 @@ def run_seed(options: argparse.Namespace, seed: int, done: list[dict[str, Any]])
     for bits in map(float, options.bits.split(",")):
         for method in options.methods.split(","):
             asked = {**of, "act_bits": options.act_bits, "bits": bits, "method": method}
-            todo = [n for n in (0, options.steps) if key({**asked, "steps": n}) not in have]
+            every = dict.fromkeys((0, options.steps))
+            todo = [n for n in every if key({**asked, "steps": n}) not in have]
             if not todo:
                 continue
             quant = sdq.QuantConfig(act_bits=options.act_bits)
