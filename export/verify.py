@@ -87,13 +87,16 @@ def verify(
     inputs = inputs.detach()
     prepare = preparation(path, metadata, inputs)
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    reasons = _check_sha256(Path(folder), name, sha256)
+    recorded = read_record(Path(folder)).get(name)
+    reasons = _check_sha256(recorded, sha256)
     reference = Reference(qmodel)
     codes = _check_inputs(reference, prepare(inputs[:1])[0])
     batch_size = max(1, min(batch_size, CODES_AT_A_TIME // max(codes, 1)))
     exact: ExactStage | None = None
     runtimes: list[RuntimeStage] = []
     warnings: list[str] = []
+    if not isinstance(recorded, dict):
+        warnings.append("export.json does not say which file was written: it may be another one")
     try:
         differences, static = _compare_quantizers(plugin, path, reference)
         reasons += differences
@@ -198,9 +201,8 @@ def _check_inputs(reference: Reference, image: Tensor) -> int:
         ) from error
 
 
-def _check_sha256(folder: Path, name: str, sha256: str) -> list[str]:
-    entry = read_record(folder).get(name)
-    if isinstance(entry, dict) and entry.get("sha256") != sha256:
+def _check_sha256(recorded: object, sha256: str) -> list[str]:
+    if isinstance(recorded, dict) and recorded.get("sha256") != sha256:
         return ["the file is not the one that was written: its SHA-256 is not that of export.json"]
     return []
 

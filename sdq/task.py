@@ -173,7 +173,12 @@ def task_of(logits: Any) -> Task:
             "network: must answer with a logit for each of 2 classes or more, got one; give it two "
             "outputs, and the labels 0 and 1"
         )
-    return SEGMENTATION if logits.dim() == 4 else CLASSIFICATION
+    return SEGMENTATION if gives_maps(logits) else CLASSIFICATION
+
+
+def gives_maps(answer: Any) -> bool:
+    """Return whether a network's output is ``(N, C, H, W)``."""
+    return isinstance(answer, Tensor) and answer.dim() == 4
 
 
 def evaluate(model: nn.Module, loader: Loader) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from sdq.quant_model import QuantModel, quantize
 from sdq.run_document import first_of
 from sdq.run_folder import RunFolder, fingerprint
 from sdq.split_file import apply_split_file
-from sdq.task import TASKS, Task, answer_to, task_of
+from sdq.task import TASKS, Task, answer_to, gives_maps
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Inputs:
             return self
         with torch.random.fork_rng():
             network = build_model(reference, self.splits.image_shape, len(self.splits.class_names))
-        if task_of(answer_to(network, self.sample)) is self.task:
+        if gives_maps(answer_to(network, self.sample)):
             return self
         labelled = self.classifying()
         labelled.splits.checked(self.request.reference)

@@ -129,6 +129,17 @@ def test_a_changed_file_is_reported_by_its_hash(tmp_path, network, sample, image
     report = export.verify(qmodel, tmp_path, format="onnx", inputs=images)
     assert not report.verified
     assert "SHA-256 is not that of export.json" in report.reason
+    (tmp_path / "export.json").unlink()
+    report = export.verify(qmodel, tmp_path, format="onnx", inputs=images.requires_grad_())
+    assert report.verified, report.reason
+    assert "export.json does not say which file was written" in report.warnings[0]
+
+
+def test_inputs_that_are_no_numbers_are_refused(tmp_path, network, sample, images, refuses):
+    qmodel = network("plain")
+    export.write(qmodel, tmp_path, format="onnx", sample=sample)
+    with refuses("verify: inputs must be finite, got NaN or infinity"):
+        export.verify(qmodel, tmp_path, format="onnx", inputs=images * torch.nan)
 
 
 def test_another_network_is_not_verified(tmp_path, network, sample, images):

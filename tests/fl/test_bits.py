@@ -314,3 +314,15 @@ def test_killed_in_any_phase_it_goes_on(
     pairs = [(again.state, whole.state), (again.personal[1].state, whole.personal[1].state)]
     for one, other in pairs:
         assert all(torch.equal(t, other[n]) for n, t in one.items())
+
+
+def test_clients_have_models_of_their_own_where_no_layer_is_searched(hospitals: Clients) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 3))
+    quant = QuantConfig(bit_choices=(2, 4), first_last_bits=8)
+    found = go(
+        net, hospitals(), quant=quant, rounds=1, phases=PHASES.replaced(tune_rounds=1), **OWN
+    )
+    assert list(found.personal) == [1]
+    assert found.personal[1].policy == found.policy
