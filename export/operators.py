@@ -31,6 +31,16 @@ _TYPES = {
 }
 
 
+def _number(a: Attributes, name: str, default: float) -> float:
+    """Return an attribute as the number that the network has: files hold it rounded to float32.
+
+    That is the shortest decimal which float32 rounds to the same, or hard sigmoid's 1/6. A value
+    that is off by 1e-8 falls to the other side of a tie in one of some 100,000 codes.
+    """
+    held = np.float32(a.get(name, default))
+    return 1 / 6 if held == np.float32(1 / 6) else float(str(held))
+
+
 def _quantize_linear(a: Attributes, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     kind = torch.uint8 if zero is None else zero.dtype
     axis = a.get("axis", 1)
@@ -117,14 +127,14 @@ OPERATORS: dict[str, Operator] = {
     "BipolarQuant": lambda a, x, scale: torch.where(x >= 0, 1.0, -1.0).double() * scale,
     "Cast": _cast,
     "Ceil": lambda a, x: x.ceil(),
-    "Celu": lambda a, x: F.celu(x, a.get("alpha", 1.0)),
+    "Celu": lambda a, x: F.celu(x, _number(a, "alpha", 1.0)),
     "Clip": _clip,
     "Constant": _constant,
     "Cos": lambda a, x: x.cos(),
     "DequantizeLinear": _dequantize_linear,
     "Div": _div,
     "Einsum": lambda a, *x: torch.einsum(a["equation"].decode(), *x),
-    "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)),
+    "Elu": lambda a, x: F.elu(x, _number(a, "alpha", 1.0)),
     "Equal": lambda a, x, y: x == y,
     "Erf": lambda a, x: torch.erf(x),
     "Exp": lambda a, x: x.exp(),
@@ -132,10 +142,12 @@ OPERATORS: dict[str, Operator] = {
     "Gelu": _gelu,
     "Greater": lambda a, x, y: x > y,
     "GreaterOrEqual": lambda a, x, y: x >= y,
-    "HardSigmoid": lambda a, x: (a.get("alpha", 0.2) * x + a.get("beta", 0.5)).clamp(0, 1),
+    "HardSigmoid": lambda a, x: (_number(a, "alpha", 0.2) * x + _number(a, "beta", 0.5)).clamp(
+        0, 1
+    ),
     "HardSwish": lambda a, x: x * (x / 6 + 0.5).clamp(0, 1),
     "Identity": lambda a, x: x,
-    "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
+    "LeakyRelu": lambda a, x: F.leaky_relu(x, _number(a, "alpha", 0.01)),
     "Less": lambda a, x, y: x < y,
     "LessOrEqual": lambda a, x, y: x <= y,
     "Log": lambda a, x: x.log(),

@@ -6,8 +6,10 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from export.float64 import Interpreter, fold_constants_
+from export.operators import OPERATORS
 from sdq.errors import RunError
 
 rng = np.random.default_rng(0)
@@ -202,3 +204,19 @@ def test_constants_are_folded_without_rounding():
     assert [node.op_type for node in model.graph.node] == ["Add", "Pad", "Add"]
     np.testing.assert_array_equal(by_onnxruntime(model, IMAGE), expected)
     onnx.checker.check_model(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "attributes"),
+    [
+        ("HardSigmoid", nn.Hardsigmoid(), {"alpha": np.float32(1 / 6), "beta": np.float32(0.5)}),
+        ("LeakyRelu", nn.LeakyReLU(0.01), {"alpha": np.float32(0.01)}),
+        ("LeakyRelu", nn.LeakyReLU(0.3), {"alpha": np.float32(0.3)}),
+        ("Elu", nn.ELU(0.7), {"alpha": np.float32(0.7)}),
+    ],
+)
+def test_numbers_that_files_hold_in_float32_are_the_networks(name, module, attributes):
+    """In float64 the file must be the network, not one whose 1/6 or 0.01 is off by 1e-8."""
+    x = torch.linspace(-4, 4, 1001, dtype=torch.float64)
+    held = {key: float(value) for key, value in attributes.items()}  # as onnx gives them
+    torch.testing.assert_close(OPERATORS[name](held, x), module(x), rtol=1e-15, atol=1e-15)
