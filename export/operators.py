@@ -41,6 +41,10 @@ def _number(a: Attributes, name: str, default: float) -> float:
     return 1 / 6 if held == np.float32(1 / 6) else float(str(held))
 
 
+def _hard_sigmoid(a: Attributes, x: Tensor) -> Tensor:
+    return (_number(a, "alpha", 0.2) * x + _number(a, "beta", 0.5)).clamp(0, 1)
+
+
 def _quantize_linear(a: Attributes, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     kind = torch.uint8 if zero is None else zero.dtype
     axis = a.get("axis", 1)
@@ -142,9 +146,7 @@ OPERATORS: dict[str, Operator] = {
     "Gelu": _gelu,
     "Greater": lambda a, x, y: x > y,
     "GreaterOrEqual": lambda a, x, y: x >= y,
-    "HardSigmoid": lambda a, x: (_number(a, "alpha", 0.2) * x + _number(a, "beta", 0.5)).clamp(
-        0, 1
-    ),
+    "HardSigmoid": _hard_sigmoid,
     "HardSwish": lambda a, x: x * (x / 6 + 0.5).clamp(0, 1),
     "Identity": lambda a, x: x,
     "LeakyRelu": lambda a, x: F.leaky_relu(x, _number(a, "alpha", 0.01)),

@@ -15,7 +15,7 @@ quantizer; the server merges these. Scales of weights follow from the weights, w
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -36,7 +36,7 @@ from fl.quant_network import (
 )
 from fl.record import Record, Tensors, picked
 from fl.state import Route, load_
-from fl.wrapper import Wrapper, WrapperClient, WrapperConfig
+from fl.wrapper import Wrapper, WrapperClient, WrapperConfig, chain
 from sdq.batches import Loader
 from sdq.config import Config, QuantConfig
 from sdq.errors import RequestError, RunError
@@ -222,11 +222,3 @@ class QuantRounds(Wrapper, ABC):
             named = {n.removeprefix("model."): t for n, t in own.items()}
             load_(self.teacher.network, self._first | named)
         return self.teacher
-
-
-def chain(method: Method) -> Iterable[Method]:
-    """Yield a method and what it is wrapped around."""
-    yield method
-    while isinstance(method, Wrapper):
-        method = method.inner
-        yield method

@@ -1,6 +1,6 @@
 """A method around another method, such as a regularizer that goes with any of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -117,8 +117,7 @@ class Wrapper(Method):
 
     def _check_once(self) -> None:
         """Refuse what is wrapped in itself: both would keep their tensors in one place."""
-        inside = self.inner
-        while True:
+        for inside in chain(self.inner):
             if isinstance(inside, type(self)) or (
                 isinstance(inside, Wrapper) and isinstance(self, type(inside))
             ):
@@ -126,9 +125,6 @@ class Wrapper(Method):
                     f"{self.name}.around: must not have {inside.name} in it, got "
                     f"{self.config.around!r}; once is all it can do"
                 )
-            if not isinstance(inside, Wrapper):
-                return
-            inside = inside.inner
 
     def check(self, config: FederationConfig) -> None:
         """Ask the inner method."""
@@ -189,3 +185,11 @@ class Wrapper(Method):
     def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
         """Return what the inner method makes of the replies."""
         return self.inner.aggregate(server, replies)
+
+
+def chain(method: Method) -> Iterable[Method]:
+    """Yield a method and what it is wrapped around."""
+    yield method
+    while isinstance(method, Wrapper):
+        method = method.inner
+        yield method

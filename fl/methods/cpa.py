@@ -39,7 +39,7 @@ from fl.method import Aggregated, Progress, Server
 from fl.methods.fedlc import FedLC
 from fl.network import Network, Outputs
 from fl.record import Record, Reply, Tensors, misfit
-from fl.wrapper import Wrapper, WrapperClient, WrapperConfig
+from fl.wrapper import Wrapper, WrapperClient, WrapperConfig, chain
 from sdq.batches import Loader
 from sdq.errors import RequestError
 from sdq.segmentation import class_maps
@@ -233,10 +233,7 @@ class CPA(Wrapper):
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
-        inside = self.inner
-        while isinstance(inside, Wrapper):
-            inside = inside.inner
-        if isinstance(inside, FedLC):
+        if any(isinstance(inside, FedLC) for inside in chain(self.inner)):
             raise RequestError(
                 "cpa.around: must be a method without a loss of its own, got fedlc, which is one; "
                 "take another"
