@@ -273,6 +273,8 @@ class Run:
         """Run what is left of the rounds."""
         if not self._resume():
             failures = self.rounds.begin()
+            if self.folder is not None and self.setting.config.count_epsilon is not None:
+                self._save(self.folder)  # asked again, clients would tell counts with other noise
             if failures and self.watch:
                 self.watch({"counts": listed(failures)})
         self._take_up_asked()

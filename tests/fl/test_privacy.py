@@ -200,3 +200,28 @@ def test_a_round_that_is_repeated_counts_twice(
         assert found.privacy is not None
         assert found.privacy["rounds"] == times
         assert found.privacy["epsilon"] == pytest.approx(epsilon(2 * times**0.5, 1e-5))
+
+
+def test_counts_with_secret_noise_are_told_once(
+    tiny: Make, hospitals: Clients, tmp_path: Path
+) -> None:
+    """Told again with other noise they would cost the epsilon of the counts twice."""
+
+    class Stopped(Exception):
+        pass
+
+    told: list[str] = []
+
+    def stop(kind: str, answer: object) -> None:
+        told.append(kind)
+        if kind == "train":
+            raise Stopped
+
+    for _ in range(2):  # in the first round, before any is saved
+        with pytest.raises(Stopped):
+            fl.run(
+                tiny(), clients=hospitals(), num_classes=3, folder=tmp_path, hear=stop,
+                config=config(privacy={"noise": "secret"}),
+            )  # fmt: skip
+    assert told.count("counts") == len(hospitals())
+    assert told.count("train") == 2
