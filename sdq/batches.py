@@ -5,7 +5,7 @@ resumes at an epoch sees exactly what an undisturbed run would have seen.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,29 @@ class Normalization:
                 )
         repeat = channels if len(mean) == 1 else 1, channels if len(std) == 1 else 1
         return cls(tuple(mean) * repeat[0], tuple(std) * repeat[1])
+
+
+def pairs(loader: Iterable[object]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of a loader; RequestError unless each is ``(images, labels)``."""
+    for batch in loader:
+        if isinstance(batch, tuple | list) and len(batch) == 2:
+            images, labels = batch
+            if isinstance(images, Tensor) and isinstance(labels, Tensor):
+                yield images, labels
+                continue
+        raise RequestError(
+            f"loader: must yield (images, labels), two tensors, got {_described(batch)}; give an "
+            "iterable with a length and an __iter__ that yields such pairs"
+        )
+
+
+def _described(batch: object) -> str:
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} of {', '.join(map(repr, batch))}"
+    if isinstance(batch, tuple | list):
+        kinds = ", ".join(type(part).__name__ for part in batch)
+        return f"a {type(batch).__name__} of {kinds or 'nothing'}"
+    return f"one {type(batch).__name__}"
 
 
 def length(batches: object) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from sdq.batches import length
+from sdq.batches import length, pairs
 from sdq.config import QuantConfig
 from sdq.learned_scale import ActQuantizer, Quantized
 from sdq.policy import FLOAT_BITS
@@ -106,7 +106,7 @@ def calibrate_(
     for quantizer in quantizers:
         quantizer.observing = True
     try:
-        for step, (images, _) in enumerate(batches):
+        for step, (images, _) in enumerate(pairs(batches)):
             if step == steps:
                 break
             qmodel(images[:share].to(device))

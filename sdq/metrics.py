@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdq.batches import Loader
+from sdq.batches import Loader, pairs
 from sdq.errors import RunError
 
 
@@ -23,7 +23,7 @@ def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
     training = model.training
     model.eval()
     logits, labels = [], []
-    for x, y in loader:
+    for x, y in pairs(loader):
         logits.append(model(x.to(device)).float().cpu())
         labels.append(y)
     model.train(training)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sdq.batches import Loader, pairs
 from sdq.checkpoint import Checkpoint
 from sdq.config import SearchConfig
 from sdq.cost import Constraint
 from sdq.projection import project
 from sdq.quant_model import QuantModel
 from sdq.search_space import SearchSpace
-from sdq.train import Loader, StepReport, Watcher
+from sdq.train import StepReport, Watcher
 
 if TYPE_CHECKING:  # it imports half of torch: only who trains waits for it
     from lightning_fabric import Fabric
@@ -67,7 +68,7 @@ class SearchProblem:
         """Return the first batches of the loader."""
         if hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(0)
-        return islice(iter(self.loader), count)
+        return islice(pairs(self.loader), count)
 
     def images(self, count: int) -> Iterator[Tensor]:
         """Return the first so many images of the loader, by batch ``(N, C, H, W)``."""

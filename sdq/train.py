@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sdq import parallel
 from sdq.batches import Loader as Loader
-from sdq.batches import generator, length
+from sdq.batches import generator, length, pairs
 from sdq.checkpoint import Checkpoint
 from sdq.config import TrainConfig
 from sdq.diagnosis import LOWER, origin, weight_not_finite
@@ -130,7 +130,7 @@ def fit(
         # batches must be the same in every process
         with torch.random.fork_rng():
             torch.manual_seed(generator(config.seed, phase, epoch).initial_seed())
-            for step, (images, labels) in enumerate(loader):
+            for step, (images, labels) in enumerate(pairs(loader)):
                 done = epoch * steps + step
                 rate = learning_rate(config.schedule, done / (config.epochs * steps), config.warmup)
                 for group, base in zip(raw.param_groups, bases, strict=True):

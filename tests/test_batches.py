@@ -1,10 +1,13 @@
 """Batches: normalisation to the bit, augmentation by hand, order from seed and epoch."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import sdq
 from sdq.batches import Augmentation, Batches, Normalization, generator
 from sdq.data import ArrayImages, ImageSet
 from sdq.errors import RequestError
@@ -251,3 +254,31 @@ def test_unaugmented_batches_are_the_same_images_in_the_same_order() -> None:
             torch.equal(a, b)
             for a, (_, b) in zip(labels, epoch(whole.unaugmented(), number), strict=True)
         )
+
+
+# ---------------------------------------------------------------------------------- other loaders
+
+
+@pytest.mark.parametrize(
+    ("batch", "what"),
+    [
+        ({"image": torch.zeros(2, 3, 8, 8), "label": torch.zeros(2)}, "a dict of 'image', 'label'"),
+        (torch.zeros(2, 3, 8, 8), "one Tensor"),
+        ((torch.zeros(2, 3, 8, 8), torch.zeros(2), torch.zeros(2)), "a tuple of Tensor, Tensor, T"),
+        ((torch.zeros(2, 3, 8, 8), [0, 1]), "a tuple of Tensor, list"),
+    ],
+)
+def test_other_batches_are_refused_by_name(batch: Any, what: str) -> None:
+    """Two tensors are not taken for images and labels, nor keys for them."""
+    layers = (nn.Linear(192, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    network = nn.Sequential(nn.Flatten(), *layers)
+    expected = rf"loader: must yield \(images, labels\), two tensors, got {what}"
+    with pytest.raises(RequestError, match=expected):
+        sdq.evaluate(network, [batch])
+    with pytest.raises(RequestError, match=expected):
+        sdq.train_(network, [batch], config=sdq.TrainConfig(epochs=1))
+    quantized = sdq.quantize(network, sample=torch.zeros(1, 3, 8, 8))
+    with pytest.raises(RequestError, match=expected):
+        sdq.calibrate_(quantized, [batch])
+    with pytest.raises(RequestError, match=expected):
+        sdq.search(quantized, [batch], budget=sdq.Budget(avg_weight_bits=3))
