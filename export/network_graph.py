@@ -9,6 +9,7 @@ from sdq import act_points
 from sdq.errors import RequestError
 from sdq.layers import LayerSpec
 from sdq.learned_scale import ActQuantizer
+from sdq.modes import evaluating
 from sdq.quant_model import QuantModel
 
 _NAMES = {
@@ -134,19 +135,15 @@ class NetworkGraph:
 def _shapes(qmodel: QuantModel, sample: Tensor) -> dict[fx.Node, tuple[int, ...]]:
     """Return the shape of every floating-point tensor, by the node that gives it."""
     parameter = next(qmodel.parameters())
-    training = qmodel.training
     watch = _Shapes(qmodel)
     try:
-        qmodel.eval()
-        with torch.no_grad():
+        with evaluating(qmodel), torch.no_grad():
             watch.run(sample[:1].to(parameter))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise RequestError(
             f"export: sample must fit the network, got shape {tuple(sample.shape)} "
             f"(N, C, H, W): {str(error).splitlines()[0]}"
         ) from error
-    finally:
-        qmodel.train(training)
     return watch.found
 
 

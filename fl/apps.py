@@ -155,6 +155,11 @@ def _check_apart(setting: Setting | PhaseSettings) -> None:
             f"privacy.noise: must be 'secret' between nodes, got {privacy.noise!r}: what follows "
             "from the federation's seed can be subtracted"
         )
+    if setting.config.count_epsilon is not None and privacy is None:
+        raise RequestError(
+            "count_epsilon: must stand with privacy.noise 'secret' between nodes: noise that "
+            "follows from the federation's seed can be subtracted; add privacy, or leave it out"
+        )
     if pools_images(method):
         raise RequestError(
             f"{method.name}: must have every client's images in one place, and here each is on its "

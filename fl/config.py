@@ -9,7 +9,7 @@ from fl.losses import LossConfig
 from fl.privacy import PrivacyConfig
 from fl.robust import Aggregation
 from fl.state import BatchNormPolicy
-from sdq.config import Config
+from sdq.config import Config, Seed
 
 Optimizer = Literal["sgd", "adam", "adamw"]
 Sampling = Literal["all", "balanced"]
@@ -90,7 +90,7 @@ class FederationConfig(Config):
     adjust: Annotated[float, Field(ge=0)] = 0.0
     select: Select = "last"
     keep_clients: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     @field_validator("aggregation")
     @classmethod

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sdq.errors import RequestError, nearest
+from sdq.modes import evaluating
 
 HeadLayer = nn.Linear | nn.Conv2d
 
@@ -123,12 +124,10 @@ def _find_head(model: nn.Module, sample: Tensor, head: str | None) -> tuple[str 
         layer.register_forward_hook(lambda _m, _i, out, name=name: calls.append((name, out)))
         for name, layer in layers.items()
     ]
-    training = model.training
     try:
-        with torch.no_grad():
-            output = model.eval()(sample)
+        with evaluating(model), torch.no_grad():
+            output = model(sample)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     if head is not None:

@@ -109,7 +109,8 @@ def too_large(
         return []
     names = list(names)
     norms = torch.tensor([change_norm(r.model, sent[r.client], names) for r in replies])
-    counts = torch.tensor([images.get(r.client, 1.0) for r in replies])
+    # counts that are told with noise may be 0
+    counts = torch.tensor([images.get(r.client, 1.0) for r in replies]).clamp_min(1)
     started = sent[replies[0].client]
     still = {n: torch.zeros_like(started[n]) for n in names}
     typical = max(float(norms.median()), HARDLY * change_norm(started, still, names))

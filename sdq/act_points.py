@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sdq.modes import evaluating
+
 _TOGETHER = {
     operator.add, operator.sub, torch.add, torch.sub, torch.cat, torch.concat, torch.stack,
     torch.maximum, torch.minimum, "add", "sub", "maximum", "minimum",
@@ -159,11 +161,7 @@ class _Watch(fx.Interpreter):
 
 @torch.no_grad()
 def _float_tensors(net: fx.GraphModule, sample: Tensor) -> set[fx.Node]:
-    training = net.training
-    net.eval()
-    try:
-        watch = _Watch(net)
+    watch = _Watch(net)
+    with evaluating(net):
         watch.run(sample)
-    finally:
-        net.train(training)
     return watch.found

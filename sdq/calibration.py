@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sdq.batches import length, pairs
 from sdq.config import QuantConfig
 from sdq.learned_scale import ActQuantizer, Quantized
+from sdq.modes import evaluating
 from sdq.policy import FLOAT_BITS
 from sdq.quant_model import QuantModel
 
@@ -101,16 +102,14 @@ def calibrate_(
     share = math.ceil(CALIBRATION_IMAGES / max(count, 1))
     quantizers = qmodel.act_quantizers().values()
     device = next(qmodel.parameters()).device
-    training = qmodel.training
-    qmodel.eval()
     for quantizer in quantizers:
         quantizer.observing = True
     try:
-        for step, (images, _) in enumerate(pairs(batches)):
-            if step == steps:
-                break
-            qmodel(images[:share].to(device))
+        with evaluating(qmodel):
+            for step, (images, _) in enumerate(pairs(batches)):
+                if step == steps:
+                    break
+                qmodel(images[:share].to(device))
     finally:
         for quantizer in quantizers:
             quantizer.settle_()
-        qmodel.train(training)

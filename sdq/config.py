@@ -13,6 +13,9 @@ from pydantic import (
 
 from sdq.errors import RequestError, nearest
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""Of a run: what more bits it had would not be looked at."""
+
 
 class Config(BaseModel):
     """A frozen set of checked fields. A wrong value raises RequestError naming the field."""
@@ -141,16 +144,10 @@ class QuantConfig(Config):
 
     @field_validator("act_bits", "input_bits", "first_last_bits")
     @classmethod
-    def _eight_or_float(cls, value: int | None) -> int | None:
-        if value is not None and 8 < value < 32 and value != 16:
-            raise ValueError("must be at most 8, or 32 for float")
-        return value
-
-    @field_validator("first_last_bits")
-    @classmethod
-    def _no_sixteen(cls, value: int | None) -> int | None:
-        if value == 16:
-            raise ValueError("must be at most 8, or 32 for float")
+    def _eight_or_float(cls, value: int | None, info: ValidationInfo) -> int | None:
+        weights = info.field_name == "first_last_bits"
+        if value is not None and 8 < value < 32 and (weights or value != 16):
+            raise ValueError(f"must be at most 8,{'' if weights else ' 16,'} or 32 for float")
         return value
 
     @field_validator("weight_magnitude")
@@ -208,7 +205,7 @@ class TrainConfig(Config):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     bn_batches: Annotated[int, Field(ge=0)] = 0
     select: Selection | None = None
-    seed: int = 0
+    seed: Seed = 0
 
 
 class SearchConfig(Config):
@@ -267,7 +264,7 @@ class SearchConfig(Config):
     error_weight: Annotated[float, Field(ge=0)] = 1e-3
     distill: bool = True
     settle: Annotated[float, Field(ge=0, lt=0.9)] = 0.5
-    seed: int = 0
+    seed: Seed = 0
 
 
 class PtqConfig(Config):
@@ -300,4 +297,4 @@ class PtqConfig(Config):
     beta_start: Annotated[float, Field(ge=1)] = 20.0
     beta_end: Annotated[float, Field(ge=1)] = 2.0
     batch_norm: bool = False
-    seed: int = 0
+    seed: Seed = 0

@@ -172,14 +172,19 @@ class Budget:
                 raise RequestError(f"budget: must be a positive number, got {value!r}")
 
     def constraints(self, space: SearchSpace) -> list[Constraint]:
-        """Return the constraints on a search space; averages over nothing do not bind."""
+        """Return the constraints on a search space.
+
+        Averages are over the searched layers, or over all where none is searched, as
+        :attr:`BitwidthPolicy.avg_weight_bits` is.
+        """
         searched = [s for s, b in zip(space.layers, space.policy, strict=True) if b.searched]
+        averaged, some = searched or space.layers, bool(searched)
         found = []
-        if self.avg_weight_bits is not None and searched:
+        if self.avg_weight_bits is not None:
             found.append(
                 Constraint.of(
                     space, "average weight bits", weight_bits_of, self.avg_weight_bits,
-                    divisor=sum(spec.num_weights for spec in searched), searched_only=True,
+                    divisor=sum(spec.num_weights for spec in averaged), searched_only=some,
                 )
             )  # fmt: skip
         if self.weight_bytes is not None:
@@ -190,11 +195,11 @@ class Budget:
             )  # fmt: skip
         if self.bops is not None:
             found.append(Constraint.of(space, "bit operations", bit_operations, self.bops))
-        if self.avg_act_bits is not None and searched:
+        if self.avg_act_bits is not None:
             found.append(
                 Constraint.of(
                     space, "average activation bits", _act_bits_of, self.avg_act_bits,
-                    divisor=sum(math.prod(spec.in_shape) for spec in searched), searched_only=True,
+                    divisor=sum(math.prod(spec.in_shape) for spec in averaged), searched_only=some,
                 )
             )  # fmt: skip
         for cost, limit in self.costs:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sdq.between import between, fork
 from sdq.errors import RequestError
 from sdq.layers import Between, LayerSpec
+from sdq.modes import evaluating
 from sdq.refusals import KINDS, has_layers
 
 
@@ -26,14 +27,9 @@ def measure(net: fx.GraphModule, sample: Tensor) -> tuple[LayerSpec, ...]:
     Raises:
         RequestError: there is nothing to quantize.
     """
-    training = net.training
-    net.eval()
     watch = _Calls(net)
-    try:
-        with torch.no_grad():
-            watch.run(sample)
-    finally:
-        net.train(training)
+    with evaluating(net), torch.no_grad():
+        watch.run(sample)
     calls = watch.calls
     if not any(type(net.get_submodule(path)) in KINDS for path in calls):
         raise RequestError(

@@ -6,7 +6,7 @@ then the centre square is cut out. Rotation tags (EXIF) are not applied.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,52 @@ from sdq.errors import RequestError
 
 DECODE_THREADS = 4  # PIL releases the lock while it decodes; more threads than that wait for disk
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+
+
+class NameIndex:
+    """Finds files by what a table calls them: by the path, else by the name alone (:func:`stem`).
+
+    Args:
+        names: of the files, with their paths in the set's folder.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+        self.by_path: dict[str, list[int]] = {}
+        self.by_stem: dict[str, list[int]] = {}
+        for place, name in enumerate(self.names):
+            self.by_path.setdefault(name, []).append(place)
+            self.by_stem.setdefault(stem(name), []).append(place)
+
+    def find(self, name: str, where: str) -> int | None:
+        """Return the place of a file among the names; None if there is none.
+
+        Args:
+            name: as the table has it.
+            where: in which table, for the message.
+
+        Raises:
+            RequestError: several files are called so.
+        """
+        places = self.by_path.get(name) or self.by_stem.get(stem(name), [])
+        if len(places) > 1:
+            raise RequestError(
+                f"{where}: image {name!r:.100} must be one file, got "
+                f"{', '.join(self.names[place] for place in places[:3])}; "
+                "write the path inside the folder into the CSV"
+            )
+        return places[0] if places else None
+
+
+def stem(name: str) -> str:
+    """Return the name of an image without folders, and without suffix if it is an image's."""
+    last = Path(name).name
+    return Path(last).stem if Path(last).suffix.lower() in SUFFIXES else last
+
+
+def name_in(folder: Path, file: Path) -> str:
+    """Return a file's path in a folder, or its name where it is elsewhere."""
+    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name
 
 
 @dataclass(frozen=True)

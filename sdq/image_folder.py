@@ -1,13 +1,13 @@
 """Images from a folder: class folders, or images with a CSV in one of several layouts."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from sdq.csv_file import open_lines, rows_under
 from sdq.data import DataOptions, Splits
 from sdq.errors import RequestError, nearest
-from sdq.image_files import SUFFIXES, ImageFile
+from sdq.image_files import SUFFIXES, ImageFile, NameIndex, name_in, stem
 from sdq.image_rows import (
     CENTRE_COLUMNS,
     IMAGE_COLUMNS,
@@ -38,7 +38,7 @@ def read_folder(path: Path, options: DataOptions) -> Splits:
     """
     if any(p.is_dir() for p in (path / "train").glob("[!.]*")):
         rows, names = class_folder_rows(path)
-        return build(str(path), rows, names, options)
+        return build(path, rows, names, options)
     tables = [t for t in _csv_files(path) if _has_labels(t)]
     if len(tables) > 1:
         raise RequestError(
@@ -74,9 +74,9 @@ def read_tables(
         RequestError: a table without the columns, a row without its image or with another's, or an
             image that cannot be read.
     """
-    index = _index(folder)
-    groups = _column(folder, tables.values(), index, GROUP_COLUMNS)
-    places = _column(folder, tables.values(), index, CENTRE_COLUMNS) if centres is None else {}
+    index = FileIndex(folder, sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES))
+    groups = column_by_file(index, GROUP_COLUMNS, tables.values())
+    places = {} if centres is not None else column_by_file(index, CENTRE_COLUMNS, tables.values())
     rows: list[Row] = []
     names: list[str] = []
     for split, table in tables.items():
@@ -102,9 +102,9 @@ def read_tables(
             raise RequestError(
                 f"{folder}: classes must be {', '.join(class_names)}, got {unknown[0]!r:.100}"
             )
-        return build(str(folder), rows, class_names, options)
+        return build(folder, rows, class_names, options)
     one_hot = set(names) <= set(ISIC_CLASSES)
-    return build(str(folder), rows, tuple(names) if one_hot else sorted_names(names), options)
+    return build(folder, rows, tuple(names) if one_hot else sorted_names(names), options)
 
 
 def find_table(name: str, folder: Path, tables: Sequence[str]) -> Path:
@@ -178,30 +178,43 @@ def by_image(table: Path, column: str) -> dict[str, str]:
         missing = IMAGE_COLUMNS[0] if image is None else column
         raise RequestError(f"{table}: no column {missing!r}; {nearest(missing, header)}")
     return {
-        _stem(line[image]): line[column] for line in lines if line.get(image) and line.get(column)
+        stem(line[image]): line[column] for line in lines if line.get(image) and line.get(column)
     }
 
 
-def found_column(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return what images have in the first such column of the folder's CSV files.
+class FileIndex:
+    """Finds image files of a folder by what a CSV calls them.
 
-    By name without suffix; empty where there is no such column.
+    Args:
+        folder: what paths are relative to.
+        files: that may be found.
     """
-    found: dict[str, str] = {}
-    for table in _csv_files(folder):
-        header = _header(table)
-        column = _first(names, header)
-        if column is not None and _first(IMAGE_COLUMNS, header):
-            found |= by_image(table, column)
-    return found
+
+    def __init__(self, folder: Path, files: Iterable[Path]) -> None:
+        self.folder, self.files = folder, tuple(files)
+        self.names = NameIndex(name_in(folder, file) for file in self.files)
+
+    def find(self, name: str, where: str) -> Path | None:
+        """Return the file of a row; see :meth:`sdq.image_files.NameIndex.find`."""
+        place = self.names.find(name, where)
+        return None if place is None else self.files[place]
 
 
-def _column(
-    folder: Path, tables: Iterable[Path], index: "_Index", names: Sequence[str]
+def column_by_file(
+    index: FileIndex, names: Sequence[str], tables: Iterable[Path] = ()
 ) -> dict[Path, str]:
-    """Return what each image has in the first such column of every CSV that names images."""
+    """Return what each image has in the first such column of every CSV that names images.
+
+    Args:
+        index: of the images; the CSV files of its folder are read.
+        names: of the column, any of them.
+        tables: to read besides.
+
+    Raises:
+        RequestError: a row's image may be several files.
+    """
     found: dict[Path, str] = {}
-    for path in {*_csv_files(folder), *tables}:
+    for path in dict.fromkeys((*_csv_files(index.folder), *tables)):
         header = _header(path)
         image, column = _first(IMAGE_COLUMNS, header), _first(names, header)
         if image and column:
@@ -212,43 +225,8 @@ def _column(
     return found
 
 
-@dataclass(frozen=True)
-class _Index:
-    folder: Path
-    by_path: dict[str, Path]  # relative, with suffix
-    by_stem: dict[str, list[Path]]
-
-    def find(self, name: str, where: str) -> Path | None:
-        """Return the file of a row: by its path in the folder, else by its name alone."""
-        if name in self.by_path:
-            return self.by_path[name]
-        files = self.by_stem.get(_stem(name), [])
-        if len(files) > 1:
-            raise RequestError(
-                f"{where}: image {name!r:.100} must be one file, got "
-                f"{', '.join(str(f.relative_to(self.folder)) for f in files[:3])}; "
-                "write the path inside the folder into the CSV"
-            )
-        return files[0] if files else None
-
-
-def _stem(name: str) -> str:
-    """Return the name of an image without folders, and without suffix if it is an image's."""
-    last = Path(name).name
-    return Path(last).stem if Path(last).suffix.lower() in SUFFIXES else last
-
-
-def _index(folder: Path) -> _Index:
-    by_path: dict[str, Path] = {}
-    by_stem: dict[str, list[Path]] = {}
-    for file in sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES):
-        by_path[file.relative_to(folder).as_posix()] = file
-        by_stem.setdefault(file.stem, []).append(file)
-    return _Index(folder, by_path, by_stem)
-
-
 def _table_rows(
-    table: Path, index: _Index, split: str, groups: Mapping[Path, str]
+    table: Path, index: FileIndex, split: str, groups: Mapping[Path, str]
 ) -> tuple[list[Row], list[str]]:
     """Return the rows of one CSV and its class names."""
     header, lines = _read_csv(table)

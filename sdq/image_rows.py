@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sdq.data import ArrayImages, DataOptions, Images, ImageSet, Splits, divide
 from sdq.errors import RequestError
-from sdq.image_files import SUFFIXES, FileImages, ImageFile, common_format
+from sdq.image_files import SUFFIXES, FileImages, ImageFile, common_format, name_in
 from sdq.mask_files import FileMasks, check_sizes
 
 EAGER_BYTES = 512 * 2**20
@@ -67,7 +67,7 @@ def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def build(
-    where: str,
+    folder: Path,
     rows: Sequence[Row],
     class_names: tuple[str, ...],
     options: DataOptions,
@@ -77,7 +77,7 @@ def build(
     """Turn rows into splits: decoded at once where they fit in EAGER_BYTES, else when asked for.
 
     Args:
-        where: of the set, for messages.
+        folder: of the set.
         rows: one an image.
         class_names: of the rows' labels.
         options: see :class:`sdq.data.DataOptions`.
@@ -88,9 +88,9 @@ def build(
         RequestError: no rows, or images or masks that do not go together.
     """
     if not rows:
-        raise RequestError(f"{where}: the set must have at least one image, got none; {LAYOUTS}")
+        raise RequestError(f"{folder}: the set must have at least one image, got none; {LAYOUTS}")
     files = [r.file for r in rows]
-    channels, size = common_format(where, files, options.image_size)
+    channels, size = common_format(str(folder), files, options.image_size)
     lazy = FileImages(tuple(files), channels, size, fit=options.image_size is not None)
     images, masks = _in_memory(lazy), None
     if foreground:
@@ -104,7 +104,7 @@ def build(
         images,
         torch.tensor([number[r.label] for r in rows]),
         torch.tensor([centre[r.centre] for r in rows]) if centre_names else None,
-        tuple(r.file.path.name for r in rows),
+        tuple(name_in(folder, r.file.path) for r in rows),
         masks,
     )
     if not any(r.split for r in rows):

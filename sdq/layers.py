@@ -31,8 +31,10 @@ class LayerSpec:
 
     Args:
         name: path in the network, e.g. ``layer1.0.conv1``.
-        kind: ``conv1d``, ``conv2d`` or ``linear``.
-        weight_shape: ``(K, C / groups, ...)``.
+        kind: ``conv1d``, ``conv2d``, ``conv_transpose1d``, ``conv_transpose2d`` or ``linear``; or
+            ``float`` for a module that was kept whole.
+        weight_shape: ``(K, C / groups, ...)``, of transposed convolutions too; ``(weights, 1)`` of
+            kind ``float``.
         in_shape: of one sample, without the batch.
         out_shape: of one sample, without the batch.
         macs: multiply-accumulates for one sample, over all the times the layer is called.

@@ -13,7 +13,7 @@ from pathlib import Path
 from sdq.data import DataOptions, Splits
 from sdq.errors import RequestError
 from sdq.image_files import SUFFIXES, ImageFile
-from sdq.image_folder import GROUP_COLUMNS, found_column
+from sdq.image_folder import GROUP_COLUMNS, FileIndex, column_by_file
 from sdq.image_rows import CENTRE_COLUMNS, LABEL_COLUMNS, SPLIT_NAMES, Row, build, sorted_names
 
 ENDINGS = ("", "_mask", "_segmentation", "_lesion")
@@ -32,19 +32,19 @@ def read_mask_folder(path: Path, options: DataOptions) -> Splits:
             values that are no class.
     """
     parts = [p for p in sorted(path.iterdir()) if p.name in SPLIT_NAMES and p.is_dir()]
+    images = {part: _files(part / "images") for part in parts or [path]}
+    index = FileIndex(path, (image for files in images.values() for image in files))
     splits, centres, groups, labels = (
-        found_column(path, names) for names in (("split",), CENTRE_COLUMNS, GROUP_COLUMNS,
-                                                LABEL_COLUMNS)
-    )  # fmt: skip
+        column_by_file(index, names)
+        for names in (("split",), CENTRE_COLUMNS, GROUP_COLUMNS, LABEL_COLUMNS)
+    )
     rows: list[Row] = []
-    for part in parts or [path]:
-        pairs = paired(str(part), _files(part / "images"), _files(part / "masks"))
-        for image, mask in pairs:
+    for part, files in images.items():
+        for image, mask in paired(str(part), files, _files(part / "masks")):
             split = SPLIT_NAMES.get(part.name, "") if parts else _split(path, image, splits)
-            stem = image.stem
             rows.append(
-                Row(ImageFile(image), labels.get(stem, ""), split, groups.get(stem, ""),
-                    centres.get(stem, ""), (mask,))
+                Row(ImageFile(image), labels.get(image, ""), split, groups.get(image, ""),
+                    centres.get(image, ""), (mask,))
             )  # fmt: skip
     names = sorted_names({row.label for row in rows})
     if "" in names and len(names) > 1:
@@ -53,7 +53,7 @@ def read_mask_folder(path: Path, options: DataOptions) -> Splits:
             f"{path}: every image must have a label in the CSV if one has, got none for {bare!r}; "
             "add its row"
         )
-    return build(str(path), rows, names, options, foreground=_classes(path))
+    return build(path, rows, names, options, foreground=_classes(path))
 
 
 def paired(where: str, images: Iterable[Path], masks: Iterable[Path]) -> list[tuple[Path, Path]]:
@@ -84,10 +84,10 @@ def _files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
 
 
-def _split(path: Path, image: Path, splits: Mapping[str, str]) -> str:
+def _split(path: Path, image: Path, splits: Mapping[Path, str]) -> str:
     if not splits:
         return ""
-    name = splits.get(image.stem, "").lower()
+    name = splits.get(image, "").lower()
     if name not in SPLIT_NAMES:
         raise RequestError(
             f"{path}: split of {image.name} must be train, val or test, got {name!r}; mend the "

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sdq.batches import Loader, pairs
 from sdq.errors import RunError
+from sdq.modes import evaluating
 
 
 @torch.no_grad()
@@ -20,13 +21,11 @@ def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
         RunError: an output is NaN or infinite.
     """
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     logits, labels = [], []
-    for x, y in pairs(loader):
-        logits.append(model(x.to(device)).float().cpu())
-        labels.append(y)
-    model.train(training)
+    with evaluating(model):
+        for x, y in pairs(loader):
+            logits.append(model(x.to(device)).float().cpu())
+            labels.append(y)
     found = torch.cat(logits)
     if not torch.isfinite(found).all():
         raise RunError(

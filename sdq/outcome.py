@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from sdq.batches import Loader, generator
 from sdq.config import TrainConfig
 from sdq.metrics import predict
+from sdq.modes import evaluating
 from sdq.task import task_of
 
 if TYPE_CHECKING:  # it imports half of torch: only who trains waits for it
@@ -82,10 +83,9 @@ def reestimate_statistics_(network: nn.Module, loader: Loader, batches: int) -> 
         loader = loader.unaugmented()
     if hasattr(loader, "set_epoch"):  # the same images whenever this is called
         loader.set_epoch(0)
-    training = network.training
     device = next(network.parameters()).device
-    update_bn(islice(loader, batches), _StatisticsOnly(network), device=device)
-    network.train(training)
+    with evaluating(network):  # but for batch normalisation, which torch trains and puts back
+        update_bn(islice(loader, batches), _StatisticsOnly(network), device=device)
 
 
 def ema_decay(decay: float, updates: int) -> float:

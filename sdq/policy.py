@@ -105,7 +105,10 @@ class BitwidthPolicy:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise KeyError(name)
+        raise RequestError(
+            f"policy: must have layer {name!r:.100}, got none; "
+            f"{nearest(name, [layer.name for layer in self.layers])}"
+        )
 
     @property
     def avg_weight_bits(self) -> float:

@@ -22,6 +22,7 @@ from sdq.calibration import calibrate_, in_float
 from sdq.config import PtqConfig
 from sdq.errors import RequestError
 from sdq.mid_rise import MidRiseQuantizer
+from sdq.modes import evaluating
 from sdq.outcome import reestimate_statistics_
 from sdq.policy import FLOAT_BITS, LayerBits
 from sdq.quant_model import QuantModel
@@ -139,13 +140,10 @@ def soft_labelled(
         images: ``(N, C, H, W)``.
         batch_size: of the batches.
     """
-    training, device = network.training, next(network.parameters()).device
-    network.eval()
-    try:
+    device = next(network.parameters()).device
+    with evaluating(network):
         answers = [(x, network(x.to(device))) for x in parts(images, batch_size)]
-        return [(x, task_of(logits).soft_labels(logits).cpu()) for x, logits in answers]
-    finally:
-        network.train(training)
+    return [(x, task_of(logits).soft_labels(logits).cpu()) for x, logits in answers]
 
 
 @torch.no_grad()
@@ -236,8 +234,9 @@ class _Reconstruction:
         groups = [{"params": [part.v for part in soft.values()], "lr": config.lr}]
         if config.act_lr:
             acts = self.qmodel.act_quantizers()
-            gains = [acts[path].gain.requires_grad_(True) for path in self.block.acts]
-            groups.append({"params": gains, "lr": config.act_lr})
+            # paths of one scale have one quantizer
+            gains = dict.fromkeys(acts[path].gain.requires_grad_(True) for path in self.block.acts)
+            groups.append({"params": list(gains), "lr": config.act_lr})
         optimizer = torch.optim.Adam([g for g in groups if g["params"]])
         rng = generator(config.seed, "rounding", index)
         channels = self.target.shape[1] if self.target.dim() > 1 else 1

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from sdq import act_points, batch_norm, graph, integer_bias, signs, tracing
 from sdq.channel_bits import SettledQuantizer
 from sdq.config import QuantConfig
-from sdq.errors import RequestError
+from sdq.errors import RequestError, nearest
 from sdq.layers import LayerSpec
 from sdq.learned_scale import ActQuantizer, WeightQuantizer
 from sdq.mid_rise import DorefaQuantizer, EntropyQuantizer
@@ -58,7 +58,17 @@ class QuantModel(nn.Module):
 
     def layer(self, name: str) -> nn.Module:
         """Return the Brevitas layer (a float layer where the policy says 32 bits)."""
-        return self.net.get_submodule(name)
+        return self.net.get_submodule(self.spec(name).name)
+
+    def spec(self, name: str) -> LayerSpec:
+        """Return what is known of a layer; RequestError if there is none of this name."""
+        for spec in self.layers:
+            if spec.name == name:
+                return spec
+        raise RequestError(
+            f"layer {name!r:.100}: must be one of the network's, but is none; "
+            f"{nearest(name, [spec.name for spec in self.layers])}"
+        )
 
     def weight(self, name: str) -> Tensor:
         """Return a layer's float master weight ``(K, ...)``."""
@@ -96,8 +106,7 @@ class QuantModel(nn.Module):
 
     def weight_config(self, name: str) -> QuantConfig:
         """Return the configuration as it holds for a layer's weight."""
-        spec = next(spec for spec in self.layers if spec.name == name)
-        return weight_config(self.config, spec, self.policy[name].searched)
+        return weight_config(self.config, self.spec(name), self.policy[name].searched)
 
     def set_weight_quantizer_(self, name: str, quantizer: nn.Module) -> None:
         """Let another module quantize a layer's weight (the search does this)."""

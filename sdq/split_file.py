@@ -1,10 +1,10 @@
 """``SPLIT.csv``: which image is whose, and in which part.
 
-One row an image. ``file`` is the name of its file, with or without folders and suffix; where the
-images are not files, ``index`` is its place: in the set before it was divided, or, of a set that
-has parts of its own, counted over train, val and test one after another. ``client`` names who has
-it; ``split`` is train, val or test, and may be missing where the set has parts of its own. Images
-without a row are left out.
+One row an image. ``file`` is the path of its file in the set's folder, or, if no other file has it,
+its name alone, with or without suffix; where the images are not files, ``index`` is its place: in
+the set before it was divided, or, of a set that has parts of its own, counted over train, val and
+test one after another. ``client`` names who has it; ``split`` is train, val or test, and may be
+missing where the set has parts of its own. Images without a row are left out.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ import torch
 from sdq.csv_file import lower_names, open_lines, rows_under
 from sdq.data import ImageSet, Splits
 from sdq.errors import RequestError
-from sdq.image_files import SUFFIXES
+from sdq.image_files import NameIndex
 from sdq.image_rows import SPLIT_NAMES, sorted_names
 
 PARTS = ("train", "val", "test")
@@ -35,17 +35,18 @@ def apply_split_file(path: Path, splits: Splits) -> Splits:
             f"{path}: must have the columns 'file' or 'index', and 'client', got "
             f"{', '.join(header):.200}; add them"
         )
-    places = _places(path, splits, key)
+    index, places = _places(path, splits, key)
     clients = sorted_names(row["client"] for row in rows if row.get("client"))
     taken: dict[tuple[str, int], int] = {}
     found: dict[str, list[tuple[str, int, int]]] = {part: [] for part in PARTS}
     for number, row in enumerate(rows, start=2):
         name = row.get(key, "")
-        place = places.get(_stem(name))
-        if place is None:
+        which = index.find(name, f"{path}: row {number}")
+        if which is None:
             raise RequestError(
                 f"{path}: row {number}: {key} must be of the data, got {name!r:.100}"
             )
+        place = places[which]
         if place in taken:
             raise RequestError(
                 f"{path}: row {number}: {name!r:.100} must have one row, got a second"
@@ -71,10 +72,10 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     return header, rows
 
 
-def _places(path: Path, splits: Splits, key: str) -> dict[str, tuple[str, int]]:
-    """Return part and place in it of every image, by its name or number."""
-    found: dict[str, tuple[str, int]] = {}
-    count = 0
+def _places(path: Path, splits: Splits, key: str) -> tuple[NameIndex, list[tuple[str, int]]]:
+    """Return what finds an image by its name or number, and part and place in it of each."""
+    found: list[tuple[str, int]] = []
+    called: list[str] = []
     for part in PARTS:
         images: ImageSet | None = getattr(splits, part)
         if images is None:
@@ -83,15 +84,9 @@ def _places(path: Path, splits: Splits, key: str) -> dict[str, tuple[str, int]]:
         if files is not (key == "file"):
             wanted = "file" if files else "index"
             raise RequestError(f"{path}: images must be named by {wanted!r}, got {key!r}")
-        names = images.names or tuple(str(count + i) for i in range(len(images)))
-        found |= {_stem(name): (part, i) for i, name in enumerate(names)}
-        count += len(images)
-    return found
-
-
-def _stem(name: str) -> str:
-    last = Path(name).name
-    return Path(last).stem if Path(last).suffix.lower() in SUFFIXES else last
+        called += images.names or [str(len(found) + i) for i in range(len(images))]
+        found += [(part, i) for i in range(len(images))]
+    return NameIndex(called), found
 
 
 def _part(path: Path, number: int, split: str | None, own: str) -> str:

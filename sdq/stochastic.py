@@ -124,7 +124,7 @@ class BitwidthParameters(nn.Module):
         self.register_buffer("top", top, persistent=False)
         self._share: Tensor | None = None
         self.levels: list[int] = self.level.tolist()
-        """``level`` as numbers, as of the last draw or move: no wait for the device."""
+        """``level`` as numbers, as of the last draw: no wait for the device."""
 
     def __len__(self) -> int:
         return len(self.choices)
@@ -155,7 +155,8 @@ class BitwidthParameters(nn.Module):
         """Return the log-odds of each unit's candidates against its lowest one.
 
         A candidate is reached through the steps below it, so its log-odds are their sum. Steps
-        above the active pair were dropped, with beta at the threshold or under it.
+        above the active pair were dropped, with beta at the threshold or under it, or were never
+        tried and are worth what they were taken for at the start.
         """
         sums = torch.cat([self.theta.new_zeros(len(self), 1), self.theta.cumsum(1)], dim=1)
         rows = sums.detach().tolist()
@@ -200,9 +201,9 @@ class BitwidthParameters(nn.Module):
         if rise_above is not None:  # a unit of one candidate is at its top
             up = (beta > rise_above) & (self.level < self.top) & ~down
         self.level += up.long() - down.long()
+        self._share = None
         entry = torch.where(up, -self.entry, self.entry)
         self._set_active_(torch.where(up | down, entry, self._active()))
-        self._share = None
 
     def _set_active_(self, log_odds: Tensor) -> None:
         self.theta.scatter_(1, (self.level - 1).clamp_min(0)[:, None], log_odds[:, None])
@@ -240,6 +241,7 @@ class StochasticWeightQuantizer(nn.Module):
     def forward(self, weight: Tensor) -> Quantized:
         """Quantize ``weight`` ``(K, ...)`` at the bitwidths drawn."""
         parameters = self._shared[0]
+        share = parameters.share()[self.units]  # first: it may draw, from pairs that have moved
         self._levels = [parameters.levels[u] for u in self.units]
         wanted = sorted({*self._levels, *(max(level - 1, 0) for level in self._levels)})
         outputs: dict[int, Quantized] = {k: self.candidates[k](weight) for k in wanted}
@@ -247,7 +249,6 @@ class StochasticWeightQuantizer(nn.Module):
         self._outputs = {k: (q[0].detach(), q[1].detach()) for k, q in outputs.items()}
         values = {k: q[0] for k, q in outputs.items()}
         upper = outputs[max(self._levels)]
-        share = parameters.share()[self.units]
         high, low = self._select(values, 0), self._select(values, 1)
         scales = {k: q[1] for k, q in outputs.items()}
         scale = upper[1] if len(self.units) == 1 else self._select(scales, 0)
@@ -310,8 +311,8 @@ class StochasticActQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Quantized:
         """Quantize ``x`` of any shape at the bitwidth drawn."""
         parameters = self._shared[0]
+        share = parameters.share()[self.unit]  # first: it may draw, from pairs that have moved
         level = parameters.levels[self.unit]
-        share = parameters.share()[self.unit]
         upper: Quantized = self.candidates[level](x)
         if not level:
             return upper

@@ -18,6 +18,7 @@ from sdq import losses, mask_metrics, metrics, segmentation
 from sdq.batches import Loader
 from sdq.data import TaskName
 from sdq.errors import RequestError
+from sdq.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,8 @@ class Task:
 
 def answer_to(network: nn.Module, sample: Tensor) -> Any:
     """Return a network's output in evaluation mode; RequestError if it does not take the sample."""
-    training = network.training
-    network.eval()
     try:
-        with torch.no_grad():
+        with evaluating(network), torch.no_grad():
             return network(sample)
     except Exception as error:  # the user's code may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -94,8 +93,6 @@ def answer_to(network: nn.Module, sample: Tensor) -> Any:
             f"model: must accept images of shape {tuple(sample.shape[1:])} (C, H, W), "
             f"but: {reason}; pass --image-size, or another model"
         ) from error
-    finally:
-        network.train(training)
 
 
 def _class_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -167,6 +164,11 @@ def task_of(logits: Any) -> Task:
         raise RequestError(
             f"network: must answer with one tensor of logits, got {type(logits).__name__}; wrap it "
             "in a module that returns the logits alone"
+        )
+    if logits.dim() not in (2, 4):
+        raise RequestError(
+            "network: must answer with logits (N, classes), or maps of them (N, C, H, W), got "
+            f"{tuple(logits.shape)}; wrap it in a module that returns such"
         )
     if logits.dim() == 2 and logits.shape[1] == 1:
         raise RequestError(

@@ -119,9 +119,17 @@ def test_several_limits_give_several_constraints() -> None:
     assert [c.limit for c in found] == [2.0, 400, 1e6]
 
 
-def test_average_bits_do_not_bind_where_nothing_is_searched() -> None:
+def test_average_bits_are_of_all_layers_where_nothing_is_searched() -> None:
+    """As the policy's own average is: a budget that pins make impossible is not passed over."""
     pinned = BitwidthPolicy((LayerBits("last", 8, 8, False, 80),))
-    assert Budget(avg_weight_bits=2.0).constraints(SearchSpace(LAYERS[3:], pinned, ())) == []
+    assert pinned.avg_weight_bits == 8.0
+    both = Budget(avg_weight_bits=2.0, avg_act_bits=2.0)
+    for constraint in both.constraints(SearchSpace(LAYERS[3:], pinned, ())):
+        assert constraint.fixed / constraint.divisor == 8.0
+        with pytest.raises(RequestError, match=r"must be at least 8"):
+            check_reachable([constraint])
+    enough = Budget(avg_weight_bits=8.0).constraints(SearchSpace(LAYERS[3:], pinned, ()))
+    check_reachable(enough)
 
 
 def test_a_budget_limits_something() -> None:

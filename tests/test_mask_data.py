@@ -214,7 +214,7 @@ def test_a_folder_with_parts_classes_and_a_table(tmp_path: Path) -> None:
     assert splits.class_names == ("first", "second")
     assert splits.label_names == ("x", "y")
     assert splits.centre_names == ("here", "there")
-    assert splits.train.names == ("train0.png", "train1.png", "train2.png")
+    assert splits.train.names == tuple(f"train/images/train{i}.png" for i in range(3))
     assert splits.train.labels.tolist() == [0, 1, 0]
     assert splits.test is not None
     assert splits.test.centres is not None
@@ -319,9 +319,9 @@ def test_ham10000_seg(tmp_path: Path) -> None:
     assert splits.class_names == ("lesion",)
     assert splits.label_names == ("mel", "nv")
     assert splits.centre_names == ("a", "b")
-    lesions = [{int(n[5]) // 2 for n in p.names} for p in (splits.train, splits.test) if p]
+    lesions = [{int(Path(n).stem[5]) // 2 for n in p.names} for p in (splits.train, splits.test) if p]
     assert not lesions[0] & lesions[1]
-    first = splits.train.names[0].partition(".")[0]
+    first = Path(splits.train.names[0]).stem
     with Image.open(folder / "masks" / f"{first}_segmentation.png") as mask:
         expected = torch.from_numpy(np.asarray(mask) // 255)
     assert torch.equal(the_masks(splits.train)[0, 0], expected)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from small_networks import NoisyNorm
 from torch import Tensor, nn
 
+import sdq
 from sdq.calibration import in_float
 from sdq.quant_model import QuantModel
 
@@ -163,3 +164,24 @@ def test_batch_norm_with_activation_keeps_it_when_frozen(
         assert qmodel.net.get_submodule("1").state_dict().keys() == net[1].state_dict().keys()
         double = copy.deepcopy(qmodel).double()  # its statistics go along
         assert double(images().double()).dtype == torch.float64
+
+
+def test_a_frozen_normalisation_stays_frozen() -> None:
+    """Whoever looks at a network in evaluation mode gives each module its own mode back."""
+
+    class Raises(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ArithmeticError
+
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 2))
+    network.train()[1].eval()
+    batches = [(torch.randn(4, 1, 6, 6), torch.tensor([0, 1, 0, 1]))]
+    sdq.evaluate(network, batches)
+    quantized = sdq.quantize(network, sample=batches[0][0][:1])
+    sdq.calibrate_(quantized, batches)
+    assert [m.training for m in network] == [True, False, True, True]
+    broken = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), Raises())
+    broken[1].eval()
+    with pytest.raises(ArithmeticError):
+        sdq.evaluate(broken, [(torch.zeros(1, 2), torch.zeros(1).long())])
+    assert [m.training for m in broken] == [True, False, True]

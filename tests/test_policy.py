@@ -50,7 +50,7 @@ def test_a_policy_is_a_sequence_of_layers() -> None:
     assert len(POLICY) == 4
     assert [layer.name for layer in POLICY] == ["conv1", "block.0.conv", "block.1.conv", "fc"]
     assert POLICY["block.1.conv"].weight_bits == 3
-    with pytest.raises(KeyError):
+    with pytest.raises(RequestError, match="policy: must have layer"):
         POLICY["conv9"]
 
 

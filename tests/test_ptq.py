@@ -293,6 +293,19 @@ def test_activation_scales_can_be_learned(quantized, images, config):
     assert sum(r.error for r in reports) < sum(r.error for r in ptq_(fixed, images, QUICK))
 
 
+def test_a_shared_activation_scale_is_learned_once(quantized, images, recwarn):
+    """Operands of an addition have one quantizer; stepped twice it would go twice as far."""
+    qmodel = quantized(4, act_bits=2, integer_datapath=True)
+    gains = [q.gain for q in qmodel.act_quantizers().values()]
+    assert len(set(gains)) < len(gains)
+    one_step = QUICK.replaced(act_lr=1e-2, steps=1)
+    ptq_(qmodel, images, one_step)
+    moved = torch.stack([(g.detach() - 1).abs().max() for g in set(gains)])
+    assert moved.max() > 0
+    assert moved.max() < 1.5e-2  # Adam's first step is the learning rate
+    assert not [w for w in recwarn if "duplicate" in str(w.message)]
+
+
 def test_no_images_are_refused(quantized, images):
     with pytest.raises(RequestError, match="images must be at least 1"):
         ptq_(quantized(), images[:0])

@@ -16,6 +16,7 @@ from sdq.apply_policy import apply_policy_
 from sdq.calibration import calibrate_
 from sdq.checkpoint import load_tensors
 from sdq.config import QuantConfig
+from sdq.errors import RequestError
 from sdq.learned_scale import ActQuantizer
 from sdq.models import resnet20
 from sdq.quant_model import QuantModel, quantize
@@ -579,3 +580,10 @@ def test_the_published_checkpoint_loads_exactly(real_root: Path) -> None:
     qmodel = quantize(net, sample=torch.zeros(1, 3, 32, 32))
     for b in qmodel.policy:
         assert torch.equal(qmodel.weight(b.name), tensors[f"{b.name}.weight"])
+
+
+def test_a_layer_of_another_name_is_refused(toy: Callable[..., nn.Module]) -> None:
+    qmodel = quantize(toy(), QuantConfig(), sample=torch.zeros(1, 1, 8, 8))
+    for ask in (qmodel.layer, qmodel.weight, qmodel.weight_config):
+        with pytest.raises(RequestError, match=r"layer 'hiden': must be one of.*'hidden'"):
+            ask("hiden")

@@ -129,6 +129,19 @@ def test_a_training_draw_is_exactly_one_of_the_two_quantized_weights() -> None:
     assert set(seen) == {0.0, 1.0}
 
 
+def test_a_pass_after_a_move_has_the_new_pair() -> None:
+    """Also if nobody has drawn since: bitwidths and share are of the same pair."""
+    w = weight()
+    found, bits = layer(w)
+    set_beta_(bits, 0.01)
+    bits.draw_()
+    bits.move_(decay_below=0.05, rise_above=None)
+    assert int(bits.level) == 1
+    values = found(w)[0]
+    higher = float(bits.share().detach())
+    assert torch.equal(values, found.candidates[1 if higher else 0](w)[0])
+
+
 def test_interpolation_mixes_in_the_proportion_of_beta() -> None:
     w = weight()
     found, bits = layer(w, mixing="interpolate")

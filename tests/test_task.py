@@ -106,6 +106,9 @@ def test_answers_and_labels_that_are_none(refuses) -> None:
         task_of((torch.zeros(2, 3),))
     with refuses("network: must answer with a logit for each of 2 classes or more, got one"):
         task_of(torch.zeros(2, 1))
+    for shape in ((6,), (2, 5, 3), (1, 2, 3, 4, 5)):
+        with refuses(f"logits (N, classes), or maps of them (N, C, H, W), got {shape}"):
+            task_of(torch.zeros(shape))
     logits = torch.randn(4, 3)
     loss = task_of(logits).loss
     soft = torch.rand(4, 3).softmax(1)

@@ -117,8 +117,10 @@ def export_run(
     folder = RunFolder.open(run)
     qmodel = inp.load_quantized(folder)
     if check:
-        accepted = [check_run(folder, qmodel, x, quiet=quiet, json_=json_) for x in formats]
-        raise typer.Exit(0 if all(accepted) else 2)
+        found = [check_run(folder, qmodel, name, quiet=quiet) for name in formats]
+        if json_:
+            show_json(found[0] if len(found) == 1 else {"exports": found})
+        raise typer.Exit(0 if all(one["accepted"] for one in found) else 2)
     sample = torch.zeros(1, *folder.read_json("run.json")["data"]["image_shape"])
     for name in formats:  # all of them before the first is written
         refuse(name, export.check(qmodel, format=name, sample=sample))
@@ -194,18 +196,16 @@ def _folder_of(name: str, run: Path, out: Path | None, *, alone: bool) -> Path:
 
 
 def check_run(
-    folder: RunFolder, qmodel: QuantModel, format_: str, *, quiet: bool, json_: bool
-) -> bool:
-    """Print what a format cannot take in a run's network; return whether it takes it."""
+    folder: RunFolder, qmodel: QuantModel, format_: str, *, quiet: bool
+) -> dict[str, Any]:
+    """Print what a format cannot take in a run's network; return it as JSON values."""
     sample = torch.zeros(1, *folder.read_json("run.json")["data"]["image_shape"])
     findings = [f.to_json() for f in export.check(qmodel, format=format_, sample=sample)]
     if findings:
         show_table(f"{format_} cannot take {folder.path}", findings, quiet=quiet)
     elif not quiet:
         print(f"{format_} takes {folder.path} as it is")
-    if json_:
-        show_json({"format": format_, "accepted": not findings, "findings": findings})
-    return not findings
+    return {"format": format_, "accepted": not findings, "findings": findings}
 
 
 def write_and_verify(

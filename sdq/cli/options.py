@@ -73,7 +73,7 @@ DataRoot = Annotated[
     typer.Option(envvar="SDQ_DATA", help="Folder that holds the data sets read by name."),
 ]
 Out = Annotated[Path, typer.Option(help="Run folder to write; must be new or empty.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 Devices = Annotated[
     int, typer.Option(min=1, help="GPUs, or processes on a CPU; each takes its share of a batch.")

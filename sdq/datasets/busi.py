@@ -39,7 +39,7 @@ def load(options: DataOptions) -> Splits:
             f"busi: no 'busi_128.npz', 'busi.npz' or folder {FOLDER!r} in {str(root)!r}; put one "
             "of them there"
         )
-    return build(str(folder), _rows(folder), LABEL_NAMES, options, foreground=CLASS_NAMES)
+    return build(folder, _rows(folder), LABEL_NAMES, options, foreground=CLASS_NAMES)
 
 
 def _rows(folder: Path) -> list[Row]:

@@ -52,14 +52,14 @@ def _read_tar(path: Path, options: DataOptions) -> Splits:
                 row = _row(PurePosixPath(member.name))
                 stream = archive.extractfile(member) if row is not None else None
                 if row is not None and stream is not None:
-                    rows.append(replace(row, file=ImageFile(row.file.path, stream.read())))
+                    rows.append(replace(row, file=ImageFile(path / row.file.path, stream.read())))
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise RequestError(
             f"{path}: must be a complete .tar.gz archive, got {type(error).__name__}: {error}; "
             "copy it again"
         ) from error
     rows.sort(key=lambda r: (r.split, r.label, r.file.path.name))  # as the folder is read
-    return build(str(path), rows, sorted_names(r.label for r in rows), options)
+    return build(path, rows, sorted_names(r.label for r in rows), options)
 
 
 def _row(name: PurePosixPath) -> Row | None:
@@ -67,4 +67,6 @@ def _row(name: PurePosixPath) -> Row | None:
     if len(name.parts) < 3 or name.suffix.lower() not in SUFFIXES or name.name.startswith("."):
         return None
     split, label = name.parts[-3:-1]
-    return Row(ImageFile(Path(name)), label, split) if split in ("train", "test") else None
+    return (
+        Row(ImageFile(Path(*name.parts[-3:])), label, split) if split in ("train", "test") else None
+    )

@@ -16,7 +16,7 @@ from sdq.data import DataOptions, Splits
 from sdq.datasets.ham10000 import TABLES
 from sdq.errors import RequestError
 from sdq.image_files import SUFFIXES, ImageFile
-from sdq.image_folder import by_image, find_table, found_column
+from sdq.image_folder import FileIndex, by_image, column_by_file, find_table
 from sdq.image_rows import CENTRE_COLUMNS, Row, build, sorted_names
 from sdq.mask_folder import paired
 
@@ -33,9 +33,9 @@ def load(options: DataOptions) -> Splits:
     folder = options.rooted("ham10000_seg") / "ham10000"
     table = find_table("ham10000_seg", folder, TABLES)
     labels, groups = by_image(table, "dx"), by_image(table, "lesion_id")
-    centres = found_column(folder, CENTRE_COLUMNS)
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
     images = [f for f in files if f.stem in labels]
+    centres = column_by_file(FileIndex(folder, images), CENTRE_COLUMNS)
     masks = [f for f in files if f.stem.endswith(ENDING)]
     if len(images) < len(labels):
         missing = sorted(set(labels) - {f.stem for f in images})[0]
@@ -45,9 +45,9 @@ def load(options: DataOptions) -> Splits:
         )
     rows = [
         Row(ImageFile(image), labels[image.stem], "", groups.get(image.stem, ""),
-            centres.get(image.stem, ""), (mask,))
+            centres.get(image, ""), (mask,))
         for image, mask in paired("ham10000_seg", images, masks)
     ]  # fmt: skip
     names = sorted_names(labels.values())
-    splits = build(str(folder), rows, names, options, foreground=CLASS_NAMES)
+    splits = build(folder, rows, names, options, foreground=CLASS_NAMES)
     return replace(splits, vertical_flip=True)

@@ -33,5 +33,5 @@ def load(options: DataOptions) -> Splits:
             "unpacked PH2Dataset there"
         )
     rows = [Row(ImageFile(i), "", masks=(m,)) for i, m in paired("ph2", images, masks)]
-    splits = build(str(folder), rows, (), options, foreground=CLASS_NAMES)
+    splits = build(folder, rows, (), options, foreground=CLASS_NAMES)
     return replace(splits, vertical_flip=True)

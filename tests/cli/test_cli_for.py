@@ -106,6 +106,14 @@ def test_check_says_all_at_once(sdq, gated, tmp_path):
     assert not (gated / "export").exists()
 
 
+def test_check_of_several_formats_is_one_document(sdq, gated):
+    done = sdq(f"export {gated} --format qonnx,finn --check --json --quiet")
+    assert done.code == 2
+    found = {one["format"]: one["accepted"] for one in done.json["exports"]}
+    assert found == {"qonnx": True, "finn": False}
+    assert len(done.out.splitlines()) == 1
+
+
 def test_an_export_without_check_refuses_with_the_same(sdq, gated, tmp_path):
     findings = sdq(f"export {gated} --format finn --check --json --quiet").json["findings"]
     done = sdq(f"export {gated} --format finn --out {tmp_path / 'x'}")

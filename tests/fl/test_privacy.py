@@ -172,6 +172,14 @@ def test_nodes_need_secret_noise(tiny: Make) -> None:
     )
     with pytest.raises(RequestError, match=r"privacy.noise: must be 'secret' between nodes"):
         apps._check_apart(setting)
+    counts_alone = Setting.of(
+        tiny(), fl.method("fedavg"), config().replaced(privacy=None), num_classes=3,
+        image_shape=(1, 6, 6),
+    )  # fmt: skip
+    with pytest.raises(
+        RequestError, match=r"count_epsilon: must stand with privacy.noise 'secret'"
+    ):
+        apps._check_apart(counts_alone)
 
 
 def test_a_round_that_is_repeated_counts_twice(

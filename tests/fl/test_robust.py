@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fl
 from fl.record import Failure, Record, Reply, Request
-from fl.robust import Aggregation, robust_mean
+from fl.robust import Aggregation, robust_mean, too_large
 from fl.rounds import RoundReport, Rounds
 from fl.run import InProcess
 from fl.setting import Setting
@@ -121,6 +121,15 @@ def test_a_scaled_update_is_named(
     assert "its change of the model has a norm of" in reason
     assert "is accepted (max_update_ratio 20)" in reason
     assert all(t.abs().max() < 10 for n, t in model.items() if "num_batches" not in n)
+
+
+@pytest.mark.parametrize("images", [{}, {0: 0.0, 1: 0.0, 2: 0.0}, {0: 0.0, 1: 0.0, 2: 5.0}])
+def test_counts_of_zero_switch_nothing_off(images: dict[int, float]) -> None:
+    """Counts that are told with noise may all be 0."""
+    sent = {k: {"w": torch.ones(3)} for k in range(3)}
+    moved = {0: 1.1, 1: 101.0, 2: 1.1}
+    replies = [Reply(k, Record({"model": {"w": torch.full((3,), v)}})) for k, v in moved.items()]
+    assert [f.client for f in too_large(replies, sent, images, ["w"], 20.0)] == [1]
 
 
 @pytest.mark.parametrize("count", [2, 3])
