@@ -319,7 +319,9 @@ def test_ham10000_seg(tmp_path: Path) -> None:
     assert splits.class_names == ("lesion",)
     assert splits.label_names == ("mel", "nv")
     assert splits.centre_names == ("a", "b")
-    lesions = [{int(Path(n).stem[5]) // 2 for n in p.names} for p in (splits.train, splits.test) if p]
+    lesions = [
+        {int(Path(n).stem[5]) // 2 for n in p.names} for p in (splits.train, splits.test) if p
+    ]
     assert not lesions[0] & lesions[1]
     first = Path(splits.train.names[0]).stem
     with Image.open(folder / "masks" / f"{first}_segmentation.png") as mask:
