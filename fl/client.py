@@ -3,7 +3,6 @@
 Whoever carries the messages (the rounds in this process, or Flower) calls :func:`try_answer`.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -165,11 +164,14 @@ def _put_own_model(
 ) -> None:
     """Add the client's own model as it was measured, if clients are to keep theirs.
 
-    Of one that pools others there are only their figures, and none of its own.
+    Of one that pools others there are only their figures, and none of its own; with privacy there
+    are no figures.
     """
     keeps = setting.config.keep_clients or request.kind == "own"
-    if keeps and "evaluations" in values:
-        own = {} if data.pooled else values["evaluations"].get(str(request.client), {})
+    private = setting.config.privacy is not None and request.record.values.get("evaluate")
+    if keeps and (private or "evaluations" in values):
+        told = values.get("evaluations", {})
+        own = {} if data.pooled else told.get(str(request.client), {})
         figures = {part: primary(views) for part, views in own.items()}
         model = setting.method.personal(setting.network)
         number = min(request.round + 1, setting.config.rounds)  # adapting is after the last
@@ -289,12 +291,3 @@ def _evaluate(setting: Setting, data: ClientData, counts: Tensor) -> dict[str, A
                 setting.network, views, batches, counts, adjust=setting.config.adjust
             )
     return found
-
-
-def share_of_clients(num_clients: int, participation: float) -> int:
-    """Return how many clients a round asks: at least one, and no fewer than the share.
-
-    >>> share_of_clients(10, 0.25)
-    3
-    """
-    return max(1, min(num_clients, math.ceil(num_clients * participation - 1e-9)))

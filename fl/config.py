@@ -1,5 +1,6 @@
 """What does not depend on the method: rounds, local training, participation, evaluation."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -10,6 +11,7 @@ from fl.privacy import PrivacyConfig
 from fl.robust import Aggregation
 from fl.state import BatchNormPolicy
 from sdq.config import Config, Seed
+from sdq.errors import RequestError
 
 Optimizer = Literal["sgd", "adam", "adamw"]
 Sampling = Literal["all", "balanced"]
@@ -104,3 +106,27 @@ class FederationConfig(Config):
         if self.lr_decay_every is not None:
             times += round // self.lr_decay_every
         return self.lr * self.lr_decay**times
+
+    def check_number(self, num_clients: int) -> None:
+        """Raise RequestError where a federation of so many clients can have no round."""
+        asked = share_of_clients(num_clients, self.participation)
+        if self.min_replies > asked:
+            raise RequestError(
+                f"min_replies: must be at most {asked}, as many as a round asks of {num_clients} "
+                f"with participation {self.participation:g}, got {self.min_replies}; lower it, or "
+                "ask more"
+            )
+        if self.aggregation.startswith("trimmed_mean") and asked < 3:
+            raise RequestError(
+                f"aggregation: trimmed_mean must have 3 clients or more in a round, got {asked}, "
+                "and would cut off none; use median, or ask more"
+            )
+
+
+def share_of_clients(num_clients: int, participation: float) -> int:
+    """Return how many clients a round asks: at least one, and no fewer than the share.
+
+    >>> share_of_clients(10, 0.25)
+    3
+    """
+    return max(1, min(num_clients, math.ceil(num_clients * participation - 1e-9)))

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from fl.messages import TYPES, packed, unpacked
 from fl.opening import Opening
-from fl.record import Failure, Record, Reply, Request
+from fl.record import Failure, Record, Reply, Request, Unreached
 from fl.setting import Setting
 
 HELLO_SECONDS = 60.0
@@ -75,7 +75,7 @@ class GridTransport:
         for request in requests:
             node = self._node(request.client)
             if isinstance(node, str):
-                yield Failure(request.client, node)
+                yield Unreached(request.client, node)
                 continue
             values = {"round": request.round, **self._place()}
             record = Record(request.record.tensors, {**request.record.values, **values})

@@ -106,6 +106,11 @@ class Failure:
     reason: str
 
 
+@dataclass(frozen=True)
+class Unreached(Failure):
+    """The failure of a client that nothing was sent to."""
+
+
 def save(path: Path, record: Record) -> None:
     """Write a record to one safetensors file, atomically; the values go to its header as JSON.
 

@@ -28,7 +28,8 @@ class Aggregation:
 
     Args:
         kind: ``mean``, weighted; ``median``; ``trimmed_mean``.
-        share: of ``trimmed_mean``: the part of the clients that is cut off at either end.
+        share: of ``trimmed_mean``: the part of the clients that is cut off at either end, see
+            :func:`robust_mean`.
     """
 
     kind: Literal["mean", "median", "trimmed_mean"]
@@ -59,7 +60,8 @@ def robust_mean(
     """Return the median or trimmed mean of tensors by name.
 
     Of an even number of clients the median is the mean of the two in the middle. ``trimmed_mean``
-    cuts off ``int(share * clients)`` at either end. Tensors that are not floating-point are the
+    cuts off ``int(share * clients)`` at either end, but at least one of three clients or more: with
+    none cut off it would be the plain mean. Tensors that are not floating-point are the
     median, the lower of two.
 
     Args:
@@ -69,7 +71,9 @@ def robust_mean(
     """
     found: Tensors = {}
     count = len(states)
-    cut = (count - 1) // 2 if rule.kind == "median" else int(rule.share * count)
+    most = (count - 1) // 2
+    # as decimals have it: 0.29 of 100 are 29
+    cut = most if rule.kind == "median" else min(most, max(1, int(rule.share * count + 1e-9)))
     for name, first in states[0].items():
         values = torch.stack([s[name] for s in states])  # (clients, ...)
         if not first.is_floating_point():

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from fl.channel import ServerEnd
-from fl.client import share_of_clients
+from fl.config import share_of_clients
 from fl.evaluation import specialization
 from fl.method import Server, pools_images
 from fl.privacy import privatised
@@ -24,6 +24,7 @@ from fl.record import (
     Reply,
     Request,
     Tensors,
+    Unreached,
     misfit,
     no_number,
     not_finite,
@@ -72,8 +73,14 @@ class RoundReport:
     sat_out: list[Failure] = field(default_factory=list)
     train_loss: float | None = None
     bytes_up: int = 0
-    bytes_down: int = 0
+    sent: dict[int, int] = field(default_factory=dict)
+    """Bytes that were sent, by client."""
     evaluations: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def bytes_down(self) -> int:
+        """Return what was sent to all clients."""
+        return sum(self.sent.values())
 
     def summary(self) -> dict[str, Any]:
         """Return it as JSON has it, without the clients' metrics."""
@@ -136,9 +143,17 @@ class Rounds:
         Raises:
             RunError: no client told any.
         """
+        failures = self._introduce(range(self.server.num_clients))
+        if not self.server.counts:
+            raise RunError(f"federation: some client must have images, got none: {_why(failures)}")
+        self.setting.method.start_server(self.server)
+        self.server.told = {}
+        return sorted(failures, key=lambda f: f.client)
+
+    def _introduce(self, clients: Iterable[int]) -> list[Failure]:
+        """Take what clients tell before they train; return those that tell nothing usable."""
         failures = []
-        everyone = range(self.server.num_clients)
-        requests = (Request("counts", k, 0, Record()) for k in everyone)
+        requests = (Request("counts", k, 0, Record()) for k in clients)
         for answer in self._ask("counts", requests):
             if isinstance(answer, Failure):
                 failures.append(answer)
@@ -148,11 +163,7 @@ class Rounds:
                 counts = torch.tensor(answer.record.values["class_counts"], dtype=torch.float32)
                 self.server.counts[answer.client] = counts
                 self.server.told[answer.client] = answer.record
-        if not self.server.counts:
-            raise RunError(f"federation: some client must have images, got none: {_why(failures)}")
-        self.setting.method.start_server(self.server)
-        self.server.told = {}
-        return sorted(failures, key=lambda f: f.client)
+        return failures
 
     def sample(self) -> list[int]:
         """Return the clients this round asks, ascending."""
@@ -169,11 +180,16 @@ class Rounds:
         """
         server = self.server
         report = RoundReport(server.round, self.sample())
+        if late := [k for k in report.asked if k not in server.counts]:
+            self._introduce(late)  # who is not there now is left out of the round, and named there
+            server.told = {}  # what methods make of it they have made
         replies: list[Reply] = []
         requests = self.requests("train", report.asked, report, evaluate=evaluate)
         for answer in self._ask("train", requests):
             if isinstance(answer, Reply):
                 report.bytes_up += answer.record.num_bytes()
+            if isinstance(answer, Unreached):
+                del report.sent[answer.client]
             checked = answer if isinstance(answer, Failure) else self._checked(answer)
             if isinstance(checked, Failure):
                 report.failures.append(checked)
@@ -266,7 +282,7 @@ class Rounds:
             request = self.end.packed(Request(kind, client, server.round, record))
             if report is not None:
                 self._sent[client] = state
-                report.bytes_down += request.record.num_bytes()
+                report.sent[client] = request.record.num_bytes()
             yield request
 
     def _ask(self, kind: Kind, requests: Iterable[Request]) -> Iterator[Reply | Failure]:

@@ -64,6 +64,7 @@ class Federated:
     bytes_up: int
     bytes_down: int
     privacy: dict[str, Any] | None
+    whole: bool = True
 
     @property
     def failures(self) -> list[dict[str, Any]]:
@@ -256,6 +257,7 @@ class Run:
         watch: Watcher | None,
         hear: Listener | None,
     ) -> None:
+        setting.config.check_number(num_clients)
         self.setting, self.folder, self.watch = setting, folder, watch
         self.test, self.val = _with_images(test), _with_images(val)
         own, references = (
@@ -288,10 +290,10 @@ class Run:
             if due:
                 self._evaluate(report, summary, last=number == total)
             self.history.append(summary)
+            if self.watch:  # before the state: a round that is repeated replaces its record
+                self.watch(summary)
             if self.folder is not None:
                 self._save(self.folder)
-            if self.watch:
-                self.watch(summary)
         chosen = self.history[self.best["round"] - 1]
         return Federated(
             state={
@@ -307,6 +309,7 @@ class Run:
             bytes_up=sum(r["bytes_up"] for r in self.history),
             bytes_down=sum(r["bytes_down"] for r in self.history),
             privacy=self._spent(),
+            whole="generalization" in chosen,
         )
 
     def _spent(self) -> dict[str, Any] | None:

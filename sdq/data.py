@@ -180,6 +180,32 @@ class Splits:
             task="classification", label_names=(),
         )  # fmt: skip
 
+    def numbered(self, class_names: tuple[str, ...]) -> "Splits":
+        """Return the same images with their classes numbered as in ``class_names``.
+
+        A folder numbers the classes that it happens to have; where one network learns from several
+        sets, a class must have one number in all.
+
+        Raises:
+            RequestError: a class of the set is not among them; or, of segmentation, they differ.
+        """
+        unknown = [name for name in self.class_names if name not in class_names]
+        masks_differ = self.task == "segmentation" and self.class_names != class_names
+        if unknown or masks_differ:
+            raise RequestError(
+                f"classes: must be {', '.join(class_names):.200}, got "
+                f"{', '.join(self.class_names):.200}; name them alike in all sets"
+            )
+        if self.task == "segmentation":
+            return self
+        number = torch.tensor([class_names.index(name) for name in self.class_names])
+        train, val, test = (
+            None if p is None else replace(p, labels=number[p.labels])
+            for p in (self.train, self.val, self.test)
+        )
+        assert train is not None
+        return replace(self, train=train, val=val, test=test, class_names=class_names)
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """``(C, H, W)``."""

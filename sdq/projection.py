@@ -186,6 +186,12 @@ class _Program:
                 continue
             most = constraint.cost(self._extreme(constraint, costs))
             bits = sorted({b for choices in constraint.choices for b in choices})
+            if not bits:
+                raise RequestError(
+                    f"budget: {constraint.name} must be at least {least:.10g}, as no layer's bits "
+                    f"are searched, got {constraint.limit:.10g}; raise the budget, or pin fewer "
+                    "layers (first and last have --first-last-bits)"
+                )
             raise RequestError(
                 f"budget: {constraint.name} must be at least {least:.10g} with bit choices "
                 f"{','.join(map(str, bits))} (reachable {least:.10g} to {most:.10g}), got "

@@ -126,7 +126,7 @@ def test_average_bits_are_of_all_layers_where_nothing_is_searched() -> None:
     both = Budget(avg_weight_bits=2.0, avg_act_bits=2.0)
     for constraint in both.constraints(SearchSpace(LAYERS[3:], pinned, ())):
         assert constraint.fixed / constraint.divisor == 8.0
-        with pytest.raises(RequestError, match=r"must be at least 8"):
+        with pytest.raises(RequestError, match=r"must be at least 8, as no layer's bits are"):
             check_reachable([constraint])
     enough = Budget(avg_weight_bits=8.0).constraints(SearchSpace(LAYERS[3:], pinned, ()))
     check_reachable(enough)

@@ -28,6 +28,27 @@ OPTIONS = DataOptions()
 RNG = np.random.default_rng(0)
 
 
+# -------------------------------------------------------------------------------------- classes
+
+
+def test_classes_are_numbered_by_their_names(refuses: Callable[..., Any]) -> None:
+    pixels = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1)
+    own = ImageSet(ArrayImages(pixels), torch.tensor([0, 1, 1, 0]))
+    hospital = Splits(own, None, own.subset(torch.tensor([1])), ("mel", "nv"))
+    found = hospital.numbered(("bcc", "nv", "mel"))
+    assert found.class_names == ("bcc", "nv", "mel")
+    assert found.train.labels.tolist() == [2, 1, 1, 2]
+    assert found.test is not None
+    assert found.test.labels.tolist() == [1]
+    assert hospital.numbered(("mel", "nv")).train.labels.tolist() == [0, 1, 1, 0]
+    with refuses("classes: must be bcc, nv, got mel, nv; name them alike in all sets"):
+        hospital.numbered(("bcc", "nv"))
+    maps = Splits(own, None, None, ("lesion",), task="segmentation")
+    assert maps.numbered(("lesion",)) is maps
+    with refuses("classes: must be gland, lesion, got lesion"):
+        maps.numbered(("gland", "lesion"))
+
+
 # --------------------------------------------------------------------------------------- divide
 
 

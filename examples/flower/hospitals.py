@@ -26,6 +26,7 @@ from sdq.batches import generator
 from sdq.config import QuantConfig
 from sdq.cost import Budget
 from sdq.data import DataOptions, open_data
+from sdq.errors import RequestError
 
 
 def open_setting(config: Values) -> Setting | PhaseSettings:
@@ -56,6 +57,17 @@ def open_setting(config: Values) -> Setting | PhaseSettings:
     )  # fmt: skip
 
 
+def class_names(config: Values) -> tuple[str, ...]:
+    """Return the names of the classes in the order of their numbers; empty where none are given."""
+    names = tuple(name.strip() for name in str(config["class-names"]).split(",") if name.strip())
+    if names and len(set(names)) != int(config["classes"]):
+        raise RequestError(
+            f"class-names: must be {config['classes']} different names, as many as classes, got "
+            f"{', '.join(names)}; set classes to as many"
+        )
+    return names
+
+
 def budgets(config: Values) -> dict[int, ClientBudget]:
     """Return the budgets of hospitals that have their own."""
     asked = [part.split(":") for part in str(config["client-bits"]).split(",") if part]
@@ -67,7 +79,7 @@ def open_federation(config: Values) -> Federation:
     setting = open_setting(config)
     run = None
     if config["out"]:
-        names = [f"class {number}" for number in range(setting.num_classes)]
+        names = class_names(config) or [f"class {n}" for n in range(setting.num_classes)]
         run = open_run(Path(config["out"]), Description(setting, config["model"], names))
     return Federation(
         setting, int(config["clients"]), round_seconds=float(config["round-seconds"]), run=run,
@@ -81,7 +93,14 @@ def open_hospital(number: int, config: Values, node: Values) -> Hospital:
     if "data" in node:
         # a hospital may lack a class that others have
         own = str(node["data"])
-        splits = open_data(own, DataOptions(seed=seed), every_class=False)
+        names = class_names(config)
+        if not names:
+            raise RequestError(
+                "class-names: must be in the run's configuration where hospitals have data of "
+                "their own, or each would number the classes that it has; add "
+                'class-names="bcc,mel,nv"'
+            )
+        splits = open_data(own, DataOptions(seed=seed), every_class=False).numbered(names)
         images = fl.ClientData(f"hospital {number}", splits.train, splits.val, splits.test)
         described = Description(setting, config["model"], splits.class_names, own, splits)
     else:

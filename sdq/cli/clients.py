@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fl.clients import Partition, clients_of
-from fl.method import ClientData
+from fl.method import ClientData, Supervision
 from fl.supervision import parsed, weakened
 from sdq.data import Splits
 from sdq.errors import RequestError
@@ -52,7 +52,13 @@ class ClientRequest:
 
 
 def of_client(
-    splits: Splits, *, number: int, clients: str | None, partition: str | None, seed: int
+    splits: Splits,
+    *,
+    number: int,
+    clients: str | None,
+    partition: str | None,
+    seed: int,
+    supervision: Supervision = "pixel",
 ) -> Splits:
     """Return one client's images of a set, as ``sdq federate`` divided it.
 
@@ -62,8 +68,10 @@ def of_client(
         clients: as ``--clients`` was.
         partition: as ``--partition`` was.
         seed: of the division.
+        supervision: what it knows of its training images.
     """
     own = ClientRequest.of(clients, partition).divide(splits, seed)[number]
+    own = weakened(own, supervision, len(splits.class_names), seed)
     return replace(splits, train=own.train, val=own.val, test=own.test)
 
 

@@ -10,8 +10,7 @@ from torch import nn
 
 import fl
 from fl import results
-from fl.client import share_of_clients
-from fl.config import FederationConfig
+from fl.config import FederationConfig, share_of_clients
 from fl.evaluation import MAIN
 from fl.method import ClientData, Method
 from fl.personal import Personal
@@ -26,6 +25,7 @@ from sdq.cli.federation_progress import FederationWatch
 from sdq.cli.plotting import draw_plots
 from sdq.cli.report import write_report
 from sdq.config import Config
+from sdq.errors import RequestError
 from sdq.run_folder import RunFolder
 from sdq.task import evaluate
 
@@ -58,6 +58,7 @@ class Federation:
             RequestError: something is wrong with the request.
         """
         check_federation(method, self.clients)
+        self.config.check_number(len(method.arrange(self.clients)))
         if self.bits is not None:
             found = self.learning(method).check()
             return {f"{method.name}, {phase}": setting for phase, setting in found.items()}
@@ -127,8 +128,15 @@ def _hyper_parameters(config: Config) -> dict[str, Any]:
 def _run_one(run: RunFolder, method: Method, federation: Federation) -> dict[str, Any]:
     """Run one method and write what came of it."""
     inputs, config, clients = federation.inputs, federation.config, federation.clients
+    described = inputs.describe()
+    before = run.read_json("run.json").get("data", {}).get("fingerprint")
+    if before not in (None, described["fingerprint"]):
+        raise RequestError(
+            f"{run.path}: data must be as when the run began, but other images are there now; "
+            "bring them back, or start in a new folder"
+        )
     run.update(
-        data=inputs.describe(), model=federation.described, seed=config.seed,
+        data=described, model=federation.described, seed=config.seed,
         methods=[method.name], **results.of_method(method),
         command=options.command_line(),
         clients=describe_clients(clients, federation.inputs.splits),
@@ -164,7 +172,9 @@ def _run_one(run: RunFolder, method: Method, federation: Federation) -> dict[str
         )  # fmt: skip
     run.write_tensors("model.safetensors", done.state)
     metrics = results.metrics(done, measured)
-    if method.has_server_model and (inputs.splits.test or inputs.splits.val) is not None:
+    if method.has_server_model and not done.whole:
+        run.update(server_model=False)
+    elif method.has_server_model and (inputs.splits.test or inputs.splits.val) is not None:
         result = copy.deepcopy(federation.network)  # the next method starts from the same
         result.load_state_dict(done.state)
         metrics = {"float": evaluate(result, inputs.held_out()), **metrics}
@@ -188,7 +198,8 @@ def _of_client(
         own, data = clients[number], document["request"]["data"]
         splits = inputs.splits
         if not own.pooled:  # else its images are everyone's
-            data = {**data, "client": {**federation.division, "number": number}}
+            known = {} if own.supervision == "pixel" else {"supervision": own.supervision}
+            data = {**data, "client": {**federation.division, "number": number, **known}}
             splits = replace(splits, train=own.train, val=own.val, test=own.test)
         return run.path / "clients" / names[number], {
             "request": {**document["request"], "data": data},

@@ -282,9 +282,12 @@ def _as_recorded(reference: str, splits: Splits, recorded: dict[str, Any]) -> Sp
             f"{reference}: images must be {before} (C, H, W) as in the run, "
             f"got {splits.image_shape}; {repair}"
         )
-    if len(splits.class_names) != len(recorded["class_names"]):
+    names = tuple(recorded["class_names"])
+    if task == "classification" and set(splits.class_names) <= set(names):
+        splits = splits.numbered(names)  # it may have them in another order, or not all
+    if len(splits.class_names) != len(names):
         raise RequestError(
-            f"{reference}: must have the run's {len(recorded['class_names'])} classes, "
+            f"{reference}: must have the run's {len(names)} classes, "
             f"got {len(splits.class_names)}; give data with the same classes"
         )
     return splits
@@ -386,8 +389,8 @@ def _check_one_model(run: RunFolder, document: dict[str, Any]) -> None:
         )
     if document.get("server_model") is False:
         raise RequestError(
-            f"{run.path}: the run must have a server's model, but its method keeps every client's "
-            "apart; run another method"
+            f"{run.path}: the run must have a server's model, but parts of every client's stay "
+            "with it; run another method, or give a client's (clients/NAME, with --keep-clients)"
         )
 
 

@@ -32,6 +32,7 @@ from sdq.cli.report import write_report
 from sdq.cli.teacher import TeacherRequest, open_teacher
 from sdq.cli.train import summary
 from sdq.config import PtqConfig, SearchConfig
+from sdq.data import check_masks
 from sdq.errors import RequestError
 from sdq.finetune import finetune_
 from sdq.metrics import predict
@@ -142,6 +143,8 @@ def prepare(source: Source, plan: Plan) -> QuantModel:
     """
     network, inputs = source.network, source.inputs
     inputs.task.check_logits(network, inputs.sample, len(inputs.splits.class_names))
+    if plan.ptq is None and inputs.splits.task == "segmentation":
+        check_masks("data: train", inputs.splits.train, len(inputs.splits.class_names))
     qmodel = quantize_model(network, plan.quant, sample=inputs.sample)
     if plan.target is not None:
         legal = layers_on_target(qmodel, plan.target)

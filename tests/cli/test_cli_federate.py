@@ -136,7 +136,7 @@ def test_the_table_compares_the_methods(sdq, home, command, tmp_path):
         f"quantize --from {tmp_path}/r/local --data {home}/d.npz --bits 2 --out {tmp_path}/q"
     )
     assert refused.code == 2
-    assert "must have a server's model, but its method keeps every client's apart" in refused.err
+    assert "must have a server's model, but parts of every client's stay with it" in refused.err
 
 
 def test_centralized_names_the_worst_of_those_it_pools(sdq, command, tmp_path):
@@ -389,3 +389,50 @@ def test_few_bytes_and_privacy_are_in_the_metrics(sdq, command, tmp_path):
     assert "privacy" not in found["float"]
     assert found["private"]["privacy"]["rounds"] == 2
     assert found["private"]["privacy"]["epsilon"] == pytest.approx(6.57, abs=0.2)
+
+
+def test_other_images_are_not_gone_on_with(sdq, command, home, tmp_path):
+    """A run that was interrupted goes on with the images it began with, or not at all."""
+    arrays = dict(np.load(home / "d.npz"))
+    np.savez(tmp_path / "d.npz", **arrays)
+    again = command.replace(f"{home}/d.npz", f"{tmp_path}/d.npz")
+    run = tmp_path / "r"
+    assert sdq(f"{again} --clients 2 --method fedavg,fedper --out {run}").code == 0
+    document = json.loads((run / "fedper" / "run.json").read_text())
+    for folder in (run, run / "fedper"):
+        known = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps({**known, "status": "running"}))
+    np.savez(tmp_path / "d.npz", **{**arrays, "train_images": 255 - arrays["train_images"]})
+    refused = sdq(f"{again} --clients 2 --method fedavg,fedper --out {run} --resume")
+    assert refused.code == 2
+    assert "data must be as when the run began, but other images are there now" in refused.err
+    kept = json.loads((run / "fedper" / "run.json").read_text())
+    assert kept["data"]["fingerprint"] == document["data"]["fingerprint"]
+
+
+def test_a_model_of_which_parts_stay_with_the_clients_has_no_figures(sdq, command, home, tmp_path):
+    (tmp_path / "apart.json").write_text(json.dumps({"federation": {"assemble": False}}))
+    run = tmp_path / "r"
+    options = f"--clients 3 --method fedper --config {tmp_path}/apart.json"
+    done = sdq(f"{command} {options} --keep-clients --out {run}")
+    assert done.code == 0, done.err
+    assert done.json["metrics"]["generalization"] is None
+    assert "float" not in done.json["metrics"]
+    refused = sdq(f"evaluate {run}")
+    assert refused.code == 2
+    assert "parts of every client's stay with it" in refused.err
+    assert sdq(f"evaluate {run}/clients/client_1").code == 0
+    assert sdq(f"report {run} --quiet").code == 0
+
+
+def test_clients_keep_their_models_with_privacy(sdq, command, home, tmp_path):
+    private = {"noise_from": "client", "clip": 1.0, "noise_multiplier": 0.1}
+    federation = {"privacy": private, "count_epsilon": 1.0, "batch_norm": "local_all"}
+    (tmp_path / "private.json").write_text(json.dumps({"federation": federation}))
+    run = tmp_path / "r"
+    done = sdq(f"{command} --clients 3 --config {tmp_path}/private.json --keep-clients --out {run}")
+    assert done.code == 0, done.err
+    assert sorted(p.name for p in (run / "clients").iterdir()) == [f"client_{k}" for k in range(3)]
+    own = json.loads((run / "clients" / "client_0" / "metrics.json").read_text())
+    assert "float" not in own  # figures would say something of the images
+    assert sdq(f"evaluate {run}/clients/client_0").code == 0

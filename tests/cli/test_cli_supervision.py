@@ -129,3 +129,22 @@ def test_supervision_is_of_masks(sdq, tmp_path):
     )
     assert found.code == 2
     assert "--supervision: data must have masks, got classification" in found.err
+
+
+def test_who_has_no_masks_does_not_train_on_them_later(sdq, command, tmp_path):
+    """Bits of a client's own model are not learned from masks that it was said not to have."""
+    run = tmp_path / "run"
+    done = sdq(
+        f"{command} --method fedmix_seg --supervision pixel,box,none --keep-clients --out {run}"
+    )
+    assert done.code == 0, done.err
+    weak = run / "clients" / "client_2"
+    data = command.partition("--data ")[2].split()[0]
+    start = f"quantize --from {weak} --data {data} --bits 8"
+    refused = sdq(f"{start} --epochs 1 --out {tmp_path}/q")
+    assert refused.code == 2
+    assert "train must have a mask an image, got none" in refused.err
+    assert not (tmp_path / "q").exists()
+    assert sdq(f"evaluate {weak}").code == 0
+    after = sdq(f"{start} --ptq --ptq-steps 2 --out {tmp_path}/p")
+    assert after.code == 0, after.err

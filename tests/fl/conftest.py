@@ -52,8 +52,9 @@ class Deployment:
     def __init__(self, home: Path, secure: bool, hospitals: int, **config: Any) -> None:
         self.home, self.secure, self.hospitals = home, secure, hospitals
         self.config: dict[str, Any] = {
-            "method": "ditto", "model": "mlp", "classes": 3, "image-shape": "1,8,8",
-            "clients": hospitals, "rounds": 2, "batch-size": 8, "round-seconds": 300,
+            "method": "ditto", "model": "mlp", "classes": 3, "class-names": "a,b,c",
+            "image-shape": "1,8,8", "clients": hospitals, "rounds": 2, "batch-size": 8,
+            "round-seconds": 300,
             "hyper": "{}", "local-epochs": 1, "lr": 0.001, "participation": 1.0, "seed": 0,
             "keep-clients": True, "bits": 0.0, "act-bits": 4, "search-rounds": 1, "tune-rounds": 1,
             "client-bits": "", **config,
@@ -78,7 +79,10 @@ class Deployment:
         )
 
     def _write_hospital(self, number: int) -> None:
-        """Write images of three classes; every second hospital has none of the third."""
+        """Write images of three classes; every second hospital has none of the third.
+
+        And numbers the two that it has the other way round.
+        """
         rng = np.random.default_rng(number)
         arrays = {}
         for part, count in (("train", 24), ("test", 12)):
@@ -86,8 +90,10 @@ class Deployment:
             images = rng.integers(0, 120, (count, 8, 8), dtype=np.uint8)
             images[labels == 0, :4] += 100
             images[labels == 1, 4:] += 100
-            arrays |= {f"{part}_images": images, f"{part}_labels": labels}
-        np.savez(self.home / f"{number}.npz", class_names=np.array(list("abc")), **arrays)
+            own = 1 - labels if number % 2 else labels
+            arrays |= {f"{part}_images": images, f"{part}_labels": own}
+        names = np.array(list("ba" if number % 2 else "abc"))
+        np.savez(self.home / f"{number}.npz", class_names=names, **arrays)
 
     # --- processes
 
@@ -209,6 +215,7 @@ class Deployment:
         found = []
         for k in range(self.hospitals):
             splits = open_data(str(self.home / f"{k}.npz"), DataOptions(), every_class=False)
+            splits = splits.numbered(("a", "b", "c"))
             found.append(fl.ClientData(f"hospital {k}", splits.train, splits.val, splits.test))
         return found
 

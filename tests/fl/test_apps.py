@@ -139,6 +139,9 @@ def test_a_node_that_answers_nothing_is_left_out(tiny: Make, hospitals: Clients)
     assert done.history[0]["replied"] == [0, 2]
     reason = "no node says that it is this client; there are nodes of [0, 2]"
     assert failures(done) == [(1, reason)] * 3
+    # what was sent to the two, and nothing to the third
+    everyone = Case(tiny, hospitals(), "fedavg", participation=1.0).run()
+    assert 3 * done.bytes_down == 2 * everyone.bytes_down
 
 
 def test_a_node_that_dies_in_mid_round_is_named(tiny: Make, hospitals: Clients) -> None:

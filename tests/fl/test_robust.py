@@ -38,6 +38,9 @@ def test_against_numpy_and_scipy(count: int) -> None:
     median = robust_mean(states, MEDIAN)["w"]
     np.testing.assert_allclose(median, np.median(values, 0), rtol=1e-6)
     trimmed = robust_mean(states, TRIMMED)["w"]
+    if count in (3, 4):  # at least one at either end is cut off
+        np.testing.assert_allclose(trimmed, np.sort(values, 0)[1:-1].mean(0), rtol=1e-6)
+        return
     np.testing.assert_allclose(trimmed, scipy.stats.trim_mean(values, 0.2, 0), rtol=1e-6)
 
 
@@ -121,6 +124,14 @@ def test_a_scaled_update_is_named(
     assert "its change of the model has a norm of" in reason
     assert "is accepted (max_update_ratio 20)" in reason
     assert all(t.abs().max() < 10 for n, t in model.items() if "num_batches" not in n)
+
+
+@pytest.mark.parametrize(("share", "count", "cut"), [(0.29, 100, 29), (0.2, 4, 1), (0.49, 5, 2)])
+def test_how_many_are_cut_off(share: float, count: int, cut: int) -> None:
+    states = [{"w": torch.tensor([0.0])}] * (count - cut) + [{"w": torch.tensor([1e6])}] * cut
+    assert float(robust_mean(states, Aggregation("trimmed_mean", share))["w"]) == 0
+    one_more = [*states[1:], {"w": torch.tensor([1e6])}]
+    assert float(robust_mean(one_more, Aggregation("trimmed_mean", share))["w"]) > 0
 
 
 @pytest.mark.parametrize("images", [{}, {0: 0.0, 1: 0.0, 2: 0.0}, {0: 0.0, 1: 0.0, 2: 5.0}])

@@ -1,7 +1,7 @@
 """Rounds: what goes wrong is named and left out; who is away; what is selected; wrappers."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from fl.method import (
 )
 from fl.methods.fedavg import FedAvg
 from fl.network import Network, Outputs
-from fl.record import Record, Reply, Request, misfit
+from fl.record import Failure, Record, Reply, Request, misfit
 from fl.rounds import Rounds
 from fl.run import InProcess
 from fl.setting import Setting
@@ -423,3 +423,81 @@ def test_a_client_that_fails_only_in_the_last_evaluation(tiny: Make, hospitals: 
     assert [f["client"] for f in found.history[0]["failures"]] == [1]
     assert found.specialization is not None
     assert set(found.specialization["clients"]) == {"0", "2"}
+
+
+class Late(InProcess):
+    """Client 2 is there from the second round on."""
+
+    def ask(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
+        for request in requests:
+            if request.client == 2 and (request.kind == "counts" or not request.round):
+                early = request.kind == "train" or not self.begun
+                if early:
+                    yield Failure(2, "not there yet")
+                    continue
+            yield from super().ask([request])
+
+    begun = False
+
+
+def test_who_comes_later_is_counted_from_then_on(tiny: Make, hospitals: Clients) -> None:
+    """FedNPR-Per's head is the mean of those that stay with the clients, by their images."""
+    method, clients = fl.method("fednpr_per"), hospitals()
+    setting = Setting.of(tiny(), method, QUICK, num_classes=3, image_shape=(1, 6, 6))
+    transport = Late(setting, clients, Store())
+    rounds = Rounds(setting, transport, 3)
+    assert [f.client for f in rounds.begin()] == [2]
+    report = rounds.round(evaluate=False)
+    assert (report.replied, [f.client for f in report.failures]) == ([0, 1], [2])
+    assert sorted(rounds.server.counts) == [0, 1]
+    transport.begun = True
+    assert rounds.round(evaluate=False).replied == [0, 1, 2]
+    assert sorted(rounds.server.counts) == [0, 1, 2]
+    assert (
+        rounds.server.all_counts.tolist()
+        == sum(torch.bincount(c.train.labels, minlength=3) for c in clients).tolist()
+    )  # type: ignore[union-attr]
+    assert rounds.load_model_()
+    (head,) = (n for n in setting.names(up=False) if n.startswith("model.") and "weight" in n)
+    sizes = torch.tensor([len(c.train) for c in clients]).double()
+    kept = torch.stack([transport.store[k].model[head] for k in range(3)]).double()
+    expected = (kept * (sizes / sizes.sum()).view(-1, 1, 1)).sum(0)
+    found = setting.network.state_dict()[head]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_round_is_told_of_before_it_is_kept(
+    tiny: Make, hospitals: Clients, tmp_path: Path
+) -> None:
+    """Killed in between, it is told of again, and not for good of no round."""
+    told: list[int] = []
+
+    def watch(summary: dict[str, Any]) -> None:
+        told.append(summary["round"])
+        if told == [0, 1]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(tiny(), hospitals(), folder=tmp_path, watch=watch)
+    go(tiny(), hospitals(), folder=tmp_path, watch=watch)
+    assert told == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"min_replies": 4}, "min_replies: must be at most 3"),
+        ({"min_replies": 3, "participation": 0.5}, "must be at most 2, as many as a round asks"),
+        ({"aggregation": "trimmed_mean:0.2", "participation": 0.5}, "3 clients or more in a round"),
+    ],
+)
+def test_what_no_round_can_be_is_refused_at_once(
+    tiny: Make, hospitals: Clients, over: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        go(tiny(), hospitals(), config=QUICK.replaced(**over))
+
+
+def test_a_model_that_is_not_whole_says_so(tiny: Make, hospitals: Clients) -> None:
+    assert go(tiny(), hospitals(), method="fedper").whole
+    assert not go(tiny(), hospitals(), method="fedper", config=QUICK.replaced(assemble=False)).whole
