@@ -4,13 +4,14 @@ import argparse
 import shlex
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sdq.batches import generator
+from sdq.batches import first_weights, generator
 from sdq.data import ImageSet, Splits
 from sdq.plugins import call_with_known, load
 
@@ -39,8 +40,7 @@ def untrained(name: str, splits: Splits, seed: int, **sizes: Any) -> nn.Module:
 
     ``sizes`` are for models that take them.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(generator(seed, "weights").initial_seed())
+    with first_weights(seed):
         network: nn.Module = call_with_known(
             load("sdq.models", name).build, num_classes=len(splits.class_names),
             in_channels=splits.image_shape[0], image_size=splits.image_shape[-1], **sizes,
@@ -69,10 +69,10 @@ def command() -> str:
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float], digits: int = 4) -> str:
     """Return mean ± standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def resident(field: str) -> int:

@@ -49,10 +49,9 @@ from fl.evaluation import primary
 from fl.method import ClientData
 from sdq.batches import Augmentation, Batches, Normalization
 from sdq.checkpoint import load_tensors, save_tensors
-from sdq.cli.ptq import SEARCH_EPOCHS, SEARCH_METHOD
 from sdq.data import DataOptions, ImageSet, Splits, open_data
 from sdq.metrics import agreement, classification_metrics, predict
-from sdq.ptq import soft_labelled
+from sdq.ptq import search_config, search_method, soft_labelled
 
 ROWS = (
     "float", "float_more", "sdq", "uniform", "uniform_above", "one_client", "small_client",
@@ -211,7 +210,7 @@ class Bench:
         return [self.learned(self.federated(policy=policy, quant=self.fixed_acts))]
 
     def row_ptq(self) -> list[dict[str, Any]]:
-        return self.after_training(self.fixed_acts, SEARCH_METHOD)
+        return self.after_training(self.fixed_acts, search_method())
 
     def row_ptq_learned(self) -> list[dict[str, Any]]:
         return self.after_training(self.quant, "sdq")
@@ -233,7 +232,7 @@ class Bench:
         sdq.calibrate_(qmodel, data)
         policy = sdq.search(
             qmodel, data, budget=self.budget(self.options.bits), teacher=network, method=method,
-            config=sdq.SearchConfig(train_weights=False, seed=self.seed, epochs=SEARCH_EPOCHS),
+            config=search_config(sdq.SearchConfig(seed=self.seed)),
         )  # fmt: skip
         sdq.apply_policy_(qmodel, policy)
         return qmodel, images

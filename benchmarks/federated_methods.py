@@ -19,7 +19,6 @@ stopped.
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,7 +31,7 @@ from torch import nn
 
 import fl
 from fl.clients import Partition, clients_of
-from sdq.batches import Augmentation, Normalization, generator
+from sdq.batches import Augmentation, Normalization, first_weights
 from sdq.data import DataOptions, Splits, open_data
 from sdq.errors import RequestError
 from sdq.plugins import names
@@ -151,8 +150,7 @@ class Bench:
         if options.model not in SMALL:
             found = _reports.untrained(options.model, self.splits, self.seed)
             return found.to(options.device)
-        with torch.random.fork_rng():
-            torch.manual_seed(generator(self.seed, "weights").initial_seed())
+        with first_weights(self.seed):
             widths = [int(width) for width in options.widths.split(",")]
             found = small_cnn(self.classes, self.channels, widths, options.model)
         return found.to(options.device)
@@ -297,10 +295,7 @@ def cells(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
 def percent(values: Sequence[float | None]) -> str:
     """Return mean ± standard deviation in %, or nothing where nothing is known."""
     known = [100 * v for v in values if v is not None]
-    if not known:
-        return ""
-    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
-    return f"{statistics.mean(known):.1f} ± {deviation:.1f}"
+    return _reports.spread(known, digits=1) if known else ""
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ import fl
 from fl.method import Supervision
 from fl.partition import in_shares
 from fl.supervision import parsed, weakened
-from sdq.batches import Augmentation, generator
+from sdq.batches import Augmentation, first_weights
 from sdq.data import DataOptions, ImageSet, open_data
 from sdq.models.unet import UNet
 
@@ -112,8 +112,7 @@ class Bench:
         return clients
 
     def network(self) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(generator(self.seed, "weights").initial_seed())
+        with first_weights(self.seed):
             found = UNet(self.classes, self.channels, self.options.width)
         return found.to(self.options.device)
 
@@ -231,8 +230,7 @@ def cells(rows: list[dict[str, Any]], base: dict[int, float]) -> str:
     found = []
     for metric in METRICS:
         values = [figure(row, metric) * (1 if metric == "hd95" else 100) for row in rows]
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        found.append(f"{statistics.mean(values):.1f} ± {deviation:.1f}")
+        found.append(_reports.spread(values, digits=1))
     beyond = (100 * (figure(r, "dice") - base[r["seed"]]) for r in rows if r["seed"] in base)
     found.append(", ".join(f"{value:+.1f}" for value in beyond))
     parts = [(row["server"] or row["own"])["clients"] for row in rows]

@@ -23,10 +23,10 @@ from torch import Tensor
 import sdq
 from sdq.cli import inputs as inp
 from sdq.cli.option_groups import SourceOptions
-from sdq.cli.ptq import SEARCH_BATCH, calibration_images
+from sdq.cli.ptq import calibration_images
 from sdq.cli.quantize import Source, open_source
 from sdq.metrics import agreement, classification_metrics, predict
-from sdq.ptq import soft_labelled
+from sdq.ptq import search_config, soft_labelled
 
 
 def open_seed(options: argparse.Namespace, seed: int) -> Source:
@@ -42,7 +42,7 @@ def run_seed(options: argparse.Namespace, seed: int, done: list[dict[str, Any]])
     network = source.network.eval()
     config = sdq.PtqConfig(images=options.images, steps=options.steps, seed=seed)
     images = calibration_images(source.inputs, config.images)
-    data = soft_labelled(network, images, SEARCH_BATCH)
+    data = soft_labelled(network, images)
     held_out = list(source.inputs.held_out())
     wanted, labels = predict(network, held_out)
     of = {"data": options.data, "model": source.described["reference"], "seed": seed}
@@ -72,7 +72,7 @@ def run_seed(options: argparse.Namespace, seed: int, done: list[dict[str, Any]])
             quant = sdq.QuantConfig(act_bits=options.act_bits)
             qmodel = sdq.quantize(network, quant, sample=source.inputs.sample)
             sdq.calibrate_(qmodel, data)
-            searching = sdq.SearchConfig(train_weights=False, epochs=12, seed=seed)
+            searching = search_config(sdq.SearchConfig(seed=seed))
             start = clock()
             policy = sdq.search(
                 qmodel, data, budget=sdq.Budget(avg_weight_bits=bits), teacher=network,
@@ -128,7 +128,6 @@ def write_table(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None
     for group, found in groups.items():
         data, model, act, bits, method, steps = group
         values = [r["accuracy"] for r in found]
-        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         lost = statistics.mean(100 * (base[key(r)[:3]] - r["accuracy"]) for r in found)
         means = [
             statistics.mean(r[k] for r in found) for k in ("agreement", "search_s", "rounding_s")
@@ -139,10 +138,10 @@ def write_table(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None
             rounding = f"learned, {steps} steps" if steps else "nearest"
             cells = [data, model, f"W{bits:g}A{act}", rounding, method]
         seeds = ",".join(str(r["seed"]) for r in found)
-        cells += [seeds, f"{statistics.mean(values):.4f}{spread}", f"{lost:.2f}"]
+        cells += [seeds, _reports.spread(values), f"{lost:.2f}"]
         cells += [f"{means[0]:.4f}", f"{means[1]:.0f}", f"{means[2]:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    options.table.write_text("\n".join(lines) + "\n")
+    _reports.write(options.table, lines)
 
 
 def main() -> None:
@@ -155,7 +154,7 @@ def main() -> None:
     parser.add_argument("--std")
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--act-bits", type=int, default=8)
-    parser.add_argument("--methods", default="uniform,hessian")
+    parser.add_argument("--methods", default="uniform,sensitivity")
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--steps", type=int, default=sdq.PtqConfig().steps)
     parser.add_argument("--seeds", default="0,1,2")

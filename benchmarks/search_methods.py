@@ -28,7 +28,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import sdq
-from sdq.batches import Augmentation, Batches, Normalization, generator
+from sdq.batches import Augmentation, Batches, Normalization, first_weights
 from sdq.checkpoint import load_tensors, save_tensors
 from sdq.data import DataOptions, Splits, open_data
 from sdq.parallel import open_fabric
@@ -102,8 +102,7 @@ class Bench:
         self.network = self.float_network()
 
     def float_network(self) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(generator(self.seed, "weights").initial_seed())
+        with first_weights(self.seed):
             network: nn.Module = load("sdq.models", self.options.model).build(self.classes)
         file = self.options.out / f"float-{self.seed}.safetensors"
         if not file.exists():

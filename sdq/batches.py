@@ -6,6 +6,7 @@ resumes at an epoch sees exactly what an undisturbed run would have seen.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,17 @@ def generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
         mixed = (mixed ^ value) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
         mixed ^= mixed >> 29
     return torch.Generator().manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
+
+
+@contextmanager
+def first_weights(seed: int) -> Iterator[None]:
+    """Let a network that is built within have the weights that follow from a seed.
+
+    The caller's generator is left alone. Everything that is compared starts so.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(generator(seed, "weights").initial_seed())
+        yield
 
 
 def balanced_indices(labels: Tensor, count: int, rng: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sdq.batches import generator, parts
 from sdq.blocks import Block, split
 from sdq.calibration import calibrate_, in_float
-from sdq.config import PtqConfig
+from sdq.config import Granularity, PtqConfig, SearchConfig
 from sdq.errors import RequestError
 from sdq.mid_rise import MidRiseQuantizer
 from sdq.modes import evaluating
@@ -29,6 +29,12 @@ from sdq.quant_model import QuantModel
 from sdq.rounding import SoftRounding, annealed_beta, rounding_regularizer
 from sdq.task import task_of
 from sdq.train import StepReport, Watcher
+
+SEARCH_BATCH = 32
+"""Images a step of a search: a few hundred images have few steps otherwise."""
+
+SEARCH_EPOCHS = 12
+"""Of a search by gradient: 200 steps with 512 images."""
 
 CHUNK = 64
 """Images that pass through a block at a time where nothing is learned."""
@@ -126,9 +132,26 @@ def check_ptq(qmodel: QuantModel, config: PtqConfig) -> None:
             )
 
 
+def search_method(granularity: Granularity = "layer", *, learn_act_bits: bool = False) -> str:
+    """Return the search method whose bits are best after training.
+
+    ``sensitivity`` comes nearer to the float network than ``hessian``, ``greedy`` and uniform bits
+    (docs/method.md). It knows layers only: for single channels it is ``hessian``, for bits of
+    activations ``sdq``.
+    """
+    if learn_act_bits:
+        return "sdq"
+    return "hessian" if granularity == "channel" else "sensitivity"
+
+
+def search_config(config: SearchConfig | None = None) -> SearchConfig:
+    """Return a search's configuration as it is after training: weights are left as they are."""
+    return (config or SearchConfig()).replaced(train_weights=False, epochs=SEARCH_EPOCHS)
+
+
 @torch.no_grad()
 def soft_labelled(
-    network: nn.Module, images: Tensor, batch_size: int = 32
+    network: nn.Module, images: Tensor, batch_size: int = SEARCH_BATCH
 ) -> list[tuple[Tensor, Tensor]]:
     """Return images as batches with a float network's probabilities for labels.
 

@@ -73,10 +73,10 @@ class SearchProblem:
     def images(self, count: int) -> Iterator[Tensor]:
         """Return the first so many images of the loader, by batch ``(N, C, H, W)``."""
         for images, _ in self.batches(count):
-            if count <= 0:
-                return
             yield images[:count]
             count -= len(images)
+            if count <= 0:  # before another batch is read
+                return
 
     def weight(self, layer: int) -> Tensor:
         """Return the float weight ``(K, ...)`` of a layer, by index."""

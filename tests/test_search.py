@@ -114,9 +114,11 @@ def test_a_network_with_nothing_to_search_keeps_its_policy(
 ) -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
     qmodel = quantize(net, sample=sample)
-    policy = search(qmodel, batches(), budget=Budget(avg_weight_bits=2.0), config=QUICK)
+    policy = search(qmodel, batches(), budget=Budget(avg_weight_bits=8.0), config=QUICK)
     assert policy == qmodel.policy
     assert search(qmodel, batches(), budget=Budget(weight_bytes=1e6), config=QUICK) == policy
+    with pytest.raises(RequestError, match="must be at least 8, as no layer's bits are searched"):
+        search(qmodel, batches(), budget=Budget(avg_weight_bits=2.0), config=QUICK)
 
 
 def test_a_single_choice_leaves_nothing_to_learn(

@@ -240,10 +240,12 @@ def test_the_identity_does_not_depend_on_the_order_of_its_keys(
 ) -> None:
     file = tmp_path / "c.safetensors"
     saved(toy, file, {"seed": 0, "data": "a"})
+    steps: list[object] = []
     train_(
-        toy(), augmented(), TrainConfig(epochs=1),
+        toy(), augmented(), TrainConfig(epochs=1), watch=steps.append,
         checkpoint=Checkpoint(file, {"data": "a", "seed": 0}),
     )  # fmt: skip
+    assert not steps  # the epoch was done, and is not done again
 
 
 def test_a_checkpoint_of_another_network_is_refused(

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import sdq
 from benchmarks.toolkits._job import Answer, Job
-from sdq.cli.ptq import SEARCH_METHOD
-from sdq.ptq import soft_labelled
+from sdq.ptq import search_method, soft_labelled
 
 REQUIRES: tuple[str, ...] = ()
-SEARCH = {"ptq": SEARCH_METHOD, "qat": "sdq"}
+SEARCH = {"ptq": search_method(), "qat": "sdq"}
 """What ``sdq quantize`` takes with and without ``--ptq``."""
 
 

@@ -12,8 +12,6 @@ taken up again, and with ``keep-clients`` its own model as a run folder.
 import json
 from pathlib import Path
 
-import torch
-
 import fl
 from fl.apps import Federation, Hospital, Values, client_app, server_app
 from fl.bits import ClientBudget, PhasesConfig
@@ -22,7 +20,7 @@ from fl.phase_settings import PhaseSettings
 from fl.results import Description, open_run
 from fl.setting import Setting
 from sdq import plugins
-from sdq.batches import generator
+from sdq.batches import first_weights
 from sdq.config import QuantConfig
 from sdq.cost import Budget
 from sdq.data import DataOptions, open_data
@@ -33,8 +31,7 @@ def open_setting(config: Values) -> Setting | PhaseSettings:
     """Return what server and hospitals have in common; with ``bits`` that of all phases."""
     channels, height, width = (int(side) for side in str(config["image-shape"]).split(","))
     seed, classes = int(config["seed"]), int(config["classes"])
-    with torch.random.fork_rng():
-        torch.manual_seed(generator(seed, "weights").initial_seed())
+    with first_weights(seed):
         build = plugins.load("sdq.models", config["model"]).build
         offered = {"num_classes": classes, "in_channels": channels, "image_size": height}
         model = plugins.call_with_known(build, **offered)

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from torch import nn
 
@@ -13,8 +12,9 @@ from fl.compression import CompressionConfig
 from fl.config import FederationConfig, Sampling, Select
 from fl.config import Optimizer as OptimizerKind
 from fl.losses import LossConfig, LossName
+from fl.setting import centred
 from fl.state import BatchNormPolicy
-from sdq.batches import Normalization, generator
+from sdq.batches import first_weights
 from sdq.cli import completion, options
 from sdq.cli import inputs as inp
 from sdq.cli.clients import ClientRequest, supervised
@@ -316,14 +316,12 @@ def _open_inputs(request: inp.DataRequest) -> inp.Inputs:
     inputs = inp.open_inputs(request)
     if request.mean is not None:
         return inputs
-    half = (0.5,) * inputs.splits.image_shape[0]
-    return replace(inputs, normalization=Normalization(half, half))
+    return replace(inputs, normalization=centred(inputs.splits.image_shape[0]))
 
 
 def _network(model: str, weights: Path | None, inputs: inp.Inputs, seed: int) -> nn.Module:
     classes = len(inputs.splits.class_names)
-    with torch.random.fork_rng():
-        torch.manual_seed(generator(seed, "weights").initial_seed())
+    with first_weights(seed):
         network = inp.build_model(model, inputs.splits.image_shape, classes)
     if weights is not None:
         network = inp.load_float_file(model, weights, inputs)

@@ -171,7 +171,7 @@ SearchMethod = Annotated[
     str,
     typer.Option(
         help="How the bitwidths are chosen: sdq, or what it is compared with "
-        "(see `sdq list search_methods`).",
+        "(see `sdq list search_methods`); with --ptq sensitivity, unless given.",
         autocompletion=completion.of("sdq.search_methods"),
     ),
 ]
@@ -234,8 +234,8 @@ LayerChoices = Annotated[
 ConfigPath = Annotated[
     Path | None,
     typer.Option(
-        help="JSON file with fields of the configurations that have no option of their own: "
-        '{"quant": {...}, "search": {...}, "train": {...}, "ptq": {...}}.'
+        help="JSON file with fields of the configurations that have no option of their own, by "
+        'part: {"quant": {...}, "search": {...}}; a part that the verb has not is refused.'
     ),
 ]
 Target = Annotated[

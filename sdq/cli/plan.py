@@ -189,9 +189,9 @@ def make_plan(
         check_granularity(prepared_for, search.granularity)
     if limits.device.given and search.granularity == "channel":
         raise RequestError(
-            "--latency-ms: must stand with --granularity layer, block or network, got channel: a "
-            "device takes channels of one bitwidth at a time, so a layer's time is no sum over its "
-            "channels; budget --bits, --weight-kb or --bops-g instead"
+            "--granularity: must be layer, block or network with a device's limits (--latency-ms, "
+            "--fps, --budget), got channel: a device takes channels of one bitwidth at a time, so "
+            "a layer's cost is no sum over its channels; budget --bits, --weight-kb or --bops-g"
         )
     if policy is not None and limits.given:
         raise RequestError("--policy: must stand without a budget, got both; drop one")

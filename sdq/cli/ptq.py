@@ -11,7 +11,7 @@ from sdq.cli import options
 from sdq.cli.progress import Watch
 from sdq.config import PtqConfig, SearchConfig
 from sdq.errors import RequestError
-from sdq.ptq import ptq_, soft_labelled
+from sdq.ptq import ptq_, search_config, search_method, soft_labelled
 from sdq.quant_model import QuantModel
 
 if TYPE_CHECKING:
@@ -23,17 +23,6 @@ OF_TRAINING = (
     "devices", "precision", "keep_weights",
 )  # fmt: skip
 """Parameters of ``sdq quantize`` that mean nothing where nothing is trained."""
-
-SEARCH_BATCH = 32
-"""Images a step of a search: a few hundred images have few steps otherwise."""
-
-SEARCH_METHOD = "sensitivity"
-"""After learned rounding nearer to the float network than ``hessian``, ``greedy`` and uniform bits
-(docs/method.md). It knows layers only: where single channels are asked for it is ``hessian``, where
-bits of activations are, ``sdq``."""
-
-SEARCH_EPOCHS = 12
-"""Of a search by gradient: 200 steps with 512 images."""
 
 
 def make_ptq(ptq: bool, images: int, steps: int, seed: int) -> PtqConfig | None:
@@ -60,17 +49,15 @@ def make_ptq(ptq: bool, images: int, steps: int, seed: int) -> PtqConfig | None:
 
 def search_of(search: SearchConfig) -> SearchConfig:
     """Return a search as ``--ptq`` has it where the command line leaves it open."""
-    search = search.replaced(train_weights=False)
-    return search if options.given("search_epochs") else search.replaced(epochs=SEARCH_EPOCHS)
+    own = search_config(search)
+    return own.replaced(epochs=search.epochs) if options.given("search_epochs") else own
 
 
 def method_of(search: SearchConfig, method: str, *, learn_act_bits: bool) -> str:
     """Return the search method of ``--ptq``: what was asked for, or what can choose such bits."""
     if options.given("search_method"):
         return method
-    if learn_act_bits:
-        return "sdq"
-    return "hessian" if search.granularity == "channel" else SEARCH_METHOD
+    return search_method(search.granularity, learn_act_bits=learn_act_bits)
 
 
 def calibration_images(inputs: inp.Inputs, count: int) -> Tensor:
@@ -87,7 +74,7 @@ def unlabelled(
     network: nn.Module, inputs: inp.Inputs, ptq: PtqConfig
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the calibration images as batches with the float network's soft labels."""
-    return soft_labelled(network, calibration_images(inputs, ptq.images), SEARCH_BATCH)
+    return soft_labelled(network, calibration_images(inputs, ptq.images))
 
 
 def round_(

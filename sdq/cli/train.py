@@ -2,10 +2,9 @@
 
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from sdq.batches import generator
+from sdq.batches import first_weights
 from sdq.cli import inputs as inp
 from sdq.cli import options, processes
 from sdq.cli.option_groups import ImageOptions, PlaceOptions, RunOptions, TrainingOptions
@@ -42,9 +41,7 @@ def train(
     described = inp.describe_model(model)
     inputs = inp.open_inputs(request).for_model(model)
     classes = len(inputs.splits.class_names)
-    # fresh weights follow from the seed, without touching the caller's generator
-    with torch.random.fork_rng():
-        torch.manual_seed(generator(images.seed, "weights").initial_seed())
+    with first_weights(images.seed):
         network = inp.build_model(model, inputs.splits.image_shape, classes)
     if weights is not None:
         network = inp.load_float_file(model, weights, inputs)

@@ -57,7 +57,7 @@ def test_a_latency_is_no_sum_over_channels(sdq, files, tmp_path, verb):
         f"--target bit_fusion --latency-ms 1 --out {tmp_path / 'run'}"
     )
     assert done.code == 2
-    assert "--latency-ms: must stand with --granularity layer, block or network" in done.err
+    assert "--granularity: must be layer, block or network with a device's limits" in done.err
     assert not (tmp_path / "run").exists()
 
 
