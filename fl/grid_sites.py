@@ -51,6 +51,7 @@ class GridSites:
         )  # fmt: skip
         if self._phases:  # what one phase commits, the next begins with
             found.restore(self._phases[-1].commit(0))
+            found.trained.clear()  # in this phase
         self._phases.append(found)
         return found
 

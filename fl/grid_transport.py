@@ -63,6 +63,8 @@ class GridTransport:
     """The bytes of the models that each client was sent, in all phases, by name."""
     claims: dict[int, tuple[int, str]] = field(default_factory=dict)
     """Of each node: which client it says it is, and why that is refused, or nothing."""
+    trained: set[int] = field(default_factory=set)
+    """Clients that have trained; they should remember it."""
 
     def __post_init__(self) -> None:
         self.federation = self.federation or f"run-{self.grid.run.run_id:016x}"
@@ -72,24 +74,29 @@ class GridTransport:
         self._meet()
         waiting: dict[int, int] = {}  # node: client
         messages = []
+        training = False
         for request in requests:
             node = self._node(request.client)
             if isinstance(node, str):
                 yield Unreached(request.client, node)
                 continue
-            values = {"round": request.round, **self._place()}
+            trained = request.client in self.trained
+            values = {"round": request.round, "trained": trained, **self._place()}
             record = Record(request.record.tensors, {**request.record.values, **values})
             # what a node finds later, when it is back, belongs to a round that is over
             messages.append(
                 Message(packed(record), node, TYPES[request.kind], ttl=self.round_seconds)
             )
             waiting[node] = request.client
+            training = request.kind == "train"
         for message in self.grid.send_and_receive(messages, timeout=self.round_seconds):
             node = _sender(message, messages)
             if node in waiting:
                 answer = _answer(waiting.pop(node), message)
                 if isinstance(answer, Stranger):
                     del self.claims[node]
+                elif training and isinstance(answer, Reply):
+                    self.trained.add(answer.client)
                 yield answer
         for node, client in waiting.items():
             del self.claims[node]  # it is asked anew who it is, if it is there
@@ -100,12 +107,14 @@ class GridTransport:
         return {
             "federation": self.federation,
             "sent": {str(k): each for k, each in self.sent.items()},
+            "trained": sorted(self.trained),
         }
 
     def restore(self, committed: dict[str, Any]) -> None:
         """Take up that name."""
         self.federation = committed["federation"]
         self.sent = {int(client): dict(each) for client, each in committed["sent"].items()}
+        self.trained = set(committed["trained"])
 
     def forget_old_(self) -> None:
         """Leave it to the clients."""

@@ -67,25 +67,34 @@ def answered(kind: str, client: int, hospital: Hospital, asked: Record, context:
         return _Learner(client, hospital, setting, memory).answered(kind, phase, asked)
     if kind == "hello":
         return Record({}, {"client": client, "identity": identity(setting)})
+    trained = asked.values.pop("trained", False)
     request = _request(kind, client, asked)
     kept = memory.before(request.round)
+    anew = _begins_anew(setting, trained, kept)
     answer, keeps = try_answer(setting, hospital.data, request, kept)
     if keeps is not None:
         memory.write(keeps, request.round)
         own = Personal.taken(keeps)
         if own is not None and hospital.described is not None and memory.folder is not None:
             own.write(memory.folder / "model", hospital.described)
-    return _said(answer)
+    return _said(answer, anew=anew)
 
 
 def _request(kind: str, client: int, asked: Record) -> Request:
     return Request(cast(Kind, kind), client, int(asked.values.pop("round")), asked)
 
 
-def _said(answer: Reply | Failure) -> Record:
+def _said(answer: Reply | Failure, *, anew: bool) -> Record:
     if isinstance(answer, Failure):
         return Record({}, {"failure": answer.reason})
+    if anew:
+        answer.record.values["anew"] = True
     return answer.record
+
+
+def _begins_anew(setting: Setting, trained: object, kept: Record | None) -> bool:
+    """Return whether a client that has trained no longer has what stays with it."""
+    return bool(trained) and kept is None and bool(setting.names(down=False))
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,9 @@ class _Learner:
             # a node without a folder that ended and is back under the same name
             why = f"the node does not remember how the phase {phase} began, and is told again"
             return Record({}, {"failure": why, "unmet": True})
-        return self._asked(Opening.of(told, models), _request(kind, self.client, asked))
+        trained = asked.values.pop("trained", False)
+        request = _request(kind, self.client, asked)
+        return self._asked(Opening.of(told, models), request, trained)
 
     def _greeted(self, told: dict[str, Any], models: Mapping[str, Tensors]) -> Record:
         """Take up a phase; say what this node takes the federation to be."""
@@ -133,10 +144,11 @@ class _Learner:
                     break
         return found
 
-    def _asked(self, opening: Opening, request: Request) -> Record:
+    def _asked(self, opening: Opening, request: Request, trained: object) -> Record:
         phase, memory = opening.phase, self.memory
         setting = self.settings.setting(opening)
         kept = memory.before(request.round, phase)
+        anew = _begins_anew(setting, trained, kept)
         if kept is None and phase != "float":
             searched = memory.last("search") if opening.start else None
             kept = carried(memory.last("float"), setting, searched)
@@ -146,7 +158,7 @@ class _Learner:
             self._write(opening, keeps)
         elif keeps is not None:
             memory.write(keeps, request.round, phase)
-        return _said(answer)
+        return _said(answer, anew=anew)
 
     def _write(self, opening: Opening, keeps: Record) -> None:
         """Write the client's own model as a run folder, if there is a place."""

@@ -75,6 +75,8 @@ class RoundReport:
     bytes_up: int = 0
     sent: dict[int, int] = field(default_factory=dict)
     """Bytes that were sent, by client."""
+    anew: list[int] = field(default_factory=list)
+    """Clients that have lost what they kept, and began anew."""
     evaluations: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -93,6 +95,7 @@ class RoundReport:
             "train_loss": self.train_loss,
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
+            **({"anew": sorted(self.anew)} if self.anew else {}),
         }
 
 
@@ -188,6 +191,8 @@ class Rounds:
         for answer in self._ask("train", requests):
             if isinstance(answer, Reply):
                 report.bytes_up += answer.record.num_bytes()
+                if answer.record.values.pop("anew", False):
+                    report.anew.append(answer.client)
             if isinstance(answer, Unreached):
                 del report.sent[answer.client]
             checked = answer if isinstance(answer, Failure) else self._checked(answer)

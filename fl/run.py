@@ -52,6 +52,7 @@ class Federated:
         history: one summary a round.
         bytes_up: of all rounds.
         bytes_down: of all rounds.
+        whole: whether ``state`` is a whole model, and no parts of it are with the clients alone.
         privacy: the guarantee, see :meth:`fl.privacy.PrivacyConfig.spent`; None: there is none.
     """
 

@@ -118,76 +118,136 @@ def fit(
     first = checkpoint.load_(objective.module, raw, outcome) if checkpoint else 0
     if not fabric.is_global_zero:  # the first process speaks and writes for all
         checkpoint = watch = None
-    steps = number_of_steps(loader)
     bases = [group["lr"] for group in groups]
+    loop = _Loop(
+        objective, config, phase, fabric, outcome, checkpoint, watch, forward, optimizer, raw,
+        bases, number_of_steps(loader),
+    )  # fmt: skip
     for epoch in range(first, config.epochs):
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
-        objective.start_epoch(epoch, config.epochs)
-        objective.module.train()
-        total, count, rate = 0.0, 0, 0.0
+        mean_loss = loop.train_epoch(epoch, loader)
+        loop.end_epoch(epoch, mean_loss)
+    return outcome.finish_()
+
+
+@dataclass
+class _Loop:
+    """The epochs of :func:`fit`, and what it has set up for them.
+
+    Args:
+        objective: see :func:`fit`; so ``config``, ``phase`` and ``fabric``.
+        outcome: what is kept of the training.
+        checkpoint: of the first process; None in others, and where there is none; so ``watch``.
+        forward: the module as Fabric set it up.
+        optimizer: likewise.
+        raw: the optimizer itself.
+        bases: the groups' learning rates before the schedule.
+        steps: of an epoch.
+        rate: the schedule's factor at the last step.
+    """
+
+    objective: Objective
+    config: TrainConfig
+    phase: str
+    fabric: "Fabric"
+    outcome: Outcome
+    checkpoint: Checkpoint | None
+    watch: Watcher | None
+    forward: Forward
+    optimizer: Any
+    raw: torch.optim.Optimizer
+    bases: list[float]
+    steps: int
+    rate: float = 0.0
+
+    def train_epoch(self, epoch: int, loader: Loader) -> float:
+        """Train on every batch once; return the mean loss of an image."""
+        self.objective.start_epoch(epoch, self.config.epochs)
+        self.objective.module.train()
+        total, count = 0.0, 0
         # dropout draws from torch's global generator, and so does a shuffling DataLoader, whose
         # batches must be the same in every process
         with torch.random.fork_rng():
-            torch.manual_seed(generator(config.seed, phase, epoch).initial_seed())
+            torch.manual_seed(generator(self.config.seed, self.phase, epoch).initial_seed())
             for step, (images, labels) in enumerate(pairs(loader)):
-                done = epoch * steps + step
-                rate = learning_rate(config.schedule, done / (config.epochs * steps), config.warmup)
-                for group, base in zip(raw.param_groups, bases, strict=True):
-                    if not group.get("constant"):
-                        group["lr"] = base * rate
-                images, labels = images.to(fabric.device), labels.to(fabric.device)
-                if images.dim() == 4:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                own_images, own_labels, weight = parallel.own_share(fabric, images, labels)
-                try:
-                    loss = objective.loss(forward, own_images, own_labels)
-                except ValueError as error:
-                    if "Expected more than 1 value per channel" not in str(error):
-                        raise
-                    raise RequestError(
-                        f"{phase}: a batch must have more than {len(own_images)} image, or batch "
-                        "normalisation has no variance to divide by; take another batch size, or "
-                        "leave a last batch of one out (drop_last)"
-                    ) from None
-                if weight != 1:
-                    loss = loss * weight
-                value = parallel.mean(fabric, loss)
-                if not math.isfinite(value):
-                    # of the whole batch: the trouble may be in another process's share
-                    where, repair = origin(objective.module, images, fabric.autocast())
-                    got = f"{value} in epoch {epoch + 1}, step {step + 1}: {where}"
-                    raise RunError(_diverged(f"{phase}: loss", got, epoch, checkpoint, repair))
-                optimizer.zero_grad(set_to_none=True)
-                fabric.backward(loss)
-                optimizer.step()
-                objective.after_step((done + 1) / (config.epochs * steps))
-                outcome.after_step()
+                value = self._step(epoch, step, images, labels)
                 total, count = total + value * len(labels), count + len(labels)
-                if watch:
-                    watch(StepReport(phase, epoch, config.epochs, step + 1, steps, value))
+                if self.watch:
+                    self.watch(self._report(epoch, step + 1, value))
         if not count:
-            raise RequestError(f"{phase}: the training set must have images, got none")
-        if (name := weight_not_finite(objective.module)) is not None:
+            raise RequestError(f"{self.phase}: the training set must have images, got none")
+        return total / count
+
+    def end_epoch(self, epoch: int, mean_loss: float) -> None:
+        """Measure what the epoch gave, tell of it, and keep it."""
+        module = self.objective.module
+        if (name := weight_not_finite(module)) is not None:
             got = f"NaN or infinity in {name!r} after epoch {epoch + 1}"
-            raise RunError(_diverged(f"{phase}: weights", got, epoch, checkpoint))
-        parallel.average_statistics_(fabric, objective.module)
+            raise RunError(_diverged(f"{self.phase}: weights", got, epoch, self.checkpoint))
+        parallel.average_statistics_(self.fabric, module)
         try:
-            validated = outcome.end_epoch(epoch + 1)
+            validated = self.outcome.end_epoch(epoch + 1)
         except RunError as error:
             got = f"NaN or infinity on the validation data after epoch {epoch + 1}"
-            raise RunError(_diverged(f"{phase}: outputs", got, epoch, checkpoint)) from error
-        if watch:  # before the checkpoint: what it says of this epoch would be lost otherwise
+            what = f"{self.phase}: outputs"
+            raise RunError(_diverged(what, got, epoch, self.checkpoint)) from error
+        if self.watch:  # before the checkpoint: what it says of this epoch would be lost otherwise
             record = {
-                "train_loss": total / count,
-                "lr": config.lr * rate,
-                **objective.describe(),
+                "train_loss": mean_loss,
+                "lr": self.config.lr * self.rate,
+                **self.objective.describe(),
                 **validated,
             }
-            watch(StepReport(phase, epoch, config.epochs, steps, steps, total / count, record))
-        if checkpoint:
-            checkpoint.save(objective.module, raw, epoch + 1, outcome)
-    return outcome.finish_()
+            self.watch(self._report(epoch, self.steps, mean_loss, record))
+        if self.checkpoint:
+            self.checkpoint.save(module, self.raw, epoch + 1, self.outcome)
+
+    def _step(self, epoch: int, step: int, images: Tensor, labels: Tensor) -> float:
+        """Do one optimizer step on a batch; return its loss, of all processes together."""
+        objective, fabric = self.objective, self.fabric
+        done, whole = epoch * self.steps + step, self.config.epochs * self.steps
+        self.rate = learning_rate(self.config.schedule, done / whole, self.config.warmup)
+        for group, base in zip(self.raw.param_groups, self.bases, strict=True):
+            if not group.get("constant"):
+                group["lr"] = base * self.rate
+        images, labels = images.to(fabric.device), labels.to(fabric.device)
+        if images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        loss = self._loss(images, labels)
+        value = parallel.mean(fabric, loss)
+        if not math.isfinite(value):
+            # of the whole batch: the trouble may be in another process's share
+            where, repair = origin(objective.module, images, fabric.autocast())
+            got = f"{value} in epoch {epoch + 1}, step {step + 1}: {where}"
+            what = f"{self.phase}: loss"
+            raise RunError(_diverged(what, got, epoch, self.checkpoint, repair))
+        self.optimizer.zero_grad(set_to_none=True)
+        fabric.backward(loss)
+        self.optimizer.step()
+        objective.after_step((done + 1) / whole)
+        self.outcome.after_step()
+        return value
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of this process's share of a batch, as it counts in the mean."""
+        own_images, own_labels, weight = parallel.own_share(self.fabric, images, labels)
+        try:
+            loss = self.objective.loss(self.forward, own_images, own_labels)
+        except ValueError as error:
+            if "Expected more than 1 value per channel" not in str(error):
+                raise
+            raise RequestError(
+                f"{self.phase}: a batch must have more than {len(own_images)} image, or batch "
+                "normalisation has no variance to divide by; take another batch size, or "
+                "leave a last batch of one out (drop_last)"
+            ) from None
+        return loss if weight == 1 else loss * weight
+
+    def _report(
+        self, epoch: int, step: int, loss: float, record: dict[str, Any] | None = None
+    ) -> StepReport:
+        return StepReport(self.phase, epoch, self.config.epochs, step, self.steps, loss, record)
 
 
 def number_of_steps(loader: Loader) -> int:

@@ -23,7 +23,7 @@ from sdq.cli.federation import make_methods
 from sdq.cli.federation_leaves import show_leaves
 from sdq.cli.federation_run import Federation, rows, run_all
 from sdq.cli.option_groups import BudgetOptions, ImageOptions, QuantOptions, RunOptions
-from sdq.cli.plan import ConfigFile, Limits, make_plan, make_quantization
+from sdq.cli.plan import ConfigFile, Limits, make_plan, make_quantization, set_by_options
 from sdq.cli.progress import show_json, show_table
 from sdq.cli.quantize import open_from
 from sdq.config import SearchConfig
@@ -289,12 +289,9 @@ def _check_given(
         )
     if learns:
         return
-    for name in (
-        "client_target", "choices", "granularity", "act_bits", "learn_act_bits", "act_choices",
-        "first_last_bits", "pin", "skip", "layer_choices", "integer_datapath", "integer_bias",
-        "weight_scale", "scale", "weight_quantizer", "for_", "search_method", "search_rounds",
-        "tune_rounds", "distill", "bin_weight", "target",
-    ):  # fmt: skip
+    of_bits = (*set_by_options("quant").values(), *set_by_options("phases").values())
+    others = ("client_target", "granularity", "learn_act_bits", "for_", "target")
+    for name in (*of_bits, *others):
         if options.given(name):
             raise RequestError(
                 f"--{name.rstrip('_').replace('_', '-')}: must stand with a budget of bits; pass "

@@ -242,6 +242,7 @@ FIELDS: dict[str, dict[str, str]] = {
         for name in (
             "rounds", "local_epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay",
             "participation", "batch_norm", "loss", "evaluate_every", "adjust", "select", "seed",
+            "sampling", "aggregation", "compress", "keep_clients",
         )
     },
     "phases": {

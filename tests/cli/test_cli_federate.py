@@ -1,6 +1,8 @@
 """``sdq federate``: what it writes, what it refuses, and that a killed run goes on."""
 
 import csv
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -8,6 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from fl.bits import PhasesConfig
+from fl.config import FederationConfig
+from sdq.cli.federate import federate
+from sdq.cli.plan import FIELDS
 
 MODEL = """
 import torch
@@ -436,3 +443,14 @@ def test_clients_keep_their_models_with_privacy(sdq, command, home, tmp_path):
     own = json.loads((run / "clients" / "client_0" / "metrics.json").read_text())
     assert "float" not in own  # figures would say something of the images
     assert sdq(f"evaluate {run}/clients/client_0").code == 0
+
+
+def test_no_option_is_overruled_by_the_file():
+    """A field that an option sets too is given once: each such option is known as one."""
+    parameters = inspect.signature(federate).parameters.values()
+    groups = (p.default for p in parameters if dataclasses.is_dataclass(p.default))
+    options = {p.name for p in parameters} | {
+        field.name for group in groups for field in dataclasses.fields(group)
+    }
+    for part, config in (("federation", FederationConfig), ("phases", PhasesConfig)):
+        assert options & set(config.model_fields) <= set(FIELDS[part])

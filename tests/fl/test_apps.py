@@ -246,16 +246,8 @@ class Stopped(Exception):
     """The server is gone."""
 
 
-@pytest.mark.parametrize("after", [1, 2])
-@pytest.mark.parametrize("compress", [None, CompressionConfig(up=3, down=4)])
-def test_a_federation_is_taken_up_in_another_run(
-    tiny: Make, hospitals: Clients, tmp_path: Path, after: int, compress: Any
-) -> None:
-    """The server dies in the middle of a round, when some clients have trained already."""
-    over = {"compress": compress}
-    whole = Case(tiny, hospitals(), folder=tmp_path / "a", kept=tmp_path / "b", **over).run()
-    places = {"folder": tmp_path / "server", "kept": tmp_path / "clients", **over}
-    case = Case(tiny, hospitals(), **places)
+def stop_in_round(case: Case, after: int) -> None:
+    """Let the server die after so many rounds, when a client has trained in the next one."""
     send, trained = case.grid.send_and_receive, [0]
 
     def stopping(messages: Any, *, timeout: float | None = None) -> Any:
@@ -266,12 +258,38 @@ def test_a_federation_is_taken_up_in_another_run(
                 raise Stopped
 
     case.grid.send_and_receive = stopping  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("compress", [None, CompressionConfig(up=3, down=4)])
+def test_a_federation_is_taken_up_in_another_run(
+    tiny: Make, hospitals: Clients, tmp_path: Path, after: int, compress: Any
+) -> None:
+    """The server dies in the middle of a round, when some clients have trained already."""
+    over = {"compress": compress}
+    whole = Case(tiny, hospitals(), folder=tmp_path / "a", kept=tmp_path / "b", **over).run()
+    places = {"folder": tmp_path / "server", "kept": tmp_path / "clients", **over}
+    case = Case(tiny, hospitals(), **places)
+    stop_in_round(case, after)
     with pytest.raises(Stopped):
         case.run()
     again = Case(tiny, hospitals(), **places).run()
     assert len(again.history) == 3
     assert all(torch.equal(again.state[n], whole.state[n]) for n in whole.state)
     assert json.dumps(again.specialization) == json.dumps(whole.specialization)
+
+
+@pytest.mark.parametrize(("method", "anew"), [("fedper", [0, 1, 2]), ("fedavg", None)])
+def test_who_lost_what_stays_with_it_is_named(
+    method: str, anew: list[int] | None, tiny: Make, hospitals: Clients, tmp_path: Path
+) -> None:
+    """Nodes without a folder remember nothing in the next run; of FedAvg they need not."""
+    case = Case(tiny, hospitals(), method, folder=tmp_path / "server")
+    stop_in_round(case, 2)
+    with pytest.raises(Stopped):
+        case.run()
+    again = Case(tiny, hospitals(), method, folder=tmp_path / "server").run()
+    assert [r.get("anew") for r in again.history] == [None, None, anew]
 
 
 def test_a_client_forgets_a_round_that_is_asked_for_again(tmp_path: Path) -> None:
