@@ -78,10 +78,10 @@ class Format(Protocol):
         RUNTIMES: the names of the runtimes :meth:`open_runtime` knows, in the order of the way
             from the file to the device.
         REWRITES: those of them that rewrite the graph before they run it, so that reading the
-            codes may change how they compute, and codes may differ by more than ties: a warning
-            if no decision does.
-        ADVICE: what to do where a runtime deviates through a fault of its own. A runtime named
-            here gives a warning; it does not decide on the file.
+            codes may change how they compute, and float biases may be rounded: where codes differ
+            by a few at most, a warning if no decision does.
+        ADVICE: what to do where a runtime deviates through a fault of its own, otherwise than
+            those that are not named here. It then gives a warning, and does not decide on the file.
 
     Optional, in formats that have them: ``OPSETS``, a range of ONNX opsets, of which
     :meth:`write` then takes one as ``opset``; and ``container_bytes(path)``, the bytes that the

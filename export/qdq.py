@@ -173,6 +173,49 @@ def flatten_codes_(model: onnx.ModelProto) -> None:
     model.graph.node.extend(nodes)
 
 
+def count_inside_(model: onnx.ModelProto) -> None:
+    """Let average pooling with ``ceil_mode`` divide by the values that are there.
+
+    onnxruntime's integer kernel with ``count_include_pad`` divides windows that reach beyond the
+    map by all they could hold. PyTorch counts padding, but not what is beyond it: so the codes are
+    padded, and nothing else is counted. Padded pooling of what is in float stays as it is.
+    """
+    makers = graph.producers(model)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        found = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        counts = bool(found.get("ceil_mode")) and bool(found.get("count_include_pad"))
+        maker, pads = makers.get(node.input[0]), found.get("pads", [])
+        codes = maker is not None and maker.op_type == "DequantizeLinear"
+        if node.op_type == "AveragePool" and counts and (codes or not any(pads)):
+            if maker is not None and any(pads):
+                # behind the DequantizeLinear it would be put back into the pooling
+                nodes += _padded_codes(model, node, maker, pads)
+            kept = [a for a in node.attribute if a.name not in ("pads", "count_include_pad")]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    graph.remove_unused_(model)
+
+
+def _padded_codes(
+    model: onnx.ModelProto, node: onnx.NodeProto, dequantize: onnx.NodeProto, pads: list[int]
+) -> list[onnx.NodeProto]:
+    """Return a Pad of an activation's codes and a DequantizeLinear, which the node then reads."""
+    name, rank = f"{node.name}.pad", len(pads) // 2
+    ends = np.array([0, 0, *pads[:rank], 0, 0, *pads[rank:]])
+    model.graph.initializer.append(numpy_helper.from_array(ends, f"{name}.pads"))
+    codes, *of = dequantize.input
+    node.input[0] = f"{name}.values"
+    return [
+        helper.make_node("Pad", [codes, f"{name}.pads", of[1]], [f"{name}.codes"], name),
+        helper.make_node("DequantizeLinear", [f"{name}.codes", *of], [f"{name}.values"],
+                         f"{name}.dequantizelinear"),
+    ]  # fmt: skip
+
+
 def shorten_names_(model: onnx.ModelProto) -> None:
     """Number the tensors that nodes make: in a small network long names are a tenth of the file.
 

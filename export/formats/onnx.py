@@ -106,6 +106,7 @@ def graph_of(
     qdq.to_unsigned_(model)
     qdq.quantize_before_relu_(model)
     qdq.flatten_codes_(model)
+    qdq.count_inside_(model)
     qdq.shorten_names_(model)
     if preprocessing is not None:
         graph.prepend_preprocessing_(model, preprocessing)

@@ -94,6 +94,30 @@ def test_integer_kernels_give_the_codes_of_pytorch(tmp_path, network, sample, im
         assert flipped[False][1] > 1e-2
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(3, 2, ceil_mode=True),
+        nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+        nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+        nn.Sequential(nn.MaxPool2d(2, 1, 1), nn.AvgPool2d(2, ceil_mode=True)),
+    ],
+)
+def test_windows_beyond_the_map_divide_by_what_is_there(tmp_path, network, images, pool, bits):
+    """The integer kernel that counts padding divides by whole windows."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), pool, nn.Conv2d(4, 4, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5),
+    )  # fmt: skip
+    qmodel = network(net, **{**INTEGER, "act_bits": bits})
+    result = export.write(qmodel, tmp_path, format="onnx", sample=torch.zeros(1, 3, 8, 8))
+    assert optimised(result.path, tmp_path)["QLinearAveragePool"] == 1
+    report = export.verify(qmodel, tmp_path, format="onnx", inputs=images)
+    assert report.verified, report.lines
+    assert not report.warnings
+
+
 def test_biases_are_stored_as_the_codes_pytorch_has(tmp_path, network, sample):
     qmodel = network("residual", **INTEGER)
     result = export.write(qmodel, tmp_path, format="onnx", sample=sample)

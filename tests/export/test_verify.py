@@ -543,31 +543,75 @@ def test_a_runtime_with_another_rule_of_rounding_has_too_many_ties(network):
     assert "the runtime rounds by another rule" in reason
 
 
+def damaged(wrong, runtimes, advice=None):
+    """Return the onnx format with runtimes of which some have a bit of a code flipped.
+
+    Args:
+        wrong: the bit, by runtime.
+    """
+    plugin = load_format("onnx")[1]
+
+    def open_runtime(path, runtime, *, taps):
+        run = plugin.open_runtime(path, plugin.AS_WRITTEN, taps=taps)
+
+        def flipped(feed):
+            trace = run(feed)
+            if "8_input" in trace.codes:
+                trace.codes["8_input"][0, 0, 0, 0] ^= wrong.get(runtime, 0)
+            return trace
+
+        return flipped
+
+    changed = {"open_runtime": open_runtime, "ADVICE": advice or {}, "RUNTIMES": runtimes}
+    return SimpleNamespace(**{**vars(plugin), **changed})
+
+
+TIES = "and what differs in float32 follows from ties of rounding"
+
+
 @pytest.mark.parametrize("rewrites", [False, True])
 def test_a_wrong_code_of_a_runtime(tmp_path, network, sample, images, rewrites):
     """It is named by its layer, and decides unless the runtime may round in other places."""
     plugin = load_format("onnx")[1]
-
-    def open_runtime(path, runtime, *, taps):
-        run = plugin.open_runtime(path, runtime, taps=taps)
-
-        def wrong(feed):
-            trace = run(feed)
-            if "8_input" in trace.codes:
-                trace.codes["8_input"][0, 0, 0, 0] ^= 2
-            return trace
-
-        return wrong
-
-    damaged = SimpleNamespace(**{**vars(plugin), "open_runtime": open_runtime, "ADVICE": {}})
-    damaged.RUNTIMES = (plugin.OPTIMISED if rewrites else plugin.AS_WRITTEN,)
+    runtime = plugin.OPTIMISED if rewrites else plugin.AS_WRITTEN
     qmodel = network("plain")
     export.write(qmodel, tmp_path, format="onnx", sample=sample)
-    report = export.verify(qmodel, tmp_path, format=damaged, inputs=images)
+    format = damaged({runtime: 2}, (runtime,))
+    report = export.verify(qmodel, tmp_path, format=format, inputs=images)
     assert report.verified is rewrites
     sentence = "1 of 24 images have codes that do not follow from ties, first at 8_input"
     assert sentence in (report.warnings[0] if rewrites else report.reason)
     assert len(report.warnings) == rewrites
+    assert "ties of rounding" not in report.reason.replace("more than ties", "")
+    format = damaged({}, (runtime,))
+    assert TIES in export.verify(qmodel, tmp_path, format=format, inputs=images).reason
+
+
+@pytest.mark.parametrize(("wrong", "integer"), [(8, False), (2, True)])
+def test_only_rounded_biases_excuse_a_runtime(tmp_path, network, sample, images, wrong, integer):
+    """Not codes that are further off than that, and nothing where there is no float bias."""
+    plugin = load_format("onnx")[1]
+    qmodel = network("plain", integer_bias=integer, integer_datapath=integer, batch_norm="fold")
+    export.write(qmodel, tmp_path, format="onnx", sample=sample)
+    format = damaged({plugin.OPTIMISED: wrong}, (plugin.OPTIMISED,))
+    report = export.verify(qmodel, tmp_path, format=format, inputs=images)
+    assert not report.verified
+    assert "first at 8_input" in report.reason
+    assert not report.warnings
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_fault_of_one_runtime_is_no_other_runtimes(tmp_path, network, sample, images, alike):
+    """What both have is not the fault that the advice is about."""
+    plugin = load_format("onnx")[1]
+    one, other = plugin.OPTIMISED, plugin.DEFAULTS
+    qmodel = network("plain")
+    export.write(qmodel, tmp_path, format="onnx", sample=sample)
+    format = damaged({one: 8 * alike, other: 8}, (one, other), {other: "set an option"})
+    report = export.verify(qmodel, tmp_path, format=format, inputs=images)
+    assert report.verified is not alike
+    assert [text.endswith("; set an option") for text in report.warnings] == [True] * (not alike)
+    assert all(name in report.reason for name in (one, other)) is alike
 
 
 def test_codes_of_a_runtime_that_computes_otherwise_when_read_are_not_used(network, images):
