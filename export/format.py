@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
+from export import network_rules
 from export.findings import Finding, refuse
 from sdq import plugins
 from sdq.batches import Normalization
@@ -217,7 +218,7 @@ def check(qmodel: QuantModel, *, format: "str | Format", sample: Tensor) -> tupl
         RequestError: no such format.
     """
     _, plugin = load_format(format)
-    return plugin.check(qmodel, sample)
+    return (*network_rules.check(qmodel), *plugin.check(qmodel, sample))
 
 
 def expected_bits(qmodel: QuantModel) -> dict[str, Bits]:
@@ -271,7 +272,7 @@ def write(
     options = _options(name, plugin, opset)
     texts = _texts(qmodel, name, preprocessing, metadata or {})
     _check_network(qmodel)
-    refuse(name, plugin.check(qmodel, sample))
+    refuse(name, check(qmodel, format=plugin, sample=sample))
     folder = Path(folder)
     target = folder / plugin.FILE
     if target.exists() and not overwrite:

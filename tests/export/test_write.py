@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import export
 from export.format import load_format, read_record
+from sdq import plugins
 from sdq.batches import Normalization
 from sdq.config import QuantConfig
 from sdq.errors import RequestError, RunError
@@ -236,3 +238,45 @@ def test_preprocessing_of_other_channels_is_refused(tmp_path, network, sample):
             network("plain"), tmp_path, format="onnx", sample=sample,
             preprocessing=Normalization((0.5,), (0.5,)),
         )  # fmt: skip
+
+
+class Divided(nn.Module):
+    """Average pooling with a divisor of its own, in a function."""
+
+    def __init__(self, **arguments) -> None:
+        super().__init__()
+        self.first, self.head, self.arguments = nn.Conv2d(3, 4, 1), nn.Linear(64, 5), arguments
+
+    def forward(self, x):
+        return self.head(F.avg_pool2d(F.relu(self.first(x)), 2, **self.arguments).flatten(1))
+
+
+@pytest.mark.parametrize("format", plugins.names("export.formats"))
+@pytest.mark.parametrize(
+    ("net", "where"),
+    [
+        (lambda: Divided(divisor_override=3), "avg_pool2d"),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 4, 1), nn.ReLU(), nn.AvgPool2d(2, divisor_override=3), nn.Flatten(),
+                nn.Linear(64, 5),
+            ),
+            "2",
+        ),
+    ],
+)  # fmt: skip
+def test_a_divisor_that_the_exporter_drops_is_refused(
+    tmp_path, network, sample, refuses, format, net, where
+):
+    qmodel = network(net(), integer_datapath=True)
+    findings = export.check(qmodel, format=format, sample=sample)
+    assert (findings[0].layer, findings[0].got) == (where, "divisor_override=3")
+    with refuses(f"{where}: must divide by the size of its windows"):
+        export.write(qmodel, tmp_path, format=format, sample=sample)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["onnx", "finn"])
+def test_pooling_without_a_divisor_is_taken(network, sample, format):
+    qmodel = network(Divided(divisor_override=None), integer_datapath=True)
+    assert export.check(qmodel, format=format, sample=sample) == ()
