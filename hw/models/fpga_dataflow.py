@@ -33,6 +33,9 @@ USABLE = {"lut": 0.7, "bram_18k": 0.8, "uram": 0.8, "dsp": 0.8}
 """Share of a resource above which a design hardly meets its timing, after AMD's UltraFast design
 methodology (UG949); FINN has the same."""
 
+COUNTED = ("lut", "bram_18k", "dsp")
+"""What a capacity has to say, if only 0: every accelerator takes of these, or might."""
+
 STEP = 1.1
 """Between the intervals that are tried where no rate is asked."""
 
@@ -68,7 +71,8 @@ class DataflowFpga:
     """An FPGA with a FINN accelerator.
 
     Args:
-        capacity: what the chip has: ``lut``, ``bram_18k``, ``dsp`` and ``uram``.
+        capacity: what the chip has: ``lut``, ``bram_18k`` and ``dsp``, and ``uram`` if it has any.
+            With ``dsp`` 0 every multiplication is in LUTs.
         clock_hz: clock frequency of the accelerator.
         dsp_slice: one of DSP_SLICES: of the 7 series, of UltraScale+, of Versal.
         narrow_weights: whether no weight has its lowest code, without which FINN multiplies in no
@@ -100,6 +104,11 @@ class DataflowFpga:
         for name, count in self.capacity.items():
             check_name(device, "a resource of capacity", name, tuple(USABLE))
             check_counts(device, 0, **{f"capacity of {name}": count})
+        if left := [name for name in COUNTED if name not in self.capacity]:
+            raise RequestError(
+                f"{device}: capacity must have {', '.join(COUNTED)}, got no {left[0]}; "
+                "say 0 if the chip has none"
+            )
         check_positive(device, clock_hz=self.clock_hz)
         check_name(device, "dsp_slice", self.dsp_slice, DSP_SLICES)
         check_widths(device, input_bits=(self.input_bits,))
@@ -112,18 +121,25 @@ class DataflowFpga:
     @property
     def costs(self) -> tuple[str, ...]:
         """Resources of the chip, and the latency."""
-        return (*(name for name, count in self.capacity.items() if count), "latency_s")
+        return (*self._resources, "latency_s")
+
+    @property
+    def _resources(self) -> tuple[str, ...]:
+        """What units take of: slices and UltraRAM only where there are any."""
+        spared = ("dsp", "uram")
+        return tuple(name for name, n in self.capacity.items() if n or name not in spared)
 
     @property
     def limits(self) -> Mapping[str, float]:
         """The usable share of each resource, and what was demanded."""
-        chip = {name: USABLE[name] * n for name, n in self.capacity.items() if n}
+        chip = {name: USABLE[name] * self.capacity[name] for name in self._resources}
         return {**chip, **self.demanded}
 
     @property
     def setting(self) -> Setting:
         """How FINN builds for it."""
         in_dsp = self.narrow_weights or self.dsp_slice != "DSP48E1"
+        in_dsp = in_dsp and self.capacity["dsp"] > 0
         return Setting(
             self.dsp_slice if in_dsp else None, self.standalone_thresholds,
             self.input_bits, bool(self.capacity.get("uram")), self.interval,
@@ -251,8 +267,7 @@ class DataflowFpga:
     def use(self, spec: LayerSpec, weight_bits: int, act_bits: int) -> LayerUse:
         """Return what one layer takes."""
         found = self.units(spec, weight_bits, act_bits)
-        names = [name for name in self.capacity if self.capacity[name]]
-        totals = {name: sum(getattr(unit, name) for unit in found) for name in names}
+        totals = {name: sum(getattr(unit, name) for unit in found) for name in self._resources}
         slowest = max(unit.cycles for unit in found)
         together = sum(unit.cycles for unit in found)
         main = found[-1]

@@ -304,6 +304,36 @@ def test_what_finn_cannot_build_is_refused(network: nn.Module, bits: int) -> Non
         hw.report(qmodel.layers, policy, "pynq_z2", Demand(fps=1))
 
 
+@pytest.mark.parametrize(("none", "over"), [(None, ()), ("dsp", ()), ("bram_18k", ("bram_18k",))])
+def test_what_a_chip_has_not_is_neither_free_nor_unlimited(none, over) -> None:
+    """A layer of 4 bits: in slices if there are any, else in LUTs."""
+    rows, columns, weights, acts = 16, 16, 4, 4
+    net = nn.Sequential(nn.Flatten(), nn.Linear(columns, rows, bias=False))
+    qmodel = quantize(net, QuantConfig(first_last_bits=4), sample=torch.zeros(1, 1, 4, 4))
+    policy = BitwidthPolicy(
+        tuple(LayerBits(b.name, weights, acts, False, b.num_weights) for b in qmodel.policy)
+    )
+    capacity = {"lut": 50_000, "bram_18k": 100, "dsp": 100} | ({none: 0} if none else {})
+    chip = DataflowFpga(capacity, 100e6, "DSP48E2", standalone_thresholds=False)
+    found = hw.report(qmodel.layers, policy, chip, Demand(fps=100))
+    device = chip.under(qmodel.layers, Demand(fps=100), choices_of(policy))
+    matrix = device.units(qmodel.layers[0], weights, acts)[-1]
+    by_hand = units.matrix(
+        rows,
+        columns,
+        1,
+        weights,
+        acts,
+        device.interval,
+        dsp_slice=None if none == "dsp" else "DSP48E2",
+    )
+    assert (matrix.lut, matrix.dsp) == (by_hand.lut, by_hand.dsp)
+    assert (matrix.lut > 0) == (none == "dsp") == (matrix.dsp == 0)
+    assert found.over == over
+    assert ("dsp" in found.totals) == (none != "dsp")
+    assert found.limits["bram_18k"] == 0.8 * capacity["bram_18k"]
+
+
 def test_a_transposed_and_a_one_dimensional_convolution() -> None:
     net = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, stride=2), nn.ReLU(), nn.Conv2d(6, 2, 1))
     qmodel = quantize(net, QuantConfig(), sample=torch.zeros(1, 4, 5, 5))

@@ -135,7 +135,8 @@ def test_groups_are_counted_from_a_traced_network() -> None:
 
 
 def a_chip(**changed: Any) -> DataflowFpga:
-    told = {"capacity": {"lut": 53_200, "uram": 0}, "clock_hz": 1e8, "dsp_slice": "DSP48E1"}
+    capacity = {"lut": 53_200, "bram_18k": 280, "dsp": 220}
+    told = {"capacity": capacity, "clock_hz": 1e8, "dsp_slice": "DSP48E1"}
     return DataflowFpga(**{**told, **changed})
 
 
@@ -158,6 +159,8 @@ def a_processor(**changed: Any) -> Roofline:
         (a_chip, {"capacity": {"luts": 5}}, "must be one of lut, bram_18k, uram, dsp, got 'luts'"),
         (a_chip, {"capacity": {"lut": 2.5}}, "capacity of lut must be a whole number"),
         (a_chip, {"capacity": {"lut": -1}}, "capacity of lut must be a whole number of at least 0"),
+        (a_chip, {"capacity": {}}, "capacity must have lut, bram_18k, dsp, got no lut; say 0"),
+        (a_chip, {"capacity": {"lut": 5, "dsp": 0}}, "got no bram_18k; say 0 if the chip has none"),
         (a_chip, {"dsp_slice": "DSP48"}, "dsp_slice must be one of DSP48E1, DSP48E2, DSP58"),
         (a_chip, {"input_bits": 0}, "input_bits must be of bitwidths from 1 to 32, got 0"),
         (a_processor, {"peaks": {8: 1e9}}, "peaks must have 32 bits, for what stays in float"),
