@@ -86,13 +86,23 @@ class DeviceRequest:
     def costs(self, space: SearchSpace) -> tuple[tuple[CostFn, float], ...]:
         """Return what a search has to hold: what was asked, and what the device has.
 
+        Of two limits of one cost the stricter one.
+
         Raises:
-            RequestError: the demand cannot be met.
+            RequestError: the demand cannot be met, or the device has none of something.
         """
         if not self.given:
             return ()
         laid_out = self.device.under(space.layers, self.demand, candidates(space))
-        limits = {**laid_out.limits, **dict(self.resources)}
+        limits = dict(laid_out.limits)
+        for name, limit in self.resources:  # asking for more does not make the device larger
+            limits[name] = min(limit, limits.get(name, math.inf))
+        for name, limit in limits.items():
+            if limit <= 0:
+                raise RequestError(
+                    f"--target: {self.target} must have some {name} for a search, got none; "
+                    "choose another target"
+                )
         return tuple((hw.cost_fn(laid_out, name), limit) for name, limit in limits.items())
 
 

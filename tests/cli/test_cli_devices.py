@@ -3,11 +3,17 @@
 import json
 
 import pytest
+import torch
+from torch import nn
 
 import hw
 from hw.target import Demand, choices_of
+from sdq.cli.device import DeviceRequest
+from sdq.config import QuantConfig
 from sdq.policy import BitwidthPolicy
+from sdq.quant_model import quantize
 from sdq.run_folder import read_layers
+from sdq.search_space import SearchSpace
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +70,40 @@ def test_a_budget_of_luts_is_kept(sdq, files, cnn, tmp_path):
     assert run["request"]["budget"]["costs"] == {
         "pynq_z2:fps": fps, "pynq_z2:lut": limit, "pynq_z2:dsp": 100.0,
     }  # fmt: skip
+
+
+def space():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Flatten(),
+                        nn.Linear(144, 2))  # fmt: skip
+    return SearchSpace.of(quantize(net, QuantConfig(), sample=torch.zeros(1, 3, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("budget", "held"),
+    [
+        # the chip has 53,200 LUTs, of which 70 % can be used, and 280 memory blocks, of which 80 %
+        ("lut=90000", {"lut": 37_240, "bram_18k": 224}),
+        ("lut=10000", {"lut": 10_000, "bram_18k": 224}),
+        ("latency_s=1", {"latency_s": 5e-3, "lut": 37_240}),
+        ("latency_s=0.002", {"latency_s": 2e-3, "lut": 37_240}),
+    ],
+)
+def test_the_stricter_of_two_limits_is_held(budget, held):
+    request = DeviceRequest.of("pynq_z2", 5.0, None, [budget])
+    found = {cost.__name__: limit for cost, limit in request.costs(space())}
+    assert {name: found[name] for name in held} == pytest.approx(held)
+
+
+def test_a_chip_without_memories_is_refused(tmp_path, refuses):
+    """Every layer takes some: nothing can be searched for it."""
+    board = tmp_path / "none.py"
+    board.write_text(
+        "from hw.models.fpga_dataflow import DataflowFpga\n"
+        "TARGET = DataflowFpga(capacity={'lut': 50_000, 'bram_18k': 0, 'dsp': 0}, clock_hz=1e8,"
+        " dsp_slice='DSP48E2')\n"
+    )
+    with refuses("must have some bram_18k for a search, got none"):
+        DeviceRequest.of(str(board), 5.0).costs(space())
 
 
 def test_a_latency_folds_the_units(sdq, files, cnn, tmp_path):
