@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from export.operands import Attributes, Operator, along, ints
+from export.operands import Attributes, Operator, along, ints, number
 from sdq.errors import RunError
 
 
@@ -113,19 +113,22 @@ def _resize(
 ) -> Tensor:  # fmt: skip
     mode = a.get("mode", b"nearest").decode()
     where = a.get("coordinate_transformation_mode", b"half_pixel").decode()
+    to: dict[str, Any]
     if sizes is not None and sizes.numel():
-        size = ints(sizes)[2:]
+        to = {"size": ints(sizes)[2:]}
     else:
         assert scales is not None
-        size = [int(n * s) for n, s in zip(x.shape[2:], scales.tolist()[2:], strict=True)]
+        # not the sizes that come of them: 1.7 of 9 is 15, but steps of 1 / 1.7, not of 9 / 15
+        factors = [number(s) for s in scales.tolist()[2:]]
+        to = {"scale_factor": factors, "recompute_scale_factor": False}
     if mode == "nearest" and where == "asymmetric":
-        return F.interpolate(x, size, mode="nearest")
+        return F.interpolate(x, **to, mode="nearest")
     linear = {1: "linear", 2: "bilinear"}[x.dim() - 2]
     known = {"align_corners": True, "half_pixel": False, "pytorch_half_pixel": False}
     if mode == "linear" and where in known:
-        return F.interpolate(x, size, mode=linear, align_corners=known[where])
+        return F.interpolate(x, **to, mode=linear, align_corners=known[where])
     if mode == "cubic" and where in known and a.get("cubic_coeff_a", -0.75) == -0.75:
-        return F.interpolate(x, size, mode="bicubic", align_corners=known[where])
+        return F.interpolate(x, **to, mode="bicubic", align_corners=known[where])
     raise RunError(f"export: Resize: {mode} with {where} is not known in export/layer_operators.py")
 
 

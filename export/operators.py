@@ -16,7 +16,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from export.layer_operators import LAYER_OPERATORS
-from export.operands import Attributes, Operator, along, tensor
+from export.operands import Attributes, Operator, along, number, tensor
 from export.shape_operators import SHAPE_OPERATORS
 from sdq.errors import RunError
 
@@ -32,13 +32,8 @@ _TYPES = {
 
 
 def _number(a: Attributes, name: str, default: float) -> float:
-    """Return an attribute as the number that the network has: files hold it rounded to float32.
-
-    That is the shortest decimal which float32 rounds to the same, or hard sigmoid's 1/6. A value
-    that is off by 1e-8 falls to the other side of a tie in one of some 100,000 codes.
-    """
-    held = np.float32(a.get(name, default))
-    return 1 / 6 if held == np.float32(1 / 6) else float(str(held))
+    """Return an attribute as the number that the network has, see :func:`number`."""
+    return number(a.get(name, default))
 
 
 def _hard_sigmoid(a: Attributes, x: Tensor) -> Tensor:

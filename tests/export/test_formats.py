@@ -3,6 +3,7 @@
 import onnx
 import pytest
 import torch
+from torch import nn
 
 import export
 from export.format import expected_bits, load_format
@@ -62,6 +63,22 @@ def test_every_bitwidth_is_read_from_the_nodes(tmp_path, network, sample, format
     )
     if bits == 1:
         assert codes.unique().tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("mode", "factor"), [("nearest", 1.7), ("nearest", 0.6), ("bilinear", 1.5), ("bilinear", 1 / 3)]
+)
+def test_maps_are_resized_by_the_factor(tmp_path, network, sample, images, format, mode, factor):
+    """1.7 of 8 is 13: steps of 1 / 1.7, as in PyTorch and in the runtimes, not of 8 / 13."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=factor, mode=mode),
+        nn.Conv2d(4, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5),
+    )  # fmt: skip
+    qmodel = network(net, act_bits=4)
+    export.write(qmodel, tmp_path, format=format, sample=sample)
+    report = export.verify(qmodel, tmp_path, format=format, inputs=images)
+    assert report.verified, report.lines
 
 
 @pytest.mark.parametrize("format", FORMATS)

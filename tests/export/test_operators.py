@@ -98,6 +98,18 @@ CASES = {
         IMAGE, [np.zeros(0, np.float32), np.array([1, 1, 2, 2], np.float32)],
         {"mode": "cubic", "coordinate_transformation_mode": "half_pixel", "cubic_coeff_a": -0.75},
     ),
+    **{
+        f"Resize {kind} {scale}": (
+            IMAGE, [np.zeros(0, np.float32), np.array([1, 1, scale, scale], np.float32)],
+            {"mode": kind, "coordinate_transformation_mode": where, "nearest_mode": "floor"},
+        )
+        for kind, where, scales in (
+            ("nearest", "asymmetric", (2.3, 1.7, 1.25, 0.6)),
+            ("linear", "half_pixel", (1.5, 0.5, 1 / 3)),
+            ("linear", "align_corners", (1.7,)),
+        )
+        for scale in scales
+    },
     "Sigmoid": (IMAGE, [], {}),
     "Slice": (IMAGE, [i(0, -1), i(9, -100), i(2, 3), i(2, -2)], {}),
     "Softmax": (IMAGE, [], {"axis": 1}),
