@@ -181,6 +181,13 @@ class DataflowFpga:
                     "activations; quantize it (without --skip, --first-last-bits at most 8), or "
                     "choose another target"
                 )
+            if spec.macs > _macs_of_a_call(spec):
+                raise RequestError(
+                    f"layer {spec.name}: must be called once, for a dataflow accelerator, got "
+                    f"{spec.macs} multiply-accumulates, where one call has "
+                    f"{_macs_of_a_call(spec)}; make a layer for each call, or choose another "
+                    "target"
+                )
 
     def _slowest(self, choices: Choices, worst: Callable[..., int]) -> dict[str, int]:
         """Return the cycles of each layer's slowest unit, the worst or best of its candidates."""
@@ -303,6 +310,14 @@ def groups_of(spec: LayerSpec) -> int:
     if not spec.kind.startswith("conv"):
         return 1
     return max(spec.in_shape[0] // spec.weight_shape[1], 1)
+
+
+def _macs_of_a_call(spec: LayerSpec) -> int:
+    """Return the multiply-accumulates of a layer that is called once."""
+    if spec.kind.startswith("conv_transpose"):
+        rows = spec.weight_shape[0] // groups_of(spec)
+        return prod(spec.in_shape) * rows * prod(spec.weight_shape[2:])
+    return prod(spec.out_shape) * prod(spec.weight_shape[1:])
 
 
 @lru_cache(maxsize=200_000)

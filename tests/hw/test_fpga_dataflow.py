@@ -334,6 +334,34 @@ def test_what_a_chip_has_not_is_neither_free_nor_unlimited(none, over) -> None:
     assert found.limits["bram_18k"] == 0.8 * capacity["bram_18k"]
 
 
+class Repeated(nn.Module):
+    """A layer that is called several times; and once each of the other kinds."""
+
+    def __init__(self, what: str, calls: int) -> None:
+        super().__init__()
+        self.what, self.calls = what, calls
+        self.conv, self.linear = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(6, 6)
+        self.up = nn.ConvTranspose2d(4, 4, 3, padding=1, groups=4)
+        self.strided = nn.ConvTranspose2d(4, 6, 2, stride=2, padding=1)
+
+    def forward(self, x):
+        for name in ("conv", "linear", "up"):
+            for _ in range(self.calls if name == self.what else 1):
+                x = torch.relu(getattr(self, name)(x))
+        return self.strided(x)
+
+
+@pytest.mark.parametrize("what", ["conv", "linear", "up"])
+def test_a_layer_that_is_called_several_times_is_refused(what) -> None:
+    """FINN takes none, and one call alone would be charged."""
+    sample = torch.zeros(1, 4, 8, 6)
+    once = quantize(Repeated(what, 1), QuantConfig(), sample=sample)
+    assert hw.report(once.layers, once.policy, "pynq_z2", Demand(fps=1)).fits
+    twice = quantize(Repeated(what, 2), QuantConfig(), sample=sample)
+    with pytest.raises(RequestError, match=f"layer {what}: must be called once.*for each call"):
+        hw.report(twice.layers, twice.policy, "pynq_z2", Demand(fps=1))
+
+
 def test_a_transposed_and_a_one_dimensional_convolution() -> None:
     net = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, stride=2), nn.ReLU(), nn.Conv2d(6, 2, 1))
     qmodel = quantize(net, QuantConfig(), sample=torch.zeros(1, 4, 5, 5))
