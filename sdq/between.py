@@ -55,7 +55,8 @@ def between(
         kind = "global_pool" if kind == "avg_pool" else kind
     named = {**dict(zip(("input", "kernel_size", "stride", "padding"), args, strict=False))}
     named = {**named, **kwargs, **(vars(module) if module is not None else {})}
-    if "kernel_size" not in named or node.target in ("mean", torch.mean):  # adaptive: as it falls
+    adaptive = node.target in (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, "mean", torch.mean)
+    if "kernel_size" not in named or adaptive:  # as it falls; arguments have other meanings
         outs = out_shape[1:] if len(out_shape) == len(in_shape) else (1,) * len(sides)
         stride = tuple(side // max(out, 1) for side, out in zip(sides, outs, strict=True))
         return [Between(kind, in_shape, out_shape, stride, stride, (0,) * len(sides))]

@@ -90,7 +90,7 @@ def _spec(path: str, module: nn.Module, calls: list[Any]) -> LayerSpec:
         assert isinstance(groups, int)
         shape = (channels, weight.shape[0] // groups, *weight.shape[2:])
         # every input element takes one multiply for each weight of its channel
-        macs = sum(x[0][0].numel() * weight[0].numel() for (x, *_), _, _ in calls)
+        macs = sum(x[0].numel() * weight[0].numel() for (x, *_), _, _ in calls)
     else:
         shape = tuple(weight.shape)
         # every output element takes one multiply for each weight of its channel

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -55,6 +56,26 @@ def test_operations_are_charged_to_the_next_layer() -> None:
     )
 
 
+@pytest.mark.parametrize("function", [False, True])
+def test_adaptive_pooling_has_windows_as_they_fall(function) -> None:
+    """12 x 8 in 3 x 2 parts: windows of 4 x 4, whether a module or a function does it."""
+
+    class Adaptive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 1), nn.Linear(24, 2)
+            self.pool = nn.AdaptiveAvgPool2d((3, 2))
+
+        def forward(self, x):
+            x = F.relu(self.first(x))
+            x = F.adaptive_avg_pool2d(x, (3, 2)) if function else self.pool(x)
+            return self.last(x.flatten(1))
+
+    found = layers(Adaptive(), torch.zeros(1, 3, 12, 8))
+    pool, _ = found[1].before
+    assert pool == Between("avg_pool", (4, 12, 8), (4, 3, 2), (4, 4), (4, 4), (0, 0))
+
+
 def test_geometry_of_convolutions() -> None:
     found = layers(Net(), torch.zeros(1, 3, 16, 16))
     assert [(s.stride, s.padding, s.dilation) for s in found] == [
@@ -64,6 +85,17 @@ def test_geometry_of_convolutions() -> None:
         ((1, 1), (0, 0), (1, 1)),
         ((), (), ()),
     ]
+
+
+def test_products_of_transposed_convolutions() -> None:
+    """By hand: each of 4 x 8 x 6 inputs meets 3 rows of 2 x 2 weights; 8 groups of one to one."""
+    net = nn.Sequential(
+        nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), nn.ReLU(), nn.Conv2d(6, 8, 1), nn.ReLU(),
+        nn.ConvTranspose2d(8, 8, 3, groups=8),
+    )  # fmt: skip
+    first, middle, last = layers(net, torch.zeros(1, 4, 8, 6))
+    assert (first.macs, middle.macs) == (4 * 8 * 6 * 3 * 4, 16 * 12 * 6 * 8)
+    assert last.macs == 8 * 16 * 12 * 9
 
 
 def test_a_size_that_is_asked_for_is_no_reader() -> None:
