@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sdq.errors import RunError
-
 Array = np.ndarray
+
+
+class TooFine(ArithmeticError):
+    """No constants that hardware can hold keep all codes."""
+
 
 TINY = 2.0**-100
 """Stands for the largest of constants that are all zero."""
@@ -118,7 +121,7 @@ def same_codes(factor: Array, offset: Array, sums: Sums, borders: Array) -> tupl
         borders: of the quantizer behind, see :func:`borders`.
 
     Raises:
-        RunError: no factor of at most 52 bits will do.
+        TooFine: no factor of at most 52 bits will do.
     """
     cuts = _Cuts.of(factor, offset, sums, borders)
     if bool((factor == 1).all()):
@@ -132,10 +135,7 @@ def same_codes(factor: Array, offset: Array, sums: Sums, borders: Array) -> tupl
         found = cuts.offsets(short) if (np.sign(short) == np.sign(factor)).all() else None
         if found is not None:
             return short, found
-    raise RunError(
-        f"export: hls4ml: no factor of {MOST_BITS} bits keeps all codes; a channel's factor may be "
-        "too small beside the others': prepare with QuantConfig(batch_norm='fold')"
-    )
+    raise TooFine(f"no factor of {MOST_BITS} bits keeps all codes")
 
 
 @dataclass(frozen=True, eq=False)

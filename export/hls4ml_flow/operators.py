@@ -151,6 +151,8 @@ def _unbent(reader: Reader, node: onnx.NodeProto, tensor: str) -> Pending:
 
 
 def _average(reader: Reader, node: onnx.NodeProto) -> Pending:
+    if not reader.tensors[node.input[0]].quantized:
+        reader.float_averages.add(node.name)
     x, options = reader.settled(node.input[0], node.name), attributes(node)
     if node.op_type == "AveragePool":
         kernel, strides, pads = _window(node, x)

@@ -91,6 +91,7 @@ class Reader:
     tensors: dict[str, Pending] = field(default_factory=dict)
     taps: dict[str, Tap] = field(default_factory=dict)
     inexact: list[str] = field(default_factory=list)
+    float_averages: set[str] = field(default_factory=set)
     image: Value | None = None
 
     def __post_init__(self) -> None:
@@ -157,7 +158,10 @@ class Reader:
             ends = code_range(quantizer.bits, signed)
             source = replace(x, factor=x.factor / unit, offset=x.offset / unit)
             borders = fixed_point.borders(*ends, step)
-            sums = settling.before_quantizer(self.builder, name, source, borders)
+            try:
+                sums = settling.before_quantizer(self.builder, name, source, borders)
+            except fixed_point.TooFine as error:
+                raise self._too_fine(name, x.path, str(error)) from error
             value = self.builder.quantize(name, sums, kind, unit)
         else:
             value = self._quantized_image(name, x, kind, unit)
@@ -168,6 +172,23 @@ class Reader:
             shape = value.image or value.shape
             self.taps[name] = Tap(value.traced, shape, len(value.shape) == 1, step, value.type)
         return Pending.of(value)
+
+    def _too_fine(self, name: str, path: str, why: str) -> Unsupported:
+        """Return what is to be said where nothing that is short enough keeps a quantizer's codes.
+
+        Sums of values that are not quantized lie so near to each other that some always fall
+        beside a border.
+        """
+        if path in self.float_averages:
+            return Unsupported(
+                path, "average quantized values", f"others, and {why}",
+                "prepare with --integer-datapath, or QuantConfig(integer_datapath=True)",
+            )  # fmt: skip
+        return Unsupported(
+            name, "read sums that constants of 52 bits scale", why,
+            "a channel's factor may be too small beside the others': prepare with "
+            "--batch-norm fold, or QuantConfig(batch_norm='fold')",
+        )  # fmt: skip
 
     def _quantized_image(self, name: str, x: Pending, kind: FixedType, unit: float) -> Value:
         if self.image is not None or (x.factor != 1).any() or x.offset.any():

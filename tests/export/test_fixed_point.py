@@ -3,8 +3,15 @@
 import numpy as np
 import pytest
 
-from export.hls4ml_flow.fixed_point import FixedType, Sums, borders, holding, same_codes, step_of
-from sdq.errors import RunError
+from export.hls4ml_flow.fixed_point import (
+    FixedType,
+    Sums,
+    TooFine,
+    borders,
+    holding,
+    same_codes,
+    step_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -70,5 +77,5 @@ def test_ties_stay_ties():
 def test_a_channel_far_below_the_others_is_refused():
     factor = np.array([1.0, 2.0**-60])
     sums = Sums(np.full(2, -(2.0**61)), np.full(2, 2.0**61), 1.0)
-    with pytest.raises(RunError, match=r"no factor of 52 bits .*batch_norm='fold'"):
+    with pytest.raises(TooFine, match="no factor of 52 bits keeps all codes"):
         same_codes(factor, np.zeros(2), sums, borders(0, 3, 0.7))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import export
 from export.formats import hls4ml, qonnx
+from export.hls4ml_flow import fixed_point
 from export.hls4ml_flow.builder import Builder, allowed_reuse
 from export.hls4ml_flow.fixed_point import holding
 from export.hls4ml_flow.operators import OPERATORS
@@ -244,6 +245,36 @@ def test_operands_of_several_scales_are_found(network, sample):
     (finding,) = hls4ml.check(network("everything", **config), sample)
     assert finding.layer == "Add" or finding.layer == "add"
     assert "--integer-datapath" in finding.repair
+
+
+def pooled() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 4, 1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(64, 5),
+    )  # fmt: skip
+
+
+def test_averages_whose_sums_are_too_fine_are_found(tmp_path, network, sample):
+    """An average of what is not quantized, with scales that are no powers of two."""
+    qmodel = network(pooled(), **SCALES | {"integer_datapath": False})
+    (finding,) = hls4ml.check(qmodel, sample)
+    assert str(finding) == (
+        "2: must average quantized values, got others, and no factor of 52 bits keeps all codes; "
+        "prepare with --integer-datapath, or QuantConfig(integer_datapath=True)"
+    )
+    with pytest.raises(RequestError, match="2: must average quantized values"):
+        export.write(qmodel, tmp_path / "out", format="hls4ml", sample=sample)
+    assert hls4ml.check(network(pooled(), **SCALES), sample) == ()
+
+
+def test_channels_too_far_apart_are_found(network, sample, monkeypatch):
+    def too_fine(*_):
+        raise fixed_point.TooFine("no factor of 52 bits keeps all codes")
+
+    monkeypatch.setattr(fixed_point, "same_codes", too_fine)
+    (finding,) = hls4ml.check(network("perceptron", **SCALES), sample)
+    assert finding.layer == "4_input"
+    assert "--batch-norm fold" in finding.repair
 
 
 def test_all_strange_operators_are_found_at_once(network, sample):
