@@ -8,7 +8,15 @@ layers of the hardware that a format's compiler wrote. A format is one module in
 """
 
 from export.findings import Finding
-from export.format import ExportResult, Format, QuantizerInFile, Trace, check, write
+from export.format import (
+    ExportResult,
+    Format,
+    QuantizerInFile,
+    Trace,
+    check,
+    rehearse,
+    write,
+)
 from export.preparation import prepare
 from export.report import VerifyReport
 from export.simulate import SimulatedLayer, simulate_layers
@@ -24,6 +32,7 @@ __all__ = [
     "VerifyReport",
     "check",
     "prepare",
+    "rehearse",
     "simulate_layers",
     "verify",
     "write",

@@ -85,8 +85,9 @@ class Format(Protocol):
             those that are not named here. It then gives a warning, and does not decide on the file.
 
     Optional, in formats that have them: ``OPSETS``, a range of ONNX opsets, of which
-    :meth:`write` then takes one as ``opset``; and ``container_bytes(path)``, the bytes that the
-    weights take in the file.
+    :meth:`write` then takes one as ``opset``; ``container_bytes(path)``, the bytes that the
+    weights take in the file; and ``rehearse(qmodel, sample)``, what :meth:`check` cannot tell
+    without translating the network.
     """
 
     FILE: str
@@ -219,6 +220,27 @@ def check(qmodel: QuantModel, *, format: "str | Format", sample: Tensor) -> tupl
     """
     _, plugin = load_format(format)
     return (*network_rules.check(qmodel), *plugin.check(qmodel, sample))
+
+
+def rehearse(qmodel: QuantModel, *, format: "str | Format", sample: Tensor) -> tuple[Finding, ...]:
+    """Return what stands against writing a network as far as only trying shows it.
+
+    It takes as long as writing does; :func:`check` is quick, and is asked before every export.
+
+    Args:
+        qmodel: need not be calibrated.
+        format: a plugin name of ``export.formats``, or such a module.
+        sample: an input ``(N, C, H, W)``, for shapes only.
+
+    Raises:
+        RequestError: no such format.
+    """
+    _, plugin = load_format(format)
+    found = check(qmodel, format=plugin, sample=sample)
+    if found or not hasattr(plugin, "rehearse"):
+        return found
+    tried: tuple[Finding, ...] = plugin.rehearse(qmodel, sample)
+    return tried
 
 
 def expected_bits(qmodel: QuantModel) -> dict[str, Bits]:

@@ -21,6 +21,7 @@ from onnx import helper
 from torch import Tensor, nn
 
 from export import channels, graph, qdq
+from export.findings import Finding
 from export.float64 import fold_constants_
 from export.reference import untie_
 from sdq import integer_bias
@@ -47,7 +48,54 @@ operators it uses, so a graph of this opset is one of theirs."""
 INPUT, OUTPUT, BATCH = "images", "output", "N"
 
 Dialect = Literal["qcdq", "qonnx"]
+_OPERATOR = re.compile(r"'(\w+::\w+)'")
 _LABEL = re.compile(r"/sdq(\d+)x(?:_\d+)?/")
+
+
+class ExporterFailed(RunError):
+    """Torch's exporter could not write a network.
+
+    Args:
+        reason: its own words, one line.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"export: the exporter failed: {reason}")
+        named = _OPERATOR.search(reason)
+        self.finding = Finding(
+            named.group(1) if named else "network", "must be what torch's ONNX exporter can write",
+            reason, "replace the operation",
+        )  # fmt: skip
+
+
+def rehearse(qmodel: QuantModel, dialect: Dialect, sample: Tensor) -> tuple[Finding, ...]:
+    """Return what torch's exporter cannot write, which only trying shows; nothing is written.
+
+    Args:
+        qmodel: need be neither calibrated nor searched; left as it is.
+        dialect: as for :func:`trace`.
+        sample: likewise.
+    """
+    try:
+        trace(settled(qmodel), dialect, sample)
+    except ExporterFailed as error:
+        return (error.finding,)
+    return ()
+
+
+def settled(qmodel: QuantModel) -> QuantModel:
+    """Return a copy that can be traced, with scales of 1 and 8 bits where nothing is known yet."""
+    clone = copy.deepcopy(qmodel).cpu()
+    for quantizer in clone.act_quantizers().values():
+        quantizer.calibrated.fill_(True)
+        quantizer.observing = False
+    for bits in clone.policy:
+        undecided = bits.weight_bits != FLOAT_BITS and not isinstance(
+            clone.weight_quantizer(bits.name), SettledQuantizer
+        )
+        if undecided:
+            clone.set_weight_quantizer_(bits.name, clone.new_weight_quantizer(bits.name, 8))
+    return clone
 
 
 def trace(
@@ -228,7 +276,7 @@ def _run_exporter(
             return onnx.load(path)
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise RunError(f"export: the exporter failed: {reason}") from error
+            raise ExporterFailed(reason) from error
 
 
 def _declare_opset_(model: onnx.ModelProto, opset: int) -> None:
@@ -248,9 +296,15 @@ def _clean_exporter(manager: Any) -> Iterator[None]:
         manager._fn_cache.clear()
         manager._fn_to_cache.clear()
 
+    bindings: Any = torch._C
+    log, enabled = bindings._jit_onnx_log, bindings._jit_is_onnx_log_enabled()
     clear()
+    # torch takes its logging for enabled, and prints the whole graph where it fails
+    bindings._jit_onnx_log = lambda *_: None
     try:
         with unfused_attention():  # ONNX has no operator for it
             yield
     finally:
         clear()
+        bindings._jit_onnx_log = log
+        bindings._jit_set_onnx_log_enabled(enabled)

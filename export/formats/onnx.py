@@ -30,7 +30,7 @@ import torch
 from onnx import helper
 from torch import Tensor
 
-from export import channels, graph, qdq
+from export import channels, graph, qdq, tracing
 from export.findings import Finding
 from export.float64 import Interpreter
 from export.format import Bits, QuantizerInFile, Runner, Trace
@@ -75,6 +75,11 @@ def check(qmodel: QuantModel, sample: Tensor) -> tuple[Finding, ...]:
         for name, quantizer in qmodel.act_quantizers().items()
         if quantizer.bits > 8
     )  # fmt: skip
+
+
+def rehearse(qmodel: QuantModel, sample: Tensor) -> tuple[Finding, ...]:
+    """Return what the exporter cannot write; see :func:`export.rehearse`."""
+    return tracing.rehearse(qmodel, "qcdq", sample)
 
 
 def write(

@@ -25,6 +25,7 @@ from export.formats.onnx import (
     open_exact,
     open_runtime,
     quantizers,
+    rehearse,
     run,
     save,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "open_exact",
     "open_runtime",
     "quantizers",
+    "rehearse",
     "run",
     "write",
 ]

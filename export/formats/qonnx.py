@@ -26,7 +26,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from export import channels, graph
+from export import channels, graph, tracing
 from export.findings import Finding
 from export.float64 import Interpreter, fold_constants_
 from export.format import Bits, QuantizerInFile, Runner, Trace
@@ -59,6 +59,11 @@ _MAKERS = (*_QUANTIZERS, *channels.JOINS)
 def check(qmodel: QuantModel, sample: Tensor) -> tuple[Finding, ...]:
     """Return nothing: whatever can be quantized can be written."""
     return ()
+
+
+def rehearse(qmodel: QuantModel, sample: Tensor) -> tuple[Finding, ...]:
+    """Return what the exporter cannot write; see :func:`export.rehearse`."""
+    return tracing.rehearse(qmodel, "qonnx", sample)
 
 
 def write(

@@ -1,6 +1,5 @@
 """What hls4ml cannot take, asked before anything is written."""
 
-import copy
 import tempfile
 from pathlib import Path
 
@@ -15,8 +14,7 @@ from export.hls4ml_flow.builder import Builder
 from export.hls4ml_flow.operators import OPERATORS
 from export.hls4ml_flow.pending import Unsupported
 from export.hls4ml_flow.reading import Reader, unknown
-from sdq.channel_bits import SettledQuantizer
-from sdq.policy import FLOAT_BITS
+from export.tracing import ExporterFailed, settled
 from sdq.quant_model import QuantModel
 
 
@@ -36,7 +34,10 @@ def check(qmodel: QuantModel, sample: Tensor, io_type: str | None = None) -> tup
         return (Finding("input", "must be images (N, C, H, W)", shape, "use the format onnx"),)
     with tempfile.TemporaryDirectory() as folder:
         texts = {"schema": SCHEMA, "policy": qmodel.policy.to_json()}
-        qonnx.write(_settled(qmodel), Path(folder), sample=sample, metadata=texts)
+        try:
+            qonnx.write(settled(qmodel), Path(folder), sample=sample, metadata=texts)
+        except ExporterFailed as error:
+            return (error.finding,)
         path = Path(folder) / qonnx.FILE
         model, quantizers = graph.load(path), qonnx.quantizers(path)
     strangers = [
@@ -56,20 +57,6 @@ def streamed(model: onnx.ModelProto, io_type: str | None) -> bool:
     if io_type is not None:
         return io_type == "io_stream"
     return any(node.op_type in ("Conv", "MaxPool", "AveragePool") for node in model.graph.node)
-
-
-def _settled(qmodel: QuantModel) -> QuantModel:
-    clone = copy.deepcopy(qmodel).cpu()
-    for quantizer in clone.act_quantizers().values():
-        quantizer.calibrated.fill_(True)
-        quantizer.observing = False
-    for bits in clone.policy:
-        undecided = bits.weight_bits != FLOAT_BITS and not isinstance(
-            clone.weight_quantizer(bits.name), SettledQuantizer
-        )
-        if undecided:
-            clone.set_weight_quantizer_(bits.name, clone.new_weight_quantizer(bits.name, 8))
-    return clone
 
 
 def _computed(model: onnx.ModelProto) -> list[onnx.NodeProto]:

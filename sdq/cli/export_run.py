@@ -200,7 +200,7 @@ def check_run(
 ) -> dict[str, Any]:
     """Print what a format cannot take in a run's network; return it as JSON values."""
     sample = torch.zeros(1, *folder.read_json("run.json")["data"]["image_shape"])
-    findings = [f.to_json() for f in export.check(qmodel, format=format_, sample=sample)]
+    findings = [f.to_json() for f in export.rehearse(qmodel, format=format_, sample=sample)]
     if findings:
         show_table(f"{format_} cannot take {folder.path}", findings, quiet=quiet)
     elif not quiet:

@@ -62,12 +62,23 @@ def test_what_somebody_chose_stays(sdq, files, tmp_path):
 
 
 SPECIAL = """
+import torch
 from torch import nn
 
 def gated():
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 3, groups=2),
         nn.ReLU(), nn.Flatten(), nn.Linear(4 * 24 * 24, 7),
+    )
+
+class Gamma(nn.Module):
+    def forward(self, x):
+        return torch.lgamma(x.abs() + 1)
+
+def gamma():
+    return nn.Sequential(
+        nn.Conv2d(3, 2, 3, 4), Gamma(), nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(2 * 7 * 7, 7),
     )
 """
 
@@ -112,6 +123,22 @@ def test_check_of_several_formats_is_one_document(sdq, gated):
     found = {one["format"]: one["accepted"] for one in done.json["exports"]}
     assert found == {"qonnx": True, "finn": False}
     assert len(done.out.splitlines()) == 1
+
+
+def test_check_tries_what_the_exporter_can_write(sdq, files, tmp_path, capfd):
+    """What it says is all that is printed: torch's own report of the graph is not JSON."""
+    (files / "special.py").write_text(SPECIAL)
+    model, data = f"{files / 'special.py'}:gamma", f"--data {files / 'ok.npz'} --quiet"
+    assert sdq(f"train --model {model} {data} --epochs 1 --out", tmp_path / "f").code == 0
+    command = f"quantize --from {tmp_path / 'f'} {data} --search-epochs 1 --epochs 1 --bits 3"
+    assert sdq(command, "--out", tmp_path / "q").code == 0
+    capfd.readouterr()
+    done = sdq(f"export {tmp_path / 'q'} --format onnx,qonnx --check --json --quiet")
+    assert done.code == 2
+    found = [entry["findings"] for entry in done.json["exports"]]
+    assert [[finding["layer"] for finding in one] for one in found] == [["aten::lgamma"]] * 2
+    assert len(done.out.splitlines()) == 1
+    assert "graph(" not in capfd.readouterr().out
 
 
 def test_an_export_without_check_refuses_with_the_same(sdq, gated, tmp_path):

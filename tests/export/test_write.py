@@ -55,6 +55,21 @@ def test_a_failed_export_leaves_everything_usable(tmp_path, network, sample, ima
     export.write(network("plain"), tmp_path, format=format, sample=sample)
 
 
+@pytest.mark.parametrize("format", ["onnx", "onnx-packed", "qonnx", "hls4ml"])
+def test_what_the_exporter_cannot_write_is_found_quietly(tmp_path, network, sample, capfd, format):
+    """Torch prints its whole graph where it fails, past Python's standard output."""
+    broken = network(NoOnnx())
+    for quantizer in broken.act_quantizers().values():
+        quantizer.calibrated.fill_(False)
+    (finding,) = export.rehearse(broken, format=format, sample=sample)
+    assert finding.layer == "aten::lgamma"
+    assert "Exporting the operator 'aten::lgamma' to ONNX opset version 17 is" in finding.got
+    assert export.rehearse(network("plain"), format="onnx", sample=sample) == ()
+    (out, _), logs = capfd.readouterr(), torch._C._jit_is_onnx_log_enabled()
+    assert (out, logs) == ("", False)
+    assert not broken.calibrated
+
+
 def test_stale_exporter_state_does_not_matter(tmp_path, network, sample, monkeypatch):
     from brevitas import config
 
