@@ -45,6 +45,7 @@ IMAGES = 10
 threshold at once, up to 255 each."""
 
 BOARDS = finn_folder.BOARDS
+board_of = finn_folder.board_of
 check = finn_rules.check
 metadata = qonnx.metadata
 bits = qonnx.bits

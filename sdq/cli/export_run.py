@@ -22,6 +22,9 @@ from sdq.errors import RequestError, RunError
 from sdq.quant_model import QuantModel
 from sdq.run_folder import RunFolder
 
+SAMPLES, SIMULATED = 500, 10
+"""Images that are verified on, and that layers are simulated with, by default."""
+
 
 def export_run(
     run: Annotated[Path, typer.Argument(help="Run folder of `sdq quantize`.")],
@@ -55,7 +58,9 @@ def export_run(
             help="Put the normalisation into the file, which then takes uint8 N x H x W x C.",
         ),
     ] = False,
-    samples: Annotated[int, typer.Option(min=1, help="Images to verify on.")] = 500,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help=f"Images to verify on; default {SAMPLES}.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export.")
     ] = False,
@@ -83,7 +88,9 @@ def export_run(
             "quantizer, first or all."
         ),
     ] = None,
-    simulate_samples: Annotated[int, typer.Option(min=1, help="Images to simulate.")] = 10,
+    simulate_samples: Annotated[
+        int | None, typer.Option(min=1, help=f"Images to simulate; default {SIMULATED}.")
+    ] = None,
     data: options.OptionalData = None,
     data_root: options.DataRoot = None,
     json_: options.Json = False,
@@ -114,6 +121,17 @@ def export_run(
         raise RequestError(
             "--simulate-layer: must stand with --build and a format that generates hardware (finn)"
         )
+    for option, given, other, needed in (
+        ("--samples", samples, "--verify", verify),
+        ("--simulate-samples", simulate_samples, "--simulate-layer", simulate_layer is not None),
+    ):
+        if given is not None and not needed:
+            raise RequestError(f"{option}: must stand with {other}, got {given} without it")
+    wanted = {"target": target, "fps": fps}
+    asked = {key: str(value) for key, value in wanted.items() if value is not None}
+    for plugin in formats.values():  # before the first of them is written
+        if hasattr(plugin, "board_of"):
+            plugin.board_of(asked)
     folder = RunFolder.open(run)
     qmodel = inp.load_quantized(folder)
     if check:
@@ -136,11 +154,10 @@ def export_run(
     documents, wrong = [], []
     for name, plugin in formats.items():
         place = _folder_of(name, run, out, alone=len(formats) == 1)
-        asked = {"target": target, "fps": fps} if hasattr(plugin, "build") else {}
-        wishes = {key: str(value) for key, value in asked.items() if value is not None}
+        wishes = asked if hasattr(plugin, "build") else {}
         document = write_and_verify(
-            folder, qmodel, inputs if verify else None, name, place, with_preprocessing, samples,
-            overwrite, opset, wishes, quiet=quiet,
+            folder, qmodel, inputs if verify else None, name, place, with_preprocessing,
+            samples or SAMPLES, overwrite, opset, wishes, quiet=quiet,
         )  # fmt: skip
         if name in expected:
             document["expected"] = expected[name]
@@ -151,7 +168,7 @@ def export_run(
                 wrong.append(f"{place}: written, not built: {error}")
         built = "build" in document
         if simulate_layer is not None and inputs is not None and name in hardware and built:
-            pixels = _pixels(inputs, simulate_samples)
+            pixels = _pixels(inputs, simulate_samples or SIMULATED)
             document |= simulate(
                 qmodel, place, name, simulate_layer,
                 pixels if with_preprocessing else _normalization(folder)(pixels),
@@ -215,7 +232,7 @@ def write_and_verify(
     format_: str,
     out: Path,
     with_preprocessing: bool = False,
-    samples: int = 500,
+    samples: int = SAMPLES,
     overwrite: bool = False,
     opset: int | None = None,
     wishes: Mapping[str, str] | None = None,

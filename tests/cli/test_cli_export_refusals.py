@@ -88,3 +88,34 @@ def test_the_rate_is_looked_at_before_anything_is_written(sdq, files, tmp_path):
     assert expected == {name: cost[name] for name in expected}
     assert set(expected) == {"lut", "bram_18k", "dsp", "interval_cycles", "fps"}
     assert f"expected (docs/hardware.md): {cost['lut']:,.0f} lut" in done.out
+
+
+@needs_onnx
+@pytest.mark.parametrize("formats", ["finn", "qonnx,finn"])
+def test_the_board_is_looked_at_before_anything_is_written(sdq, files, tmp_path, formats):
+    out = tmp_path / "out"
+    done = sdq(f"export {files / 'quantized'} --format {formats} --target foo --out {out}")
+    assert done.code == 2
+    assert "finn: target must be one of pynq_z2, ultra96, zcu102, alveo_u50, got 'foo'" in done.err
+    assert not out.exists()
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--samples 500", "--samples: must stand with --verify, got 500 without it"),
+        ("--check --samples 5", "--samples: must stand with --verify, got 5 without it"),
+        (
+            "--verify --simulate-samples 10",
+            "--simulate-samples: must stand with --simulate-layer, got 10 without it",
+        ),
+    ],
+)
+def test_numbers_of_images_that_nobody_looks_at_are_refused(sdq, files, options, sentence):
+    run = files / "quantized"
+    before = sorted(run.rglob("*"))
+    done = sdq(f"export {run} --format qonnx {options}")
+    assert done.code == 2
+    assert sentence in done.err
+    assert sorted(run.rglob("*")) == before

@@ -238,12 +238,11 @@ def test_evaluate_takes_other_data(sdq, files):
 
 @needs_onnx
 @pytest.mark.parametrize("format", ["onnx", "onnx-packed", "qonnx"])
-@pytest.mark.parametrize("options", ["", "--verify", "--verify --with-preprocessing"])
+@pytest.mark.parametrize(
+    "options", ["", "--verify --samples 40", "--verify --samples 40 --with-preprocessing"]
+)
 def test_export(sdq, derm, tmp_path, format, options):
-    done = sdq(
-        f"export {derm / 'quantized'} --format {format} {options} --samples 40 --json "
-        f"--out {tmp_path}"
-    )
+    done = sdq(f"export {derm / 'quantized'} --format {format} {options} --json --out {tmp_path}")
     assert done.code == 0, done.err
     written = done.json["export"]
     assert written["format"] == format
@@ -321,7 +320,7 @@ def test_export_of_several_formats(sdq, files, tmp_path, monkeypatch):
     found = (Finding("layers.1", "must be dense", "something else", "make it dense"),)
     monkeypatch.setattr(hls4ml, "check", lambda *_: found)
     other = tmp_path / "other"
-    done = sdq(f"export {files / 'quantized'} --format onnx,hls4ml --out {other} --samples 10")
+    done = sdq(f"export {files / 'quantized'} --format onnx,hls4ml --out {other}")
     assert done.code == 2
     assert "hls4ml cannot take this network" in done.err
     assert "layers.1: must be dense, got something else; make it dense" in done.err
