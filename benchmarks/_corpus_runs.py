@@ -195,10 +195,10 @@ def _learn_bits(folder: Path, watch: Callable[[dict[str, Any]], None] | None = N
 
 @contextlib.contextmanager
 def _killed() -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give what ends a federation after the first round of its last phase."""
+    """Give what ends a federation in the second round of its last phase, before it is kept."""
 
     def kill(summary: dict[str, Any]) -> None:
-        if summary.get("phase", "tune") == "tune" and summary.get("round") == 0:
+        if summary.get("phase", "tune") == "tune" and summary.get("round") == 1:
             raise _Killed
 
     with contextlib.suppress(_Killed):

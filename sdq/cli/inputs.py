@@ -283,7 +283,8 @@ def _as_recorded(reference: str, splits: Splits, recorded: dict[str, Any]) -> Sp
             f"got {splits.image_shape}; {repair}"
         )
     names = tuple(recorded["class_names"])
-    if task == "classification" and set(splits.class_names) <= set(names):
+    named = not all(name.isdecimal() for name in splits.class_names)
+    if task == "classification" and named and set(splits.class_names) <= set(names):
         splits = splits.numbered(names)  # it may have them in another order, or not all
     if len(splits.class_names) != len(names):
         raise RequestError(

@@ -176,7 +176,7 @@ def test_bits_are_legal_for_the_kind_of_layer(sdq, files, cnn, tmp_path):
         ("--target pynq_z2 --fps 100 --budget lut=10", "budget: lut must be at least"),
         ("--target pynq_z2 --fps 100 --act-bits 16", "--act-bits: must have bits that pynq_z2"),
         ("--target pynq_z2 --fps 100 --first-last-bits 32", "must be dense or depthwise"),
-        ("--target pynq_z2 --fps 100 --granularity channel", "--latency-ms: must stand with"),
+        ("--target pynq_z2 --fps 100 --granularity channel", "--granularity: must be layer"),
     ],
 )
 def test_refusals(sdq, files, cnn, tmp_path, options, message):

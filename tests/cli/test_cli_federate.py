@@ -454,3 +454,23 @@ def test_no_option_is_overruled_by_the_file():
     }
     for part, config in (("federation", FederationConfig), ("phases", PhasesConfig)):
         assert options & set(config.model_fields) <= set(FIELDS[part])
+
+
+def test_other_data_are_measured_by_the_names_of_their_classes(sdq, home, tmp_path):
+    """Another hospital's folder numbers the classes that it has."""
+    arrays = dict(np.load(home / "d.npz"))
+    np.savez(tmp_path / "all.npz", class_names=np.array(list("abc")), **arrays)
+    order = np.array([1, 2, 0])  # a is 1 there, b 2, c 0
+    turned = {k: order[v] if k.endswith("labels") else v for k, v in arrays.items()}
+    np.savez(tmp_path / "turned.npz", class_names=np.array(list("cab")), **turned)
+    run = tmp_path / "r"
+    train = f"train --model {home}/net.py:build --data {tmp_path}/all.npz --epochs 1 --out {run}"
+    assert sdq(f"{train} --quiet").code == 0
+    own, other = (
+        sdq(f"evaluate {run} --data {tmp_path}/{name}.npz --quiet --json").json["float"]
+        for name in ("all", "turned")
+    )
+    assert other == own
+    np.savez(tmp_path / "strange.npz", class_names=np.array(list("abx")), **arrays)
+    # names of other classes say nothing of the order; their number is all there is to go by
+    assert sdq(f"evaluate {run} --data {tmp_path}/strange.npz --quiet").code == 0

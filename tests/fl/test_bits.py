@@ -204,7 +204,7 @@ def test_no_search_starts_where_all_images_would_be_needed() -> None:
 def test_nothing_to_search(hospitals: Clients) -> None:
     """Both layers are first and last, with bits that are given: there are no rounds of search."""
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
-    found = go(net, hospitals(), quant=QuantConfig())
+    found = go(net, hospitals(), quant=QuantConfig(), budget=Budget(avg_weight_bits=8.0))
     assert [b.weight_bits for b in found.policy] == [8, 8]
     assert set(found.phases) == {"float", "tune"}
 
@@ -321,8 +321,10 @@ def test_clients_have_models_of_their_own_where_no_layer_is_searched(hospitals: 
         torch.manual_seed(0)
         net = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 3))
     quant = QuantConfig(bit_choices=(2, 4), first_last_bits=8)
+    enough = Budget(avg_weight_bits=8.0)
     found = go(
-        net, hospitals(), quant=quant, rounds=1, phases=PHASES.replaced(tune_rounds=1), **OWN
-    )
+        net, hospitals(), quant=quant, rounds=1, phases=PHASES.replaced(tune_rounds=1),
+        budget=enough, personal={1: ClientBudget(enough)},
+    )  # fmt: skip
     assert list(found.personal) == [1]
     assert found.personal[1].policy == found.policy
