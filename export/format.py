@@ -225,15 +225,8 @@ def check(qmodel: QuantModel, *, format: "str | Format", sample: Tensor) -> tupl
 def rehearse(qmodel: QuantModel, *, format: "str | Format", sample: Tensor) -> tuple[Finding, ...]:
     """Return what stands against writing a network as far as only trying shows it.
 
-    It takes as long as writing does; :func:`check` is quick, and is asked before every export.
-
-    Args:
-        qmodel: need not be calibrated.
-        format: a plugin name of ``export.formats``, or such a module.
-        sample: an input ``(N, C, H, W)``, for shapes only.
-
-    Raises:
-        RequestError: no such format.
+    It takes as long as writing does. :func:`check`, whose arguments and errors it has, is quick
+    and asked before every export.
     """
     _, plugin = load_format(format)
     found = check(qmodel, format=plugin, sample=sample)

@@ -6,6 +6,7 @@ place, the rule that was broken, what came instead, and what to do.
 
 import difflib
 from collections.abc import Iterable
+from typing import Protocol, TypeVar
 
 
 class RequestError(ValueError):
@@ -14,6 +15,32 @@ class RequestError(ValueError):
 
 class RunError(RuntimeError):
     """The request was sound but the run failed. The command line exits with code 1."""
+
+
+class Named(Protocol):
+    """What goes by a name."""
+
+    @property
+    def name(self) -> str:
+        """The name."""
+
+
+NamedT = TypeVar("NamedT", bound=Named)
+
+
+def named(name: str, items: Iterable[NamedT], otherwise: str) -> NamedT:
+    """Return the item of this name, or raise RequestError.
+
+    Args:
+        name: that is looked for.
+        items: to look in.
+        otherwise: the error, to which the nearest name is added.
+    """
+    items = list(items)
+    for item in items:
+        if item.name == name:
+            return item
+    raise RequestError(f"{otherwise}; {nearest(name, [item.name for item in items])}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

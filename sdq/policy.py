@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdq.errors import RequestError, nearest
+from sdq.errors import RequestError, named, nearest
 
 SCHEMA = "sdq.policy/1"
 FLOAT_BITS = 32
@@ -102,13 +102,8 @@ class BitwidthPolicy:
         return len(self.layers)
 
     def __getitem__(self, name: str) -> LayerBits:
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise RequestError(
-            f"policy: must have layer {name!r:.100}, got none; "
-            f"{nearest(name, [layer.name for layer in self.layers])}"
-        )
+        otherwise = f"policy: must have layer {name!r:.100}, got none"
+        return named(name, self.layers, otherwise)
 
     @property
     def avg_weight_bits(self) -> float:

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from sdq import act_points, batch_norm, graph, integer_bias, signs, tracing
 from sdq.channel_bits import SettledQuantizer
 from sdq.config import QuantConfig
-from sdq.errors import RequestError, nearest
+from sdq.errors import RequestError, named
 from sdq.layers import LayerSpec
 from sdq.learned_scale import ActQuantizer, WeightQuantizer
 from sdq.mid_rise import DorefaQuantizer, EntropyQuantizer
@@ -62,13 +62,8 @@ class QuantModel(nn.Module):
 
     def spec(self, name: str) -> LayerSpec:
         """Return what is known of a layer; RequestError if there is none of this name."""
-        for spec in self.layers:
-            if spec.name == name:
-                return spec
-        raise RequestError(
-            f"layer {name!r:.100}: must be one of the network's, but is none; "
-            f"{nearest(name, [spec.name for spec in self.layers])}"
-        )
+        otherwise = f"layer {name!r:.100}: must be one of the network's, but is none"
+        return named(name, self.layers, otherwise)
 
     def weight(self, name: str) -> Tensor:
         """Return a layer's float master weight ``(K, ...)``."""
