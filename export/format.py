@@ -31,7 +31,7 @@ RECORD = "export.json"
 VERIFICATION = "verification.json"
 """Beside it: what a verification found, by format; written by the command line."""
 
-RESERVED = ("schema", "format", "policy", "normalization")
+RESERVED = ("schema", "format", "policy", "image_shape", "normalization")
 """Metadata keys that the file fills in itself."""
 
 
@@ -285,7 +285,7 @@ def write(
     """
     name, plugin = load_format(format)
     options = _options(name, plugin, opset)
-    texts = _texts(qmodel, name, preprocessing, metadata or {})
+    texts = _texts(qmodel, name, sample, preprocessing, metadata or {})
     _check_network(qmodel)
     refuse(name, check(qmodel, format=plugin, sample=sample))
     folder = Path(folder)
@@ -391,6 +391,7 @@ def _options(name: str, plugin: Format, opset: int | None) -> dict[str, int]:
 def _texts(
     qmodel: QuantModel,
     name: str,
+    sample: Tensor,
     preprocessing: Normalization | None,
     metadata: Mapping[str, object],
 ) -> dict[str, str]:
@@ -400,7 +401,10 @@ def _texts(
             f"export: metadata must not have the key {taken[0]!r}, which the file fills in; "
             "rename it"
         )
-    texts = {"schema": SCHEMA, "format": name, "policy": qmodel.policy.to_json()}
+    texts = {
+        "schema": SCHEMA, "format": name, "policy": qmodel.policy.to_json(),
+        "image_shape": json.dumps(list(sample.shape[1:])),
+    }  # fmt: skip
     if preprocessing is not None:
         values = {"mean": preprocessing.mean, "std": preprocessing.std}
         texts["normalization"] = json.dumps(values)

@@ -212,6 +212,12 @@ def preparation(path: Path, metadata: dict[str, str], inputs: Tensor) -> Prepara
         raise RequestError(
             f"verify: inputs must be (N, C, H, W) with N at least 1, got {tuple(inputs.shape)}"
         )
+    shape = json.dumps(list(inputs.shape[1:]))
+    if metadata.get("image_shape", shape) != shape:
+        raise RequestError(
+            f"verify: inputs must be images (C, H, W) of {metadata['image_shape']:.100}, "
+            f"which {path.name} takes, got {shape}; resize them, or export for images of that size"
+        )
     if "normalization" not in metadata:
         if not inputs.is_floating_point():
             raise RequestError(

@@ -179,8 +179,13 @@ def test_inputs_must_fit_the_file(tmp_path, network, sample, images):
 def test_inputs_must_fit_the_network(tmp_path, network, sample):
     qmodel = network("perceptron")
     export.write(qmodel, tmp_path, format="onnx", sample=sample)
+    other = torch.zeros(2, 3, 9, 9)
+    takes = r"images \(C, H, W\) of \[3, 8, 8\], which .* takes, got \[3, 9, 9\]"
+    with pytest.raises(RequestError, match=takes):
+        export.verify(qmodel, tmp_path, format="onnx", inputs=other)
+    export.write(network("plain"), tmp_path / "b", format="onnx", sample=other[:1])
     with pytest.raises(RequestError, match="inputs must fit the network, got shape"):
-        export.verify(qmodel, tmp_path, format="onnx", inputs=torch.zeros(2, 3, 9, 9))
+        export.verify(qmodel, tmp_path / "b", format="onnx", inputs=other)
 
 
 @pytest.mark.parametrize(
