@@ -19,6 +19,7 @@ from sdq.batches import Augmentation, Batches, Normalization, generator
 from sdq.data import ImageSet, check_masks
 from sdq.errors import RequestError
 from sdq.task import SEGMENTATION, Task, task_of
+from sdq.train import channels_last_
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Setting:
         method.check(config)
         method.extend_(network, generator(config.seed, "extras"))
         network.to(device)
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        channels_last_(network)
         setting = cls(
             method=method,
             config=config,

@@ -60,6 +60,11 @@ def _check_layer(qmodel: QuantModel, layer: int, new: LayerBits, old: LayerBits)
                 f"policy: layer {new.name}: is pinned at {old.weight_bits} bits, "
                 f"got {new.weight_bits}"
             )
+        if new.channel_bits is not None:
+            raise RequestError(
+                f"policy: layer {new.name}: is pinned at {old.weight_bits} bits and must have no "
+                "channel_bits; remove them"
+            )
     elif wrong := set(new.channel_bits or (new.weight_bits,)) - set(choices):
         raise RequestError(
             f"policy: layer {new.name}: weight_bits must be one of {choices}, got {min(wrong)}"

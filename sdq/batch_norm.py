@@ -1,11 +1,14 @@
 """Batch normalisation that training leaves alone: folded into the layer before, or frozen."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from sdq.modes import evaluating
 from sdq.refusals import KINDS
 
 
@@ -63,20 +66,22 @@ class FrozenWhole(nn.Module):
         return result
 
 
-def settle_(net: fx.GraphModule, *, fold: bool) -> None:
+def settle_(net: fx.GraphModule, sample: Tensor, *, fold: bool) -> None:
     """Take batch normalisation out of training, in modules that are kept whole too.
 
     One whose statistics are those of the batch, in evaluation too, is left as it is.
 
     Args:
         net: traced, with nothing quantized yet; changed in place.
+        sample: an input ``(N, C, H, W)``, for shapes only.
         fold: into the weights of the layer before, where nothing else reads or shares what that
             layer computes with; the others are frozen.
     """
+    outputs = _Shapes(net).of(sample) if fold else {}
     for node in list(net.graph.nodes):
         norm = _module(net, node)
         source = node.args[0] if node.args else node.kwargs.get("input")
-        if fold and _is_plain(norm) and _foldable(net, source, node):
+        if fold and _is_plain(norm) and _foldable(net, source, node, outputs):
             assert isinstance(norm, _BatchNorm)
             _fold_(net.get_submodule(str(source.target)), norm)
             node.replace_all_uses_with(source)
@@ -102,10 +107,30 @@ def _module(net: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return net.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def _foldable(net: fx.GraphModule, source: fx.Node, norm: fx.Node) -> bool:
+class _Shapes(fx.Interpreter):
+    """Notes the number of dimensions of what every module gives."""
+
+    def of(self, sample: Tensor) -> dict[str, int]:
+        """Return them by the module's path."""
+        self.found: dict[str, int] = {}
+        assert isinstance(self.module, nn.Module)
+        with evaluating(self.module), torch.no_grad():
+            self.run(sample)
+        return self.found
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        output = super().call_module(target, args, kwargs)
+        if isinstance(output, Tensor):
+            self.found[str(target)] = output.dim()
+        return output
+
+
+def _foldable(net: fx.GraphModule, source: fx.Node, norm: fx.Node, outputs: dict[str, int]) -> bool:
     layer = _module(net, source)
     if layer is None or type(layer) not in KINDS or list(source.users) != [norm]:
         return False
+    if isinstance(layer, nn.Linear) and outputs[str(source.target)] != 2:
+        return False  # what is normalised is the second dimension, and not the layer's features
     calls = [n.target for n in net.graph.nodes if n.op == "call_module"]
     weight = layer.weight
     shared = sum(weight is p for m in net.modules() for p in m.parameters(recurse=False)) > 1
@@ -121,7 +146,10 @@ def _foldable(net: fx.GraphModule, source: fx.Node, norm: fx.Node) -> bool:
 def _fold_(layer: nn.Module, norm: _BatchNorm) -> None:
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, nn.Parameter)
-    statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    assert norm.running_mean is not None
+    one, zero = torch.ones_like(norm.running_mean), torch.zeros_like(norm.running_mean)
+    factors = (one, zero) if norm.weight is None else (norm.weight, norm.bias)
+    statistics = (norm.running_mean, norm.running_var, norm.eps, *factors)
     if isinstance(layer, nn.Linear):
         new = fuse_linear_bn_weights(weight, bias, *statistics)  # type: ignore[arg-type]
     else:

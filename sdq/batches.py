@@ -6,7 +6,7 @@ resumes at an epoch sees exactly what an undisturbed run would have seen.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -30,14 +30,22 @@ def generator(seed: int, purpose: str, epoch: int = 0) -> torch.Generator:
 
 
 @contextmanager
-def first_weights(seed: int) -> Iterator[None]:
-    """Let a network that is built within have the weights that follow from a seed.
+def seeded(seed: int, purpose: str, epoch: int = 0) -> Iterator[None]:
+    """Let what draws from torch's global generator within follow from a seed.
 
-    The caller's generator is left alone. Everything that is compared starts so.
+    Dropout does, and so does a shuffling DataLoader. The caller's generator is left alone.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(generator(seed, "weights").initial_seed())
+        torch.manual_seed(generator(seed, purpose, epoch).initial_seed())
         yield
+
+
+def first_weights(seed: int) -> AbstractContextManager[None]:
+    """Let a network that is built within have the weights that follow from a seed.
+
+    Everything that is compared starts so.
+    """
+    return seeded(seed, "weights")
 
 
 def balanced_indices(labels: Tensor, count: int, rng: torch.Generator) -> Tensor:

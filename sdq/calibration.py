@@ -37,20 +37,28 @@ class _PassThrough(nn.Module):
 @contextlib.contextmanager
 def in_float(qmodel: QuantModel) -> Iterator[None]:
     """Let the network compute with its float weights and activations for a while."""
-    layers = [bits.name for bits in qmodel.policy if bits.weight_bits != FLOAT_BITS]
-    weights = {name: qmodel.weight_quantizer(name) for name in layers}
     acts = qmodel.act_quantizers()
-    for name in weights:
-        qmodel.set_weight_quantizer_(name, _PassThrough(qmodel.weight(name)))
     for path, act in acts.items():
         qmodel.set_act_quantizer_(path, _PassThrough(act.base))
+    try:
+        with _weights_in_float(qmodel):
+            yield
+    finally:
+        for path, act in acts.items():
+            qmodel.set_act_quantizer_(path, act)
+
+
+@contextlib.contextmanager
+def _weights_in_float(qmodel: QuantModel) -> Iterator[None]:
+    layers = [bits.name for bits in qmodel.policy if bits.weight_bits != FLOAT_BITS]
+    weights = {name: qmodel.weight_quantizer(name) for name in layers}
+    for name in weights:
+        qmodel.set_weight_quantizer_(name, _PassThrough(qmodel.weight(name)))
     try:
         yield
     finally:
         for name, quantizer in weights.items():
             qmodel.set_weight_quantizer_(name, quantizer)
-        for path, act in acts.items():
-            qmodel.set_act_quantizer_(path, act)
 
 
 def calibrate_acts(
@@ -105,7 +113,7 @@ def calibrate_(
     for quantizer in quantizers:
         quantizer.observing = True
     try:
-        with evaluating(qmodel):
+        with evaluating(qmodel), _weights_in_float(qmodel):
             for step, (images, _) in enumerate(pairs(batches)):
                 if step == steps:
                     break

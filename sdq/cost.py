@@ -202,8 +202,10 @@ class Budget:
                     divisor=sum(math.prod(spec.in_shape) for spec in averaged), searched_only=some,
                 )
             )  # fmt: skip
-        for cost, limit in self.costs:
+        for number, (cost, limit) in enumerate(self.costs, 1):
             name = getattr(cost, "__name__", type(cost).__name__)
+            if any(name == other.name for other in found):  # logs are by name
+                name = f"{name} ({number})"
             found.append(Constraint.of(space, name, cost, limit))
         return found
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sdq import losses
+from sdq.batches import seeded
 from sdq.calibration import calibrate_
 from sdq.checkpoint import Checkpoint
 from sdq.config import TrainConfig
@@ -104,7 +105,8 @@ def finetune_(
     """
     config = config or TrainConfig()
     if not qmodel.calibrated:
-        calibrate_(qmodel, loader)
+        with seeded(config.seed, "calibrate"):
+            calibrate_(qmodel, loader)
     objective = FineTuning(qmodel, config, teacher)
     return fit(
         objective, loader, config, phase="finetune", validation=validation, fabric=fabric,

@@ -11,6 +11,7 @@ from sdq.batches import generator
 from sdq.calibration import calibrate_acts
 from sdq.config import TrainConfig
 from sdq.expected_cost import ExpectedCost
+from sdq.learned_scale import learned_gains
 from sdq.search_methods import hessian
 from sdq.search_problem import SearchProblem
 from sdq.stochastic import (
@@ -121,8 +122,9 @@ class BitwidthSearch:
         self.price_trajectory: list[list[float]] = []
         self.usage = torch.full((len(self.costs),), math.nan)
         if not config.train_weights:
-            for name, parameter in problem.qmodel.named_parameters():
-                parameter.requires_grad_(name.endswith(".gain"))
+            scales = learned_gains(problem.qmodel)
+            for parameter in problem.qmodel.parameters():
+                parameter.requires_grad_(parameter in scales)
 
     def _start(self) -> list[int] | None:
         """Return the level at which every unit begins; None for the highest."""

@@ -73,9 +73,9 @@ class _Calls(fx.Interpreter):
 
 def _spec(path: str, module: nn.Module, calls: list[Any]) -> LayerSpec:
     (args, kwargs, output), *_ = calls
-    shapes = [x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    inputs = _tensors(args, kwargs)
     outputs = output if isinstance(output, tuple | list) else (output,)
-    in_shape = tuple(shapes[0][1:]) if shapes else ()
+    in_shape = tuple(inputs[0].shape[1:]) if inputs else ()
     out_shape = next((tuple(x.shape[1:]) for x in outputs if isinstance(x, Tensor)), ())
     kind = KINDS.get(type(module), "float")
     if kind == "float":
@@ -90,13 +90,19 @@ def _spec(path: str, module: nn.Module, calls: list[Any]) -> LayerSpec:
         assert isinstance(groups, int)
         shape = (channels, weight.shape[0] // groups, *weight.shape[2:])
         # every input element takes one multiply for each weight of its channel
-        macs = sum(x[0].numel() * weight[0].numel() for (x, *_), _, _ in calls)
+        given = [_tensors(args, kwargs)[0] for args, kwargs, _ in calls]
+        macs = sum(x[0].numel() * weight[0].numel() for x in given)
     else:
         shape = tuple(weight.shape)
         # every output element takes one multiply for each weight of its channel
         macs = sum(y[0].numel() * weight[0].numel() for _, _, y in calls)
     found = LayerSpec(path, kind, shape, in_shape, out_shape, macs, module.bias is not None)
     return replace(found, **_geometry(module)) if kind != "linear" else found
+
+
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the tensors that a module is called with."""
+    return [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
 
 
 def _geometry(module: Any) -> dict[str, Any]:
@@ -112,7 +118,7 @@ def _geometry(module: Any) -> dict[str, Any]:
 
 def _macs(module: nn.Module, args: Any, kwargs: Any) -> int:
     """Return the multiply-accumulates of a module for one sample, as far as torch counts them."""
-    samples = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), 1)
+    samples = next((len(x) for x in _tensors(args, kwargs)), 1)
     # the fused kernels of recurrent layers and attention hide what they multiply
     with (
         warnings.catch_warnings(action="ignore", category=UserWarning),  # of kernels not there

@@ -20,6 +20,21 @@ SMALLEST_GAIN = 1e-2
 """A learned scale may shrink to this share of its first value, not to zero or below."""
 
 
+class _AtLeast(torch.autograd.Function):
+    """Forward: clipped from below. Backward: whatever was clipped can grow, but not shrink."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, least: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        ctx.least = least
+        return x.clamp_min(least)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        return grad.where((x >= ctx.least) | (grad < 0), 0.0), None
+
+
 class _Quantizer(nn.Module):
     """A scale that is learned relative to its first value: ``scale = base * gain``.
 
@@ -44,7 +59,8 @@ class _Quantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """The positive scale in use, always the float32 value that a file would hold."""
-        scale = self.base.float() * self.gain.clamp_min(SMALLEST_GAIN).float()
+        gain: Tensor = _AtLeast.apply(self.gain, SMALLEST_GAIN)
+        scale = self.base.float() * gain.float()
         if self.restrict == "power_of_two":
             scale = quantizers.power_of_two(scale)
         return scale.to(self.base.dtype)
@@ -65,6 +81,12 @@ class _Quantizer(nn.Module):
         """Return the integer codes of ``x``, without gradient."""
         with torch.no_grad():
             return quantizers.codes(x, self.scale, self.bits, self.signed)
+
+
+def learned_gains(module: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Return the gains that are learned in a module, each with the scale it is relative to."""
+    found = (part for part in module.modules() if isinstance(part, _Quantizer))
+    return {part.gain: part.base for part in found if part.gain.requires_grad}
 
 
 class WeightQuantizer(_Quantizer):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sdq.batches import Loader, pairs
-from sdq.errors import RunError
+from sdq.errors import RequestError, RunError
 from sdq.modes import evaluating
 
 
@@ -18,6 +18,7 @@ def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
     Of a segmenter they are maps: ``(N, C, H, W)`` and ``(N, H, W)``.
 
     Raises:
+        RequestError: there are no images.
         RunError: an output is NaN or infinite.
     """
     device = next(model.parameters()).device
@@ -26,12 +27,24 @@ def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
         for x, y in pairs(loader):
             logits.append(model(x.to(device)).float().cpu())
             labels.append(y)
+    if not logits:
+        raise RequestError("evaluation: the loader must have images, got none; give it some")
     found = torch.cat(logits)
     if not torch.isfinite(found).all():
         raise RunError(
             "evaluation: outputs must be finite, got NaN or infinity; the weights are unusable"
         )
     return found, torch.cat(labels)
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise RequestError unless labels ``(N,)`` are of the network's classes."""
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise RequestError(
+            f"labels: must be 0 to {classes - 1}, for the network has {classes} outputs, got "
+            f"{int(labels.min())} to {int(labels.max())}; number the classes from 0, or give the "
+            "network as many outputs as there are classes"
+        )
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -47,10 +60,14 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         if a single class does);
         ``per_class_recall``, None for a class that does not occur; ``ece``, the expected
         calibration error over 15 bins; ``num_examples``.
+
+    Raises:
+        RequestError: a label is of no class.
     """
     from torchmetrics.functional import classification as tm  # here: it imports half of scipy
 
     classes = logits.shape[1]
+    check_labels(labels, classes)
     present = torch.bincount(labels, minlength=classes) > 0
     probabilities = logits.softmax(dim=1)
     # torchmetrics gives a confidence of exactly 1 a bin of its own, beyond the last

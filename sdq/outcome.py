@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from sdq.batches import Loader, generator
+from sdq.batches import Loader, seeded
 from sdq.config import TrainConfig
 from sdq.metrics import predict
 from sdq.modes import evaluating
@@ -144,6 +144,12 @@ class Outcome:
         if self.average is not None:
             self.average.update_parameters(self.module)
 
+    def networks(self) -> Iterator[nn.Module]:
+        """Yield what is trained, and the average of its weights where there is one."""
+        yield self.module
+        if self.average is not None:
+            yield self.average.module
+
     def end_epoch(self, epoch: int) -> dict[str, Any]:
         """Measure the network of an epoch, counted from 1, keep it if it is the best so far.
 
@@ -226,8 +232,7 @@ class Outcome:
         before = {k: v.clone() for k, v in network.named_buffers()}
         training = network.training
         # a loader may draw from torch's global generator, and so may dropout
-        with torch.random.fork_rng():
-            torch.manual_seed(generator(self.config.seed, "result").initial_seed())
+        with seeded(self.config.seed, "result"):
             if self.config.bn_batches:
                 reestimate_statistics_(network, self.loader, self.config.bn_batches)
             try:

@@ -28,7 +28,7 @@ from sdq.policy import FLOAT_BITS, LayerBits
 from sdq.quant_model import QuantModel
 from sdq.rounding import SoftRounding, annealed_beta, rounding_regularizer
 from sdq.task import task_of
-from sdq.train import StepReport, Watcher
+from sdq.train import StepReport, Watcher, channels_last_
 
 SEARCH_BATCH = 32
 """Images a step of a search: a few hundred images have few steps otherwise."""
@@ -93,7 +93,7 @@ def ptq_(
     training, wanted = qmodel.training, {p: p.requires_grad for p in qmodel.parameters()}
     qmodel.eval().requires_grad_(False)
     if images.dim() == 4:  # as in training: faster on a CPU
-        qmodel.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        channels_last_(qmodel)
         images = images.contiguous(memory_format=torch.channels_last)
     blocks = split(qmodel)
     as_float, as_quantized = images, images

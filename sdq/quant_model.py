@@ -5,6 +5,7 @@ tensor that enters one is quantized once, where it is made, and whoever else rea
 addition, say) reads the quantized tensor. Batch normalisation stays as it is.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from sdq import act_points, batch_norm, graph, integer_bias, signs, tracing
@@ -168,7 +170,8 @@ class QuantModel(nn.Module):
         """Return the activation quantizers whose bitwidth is to be learned, with their readers.
 
         Of a quantizer that several tensors share, the first path stands for all. The network's
-        input, and what a pinned layer reads, keep their bits.
+        input, what a pinned layer reads, and what a layer reads that is called with several
+        inputs (a policy has one bitwidth for the input of a layer) keep their bits.
         """
         if self.config.act_choices is None:
             return {}
@@ -181,13 +184,22 @@ class QuantModel(nn.Module):
             path = first.setdefault(id(self._act_proxy(node).tensor_quant), str(node.target))
             found = readers.setdefault(path, [])
             found += [name for name in self._readers(node) if name in names]
-            if any(source.op == "placeholder" for source in node.all_input_nodes):
+            if self._is_input(node.all_input_nodes[0]):
                 fixed.add(path)
+        distinct = {path: tuple(dict.fromkeys(found)) for path, found in readers.items()}
+        inputs = Counter(name for found in distinct.values() for name in found)
+        alone = {name for name in searched if inputs[name] == 1}
         return {
-            path: tuple(dict.fromkeys(found))
-            for path, found in readers.items()
-            if path not in fixed and found and searched.issuperset(found)
+            path: found
+            for path, found in distinct.items()
+            if path not in fixed and found and alone.issuperset(found)
         }
+
+    def _is_input(self, node: fx.Node) -> bool:
+        """Tell whether a tensor is the network's input, as it came or reshaped."""
+        while act_points.passes_on(self.net, node):
+            node = node.all_input_nodes[0]
+        return node.op == "placeholder"
 
     @property
     def calibrated(self) -> bool:
@@ -221,7 +233,7 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, sample: Ten
     _check_weights(model)
     net = tracing.trace(model, sample, config.skip)
     if config.batch_norm != "train":
-        batch_norm.settle_(net, fold=config.batch_norm == "fold")
+        batch_norm.settle_(net, sample, fold=config.batch_norm == "fold")
     layers = graph.measure(net, sample)
     policy = _first_policy(layers, config)
     policy = _insert_act_quantizers(net, policy, config, sample)
@@ -241,7 +253,14 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, sample: Ten
 
 
 def _check_weights(model: nn.Module) -> None:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    # a buffer may be infinite for good reason, as the mask of an attention is; statistics may not
+    statistics = (
+        (f"{path}.{name}".lstrip("."), tensor)
+        for path, module in model.named_modules()
+        if isinstance(module, _NormBase)
+        for name, tensor in module.named_buffers(recurse=False)
+    )
+    for name, tensor in [*model.named_parameters(), *statistics]:
         if is_lazy(tensor):  # the module is refused by name
             continue
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -305,13 +324,15 @@ def _insert_act_quantizers(
     groups = act_points.act_groups(net, set(wanted), config.integer_datapath, sample)
     # all signs first: what is inserted below is not in the tables of sdq.signs
     signed = [not all(signs.never_negative(net, s) for s in group.sources) for group in groups]
-    actual = dict(wanted)
+    actual, known = dict(wanted), set[str]()
     for group, sign in zip(groups, signed, strict=True):
         quantized = [wanted[name] for name in group.layers if wanted[name] != FLOAT_BITS]
         bits = max(quantized, default=FLOAT_BITS if group.layers else config.act_bits)
         if bits == FLOAT_BITS:
             continue
-        actual |= dict.fromkeys(group.layers, bits)
+        # a layer that is called with several inputs counts with the widest
+        actual |= {n: max(bits, actual[n]) if n in known else bits for n in group.layers}
+        known.update(group.layers)
         quantizer = ActQuantizer(bits, sign, config.restrict_scale)
         for source, names in group.readers.items():
             name = f"{names[0]}_input" if names else f"{source.name}_output"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_SCALE = 1e-8
-"""Below it a channel counts as dead; any positive scale then gives the same (zero) codes."""
+"""Below it a channel counts as dead; where zero has a code, any positive scale then gives it."""
 
 
 def code_range(bits: int, signed: bool) -> tuple[int, int]:
@@ -141,7 +141,8 @@ def mse_scale(x: Tensor, bits: int, signed: bool, per_channel: bool, steps: int 
 
     Returns:
         ``(K, 1, ...)`` if per channel, else a scalar; never below the smallest scale. A tensor
-        of zeros gets 1, with which every code is zero.
+        of zeros gets 1, with which every code is zero; or, with one bit, whose codes never are,
+        the smallest scale.
     """
     flat = x.detach().reshape(x.shape[0], -1) if per_channel else x.detach().reshape(1, -1)
     low, high = code_range(bits, signed)
@@ -160,7 +161,8 @@ def mse_scale(x: Tensor, bits: int, signed: bool, per_channel: bool, steps: int 
             error = off.square_().mean(1, keepdim=True)
             best = torch.where(error < least, scale, best)
             least = torch.minimum(error, least)
-    best = torch.where(best > SMALLEST_SCALE, best, torch.ones_like(best))
+    dead = SMALLEST_SCALE if bits == 1 and signed else 1.0
+    best = torch.where(best > SMALLEST_SCALE, best, torch.full_like(best, dead))
     return best.reshape((-1,) + (1,) * (x.dim() - 1)) if per_channel else best.reshape(())
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from sdq import plugins
+from sdq.batches import seeded
 from sdq.calibration import calibrate_
 from sdq.checkpoint import Checkpoint
 from sdq.config import SearchConfig
@@ -64,12 +65,13 @@ def search(
     searched = copy.deepcopy(qmodel)
     if fabric is not None:  # which methods without a training loop do not look at
         searched.to(fabric.device)
-    if not qmodel.calibrated:
-        calibrate_(searched, loader)
     problem = SearchProblem(
         searched, loader, space, constraints, config, teacher, fabric, checkpoint, watch
     )
-    picks: list[int] = plugins.load("sdq.search_methods", method).choose(problem)
+    with seeded(config.seed, "choose"):  # what a shuffling DataLoader gives first
+        if not qmodel.calibrated:
+            calibrate_(searched, loader)
+        picks: list[int] = plugins.load("sdq.search_methods", method).choose(problem)
     if config.keep_weights and config.train_weights:
         _take_weights_(qmodel, searched)
     return space.policy_of(picks)

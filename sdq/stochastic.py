@@ -63,7 +63,11 @@ def gumbel_bernoulli(log_odds: Tensor, temperature: float, uniform: Tensor) -> T
 
 
 LARGEST_LOG_ODDS = 4.0
-"""Of the active pair: beta stays within 2 and 98 %, where its gradient is still felt."""
+"""Of the active pair: beta stays within 2 and 98 %, where its gradient is still felt, or goes just
+beyond the thresholds at which pairs are left, where these are further out."""
+
+BEYOND = 0.1
+"""How far beyond them, in log-odds."""
 
 
 def logit(probability: float) -> float:
@@ -193,7 +197,9 @@ class BitwidthParameters(nn.Module):
         if self.theta.shape[1] == 0:
             return
         # a pair must be able to turn back in good time
-        active = self._active().clamp(-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
+        lowest = min(-LARGEST_LOG_ODDS, logit(decay_below) - BEYOND)
+        highest = max(LARGEST_LOG_ODDS, logit(rise_above) + BEYOND if rise_above else 0.0)
+        active = self._active().clamp(lowest, highest)
         self._set_active_(active)
         beta = torch.sigmoid(active)
         down = (beta < decay_below) & (self.level > 1)

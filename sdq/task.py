@@ -108,7 +108,11 @@ def _class_loss(logits: Tensor, labels: Tensor) -> Tensor:
             f"labels: must be int64 (N,), got {labels.dtype} {tuple(labels.shape)}; convert them, "
             "such as by .flatten().long()"
         )
-    return F.cross_entropy(logits, labels)
+    try:
+        return F.cross_entropy(logits, labels)
+    except IndexError:
+        metrics.check_labels(labels, logits.shape[1])
+        raise
 
 
 def _class_divergence(logits: Tensor, reference: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ _REFUSED_CALLS: dict[Any, str] = {
 
 _PRODUCTS = {
     torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm, torch.einsum,
-    torch.tensordot, operator.matmul, "matmul", "mm", "bmm", "mv", "addmm", "baddbmm",
+    torch.tensordot, torch.inner, torch.linalg.multi_dot, operator.matmul, "inner", "matmul",
+    "mm", "bmm", "mv", "addmm", "baddbmm",
 }  # fmt: skip
 """With a parameter in them they are layers."""
 

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 import export
 from sdq.apply_policy import apply_policy_
 from sdq.calibration import calibrate_
+from sdq.config import SearchConfig
+from sdq.cost import Budget
 from sdq.policy import BitwidthPolicy, LayerBits
 from sdq.quant_model import QuantModel
+from sdq.search import search
 
 SAMPLE = torch.zeros(1, 3, 12, 12)
 
@@ -201,6 +204,80 @@ def test_a_layer_behind_a_pool_is_known_to_read_the_quantizer(
     qmodel = quantized(net, integer_datapath=True, act_choices=(2, 4))
     assert qmodel.searched_acts() == {"3_input": ("3",)}
     assert [qmodel.input_quantizer(name) for name in "037"] == ["0_input", "3_input", "7_input"]
+
+
+@pytest.mark.parametrize("flat", [nn.Flatten(), nn.Sequential(nn.MaxPool2d(2), nn.Flatten())])
+def test_the_network_s_input_keeps_its_bits_behind_what_passes_it_on(
+    flat: nn.Module, quantized: Callable[..., QuantModel]
+) -> None:
+    side = SAMPLE.shape[-1] // (1 if isinstance(flat, nn.Flatten) else 2)
+    net = nn.Sequential(flat, nn.Linear(3 * side**2, 8), nn.ReLU(), nn.Linear(8, 5))
+    qmodel = quantized(net, act_choices=(2, 4), first_last_bits=None)
+    assert list(qmodel.searched_acts().values()) == [("3",)]
+
+
+class Again(nn.Module):
+    """A layer that is called with two tensors, one of which another layer reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.d, self.head = nn.Conv2d(4, 4, 1), Head(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        u, v = F.relu(self.b(x)), F.relu(self.c(x))
+        return self.head(F.relu(self.d(F.relu(self.c(u + v)))))
+
+
+class LastAgain(nn.Module):
+    """The first tensor that a layer is called with is what the last layer reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.last = nn.Conv2d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        y = self.c(F.relu(self.c(x)))
+        return (self.last(x) + y[:, :1]).mean((2, 3))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_layer_reads_that_is_called_with_several_inputs_keeps_its_bits(
+    seed: int, images: Callable[[], Tensor], seeded: Callable[..., nn.Module],
+    quantized: Callable[..., QuantModel],
+) -> None:  # fmt: skip
+    qmodel = quantized(
+        seeded(Again), act_choices=(2, 4, 8), bit_choices=(2, 4, 8), first_last_bits=None
+    )
+    assert {name for found in qmodel.searched_acts().values() for name in found} == {
+        "d", "head.linear",
+    }  # fmt: skip
+    macs = {spec.name: spec.macs for spec in qmodel.layers}
+    limit = 4.5 * 4.5 * sum(macs.values())
+    policy = search(
+        qmodel, [(images(), torch.zeros(16).long())], budget=Budget(bops=limit), method="random",
+        config=SearchConfig(seed=seed),
+    )  # fmt: skip
+    apply_policy_(qmodel, policy)  # which was refused, for c had other bits than b
+    for bits in policy:
+        assert bits.act_bits == qmodel.act_quantizers()[qmodel.input_quantizer(bits.name)].bits
+    assert sum(macs[b.name] * b.weight_bits * b.act_bits for b in policy) <= limit
+
+
+def test_a_layer_of_several_inputs_counts_with_the_widest(
+    seeded: Callable[..., nn.Module], quantized: Callable[..., QuantModel]
+) -> None:
+    net = seeded(Again)  # b reads what c reads first; c is called again
+    wide = quantized(net, act_bits=4, first_last_bits=None)
+    assert wide.policy["c"].act_bits == 4
+    head_first = quantized(seeded(LastAgain), act_bits=4)  # its last layer reads the first tensor
+    assert head_first.policy["c"].act_bits == 8
+    path = head_first.input_quantizer("c")  # of the last call
+    assert path is not None
+    assert head_first.act_quantizers()[path].bits == 4
 
 
 def test_a_shared_scale_is_calibrated_on_all_that_share_it(

@@ -52,6 +52,15 @@ def test_channel_bits_are_one_for_each_channel(qmodel: QuantModel, bits: tuple[i
         apply_policy_(qmodel, with_layer(qmodel, 1, weight_bits=4, channel_bits=bits))
 
 
+def test_a_pinned_layer_has_no_channel_bits(
+    qmodel: QuantModel, refuses: Callable[..., Any]
+) -> None:
+    channels = qmodel.layers[0].weight_shape[0]
+    wrong = with_layer(qmodel, 0, channel_bits=(8, *(1,) * (channels - 1)))
+    with refuses("layer first: is pinned at 8 bits and must have no channel_bits"):
+        apply_policy_(qmodel, wrong)
+
+
 def test_channel_bits_need_scales_of_each_channel(
     toy: Callable[..., nn.Module], sample: Tensor, refuses: Callable[..., Any]
 ) -> None:

@@ -28,6 +28,18 @@ class Vectors(nn.Module):
         return self.head(F.relu(self.bn(self.linear(x.mean((2, 3))))))
 
 
+class Sequences(nn.Module):
+    """As many positions as features: what is normalised are the positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bn = nn.Linear(12, 12), nn.BatchNorm1d(12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.bn(self.linear(x.mean(1)))).mean(1))
+
+
 class ReadTwice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -94,6 +106,14 @@ FOLDS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "transposed": (
         lambda: head_after(nn.ConvTranspose2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8)), 0,
     ),
+    "linear without factors": (
+        lambda: nn.Sequential(
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8),
+            nn.BatchNorm1d(8, affine=False), nn.ReLU(), nn.Linear(8, 5),
+        ),
+        0,
+    ),
+    "linear of sequences": (Sequences, 1),
     "behind dropout": (
         lambda: head_after(nn.Conv2d(3, 8, 3), nn.Dropout(0.1), nn.BatchNorm2d(8)), 1,
     ),

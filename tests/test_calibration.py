@@ -28,12 +28,23 @@ def test_calibration_sees_the_float_network(toy: Callable[..., nn.Module], sampl
     qmodel = quantize(net, QuantConfig(act_bits=4), sample=sample).train()
     calibrate_(qmodel, [(x, torch.zeros(16)) for x in parts], steps=2)
     assert qmodel.training
-    # weights are quantized while the scales are sought, activations are not
     seen = torch.cat(parts[:2])
     expected = quantizers.mse_scale(seen.reshape(1, -1), 8, True, per_channel=False, steps=100)
     assert torch.equal(qmodel.act_quantizers()["first_input"].scale, expected)
     statistics = qmodel.net.get_buffer("bn1.running_mean")
     assert torch.equal(statistics, net.bn1.running_mean)  # evaluation mode
+
+
+def test_scales_do_not_depend_on_the_weights_bits(
+    toy: Callable[..., nn.Module], sample: Tensor
+) -> None:
+    """Those of a network of one bit would be for activations that batch norm soon mends."""
+    x, scales = randn(16, 1, 8, 8), []
+    for bits in (1, 2, 8):
+        qmodel = quantize(toy().eval(), QuantConfig(bit_choices=(bits,)), sample=sample)
+        calibrate_(qmodel, [(x, torch.zeros(16))])
+        scales.append({k: float(q.scale.detach()) for k, q in qmodel.act_quantizers().items()})
+    assert scales[0] == scales[1] == scales[2]
 
 
 @pytest.mark.parametrize("batches", [1, 2, 20])

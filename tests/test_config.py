@@ -73,6 +73,12 @@ WRONG: list[tuple[type[Config], dict[str, Any], str]] = [
     (SearchConfig, {"temperature": 0}, "temperature: "),
     (SearchConfig, {"start": "lowest"}, "start: "),
     (SearchConfig, {"entry_beta": 0.5}, "entry_beta: "),
+    (SearchConfig, {"entry_beta": 0.98}, "rise_threshold: must be above entry_beta (0.98), at"),
+    (
+        SearchConfig,
+        {"entry_beta": 0.95},
+        "rise_threshold: must be none where decay_threshold (0.1)",
+    ),
     (SearchConfig, {"decay_threshold": 0.5}, "decay_threshold: "),
     (SearchConfig, {"rise_threshold": 0.5}, "rise_threshold: "),
     (SearchConfig, {"settle": 0.9}, "settle: "),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdq.cost import Budget, Constraint
+from sdq.cost import Budget, Constraint, bit_operations
 from sdq.errors import RequestError
 from sdq.layers import LayerSpec
 from sdq.policy import BitwidthPolicy, LayerBits
@@ -110,6 +110,13 @@ def test_any_cost_function_of_a_layer_makes_a_budget() -> None:
 def test_a_cost_function_gives_non_negative_numbers(value: float) -> None:
     with pytest.raises(RequestError, match="of layer first must be a non-negative number, got"):
         only(Budget(costs=((lambda spec, w, a: value, 1.0),)))
+
+
+def test_costs_of_one_name_are_told_apart() -> None:
+    costs = ((lambda s, w, a: w, 90.0), (lambda s, w, a: a, 95.0), (bit_operations, 1e9))
+    budget = Budget(costs=costs)
+    found = [c.name for c in budget.constraints(space())]
+    assert found == ["<lambda>", "<lambda> (2)", "bit_operations"]
 
 
 def test_several_limits_give_several_constraints() -> None:

@@ -80,6 +80,23 @@ def test_dead_layers_and_channels(
     whole_path(net, batches(), config, Budget(avg_weight_bits=2.0))
 
 
+def test_a_dead_channel_of_one_bit_says_nothing() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3),
+                        nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3)).eval()  # fmt: skip
+    with torch.no_grad():
+        net[3].weight[1], net[3].bias[1] = 0, 0
+        net[4].running_var[1] = 1e-6  # as training leaves it
+    x = torch.randn(8, 3, 8, 8)
+    qmodel = quantize(net, QuantConfig(act_bits=8, bit_choices=(1,)), sample=x[:1]).eval()
+    calibrate_(qmodel, [(x, x)])
+    seen: list[Tensor] = []
+    qmodel.net.get_submodule("4").register_forward_hook(lambda m, args, y: seen.append(y))
+    with torch.no_grad():
+        qmodel(x)
+    assert seen[0][:, 1].abs().max() < 1e-2  # it was 1,000 with weights of one
+
+
 def test_constant_inputs(toy: Callable[..., nn.Module]) -> None:
     loader = [(torch.full((8, 1, 8, 8), 0.3), torch.arange(8) % 3) for _ in range(3)]
     whole_path(toy(), loader, QuantConfig(), Budget(avg_weight_bits=2.0))

@@ -837,7 +837,9 @@ def test_folded_and_with_an_integer_datapath(name: str, exact: Callable[..., Any
 
 
 def differs(qmodel: QuantModel) -> bool:
-    return not torch.equal(qmodel(images()), qmodel(images()))
+    torch.manual_seed(0)
+    first = qmodel(images())  # a network of few blocks may drop the same ones now and then
+    return any(not torch.equal(qmodel(images()), first) for _ in range(8))
 
 
 @pytest.mark.parametrize("name", ["EfficientNet", "timm", "ViT", "ConvNeXt", "DenseNet"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sdq.batches import Batches, Normalization
 from sdq.checkpoint import load_tensors
 from sdq.data import DataOptions, open_data
+from sdq.errors import RequestError
 from sdq.metrics import agreement, classification_metrics, predict
 from sdq.models import resnet20
 from sdq.task import evaluate
@@ -63,6 +64,18 @@ def test_auc_is_sklearn_s_one_against_the_rest() -> None:
     probabilities = logits.double().softmax(1)
     expected = sk.roc_auc_score(labels, probabilities, multi_class="ovr", average="macro")
     assert classification_metrics(logits, labels)["auc"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_labels_of_no_class_are_refused() -> None:
+    logits = torch.zeros(3, 2)
+    for wrong in (2, -1):
+        with pytest.raises(RequestError, match=r"labels: must be 0 to 1, .* 2 outputs, got"):
+            classification_metrics(logits, torch.tensor([0, wrong, 1]))
+
+
+def test_a_loader_without_images_is_refused() -> None:
+    with pytest.raises(RequestError, match="the loader must have images, got none"):
+        predict(nn.Linear(2, 2), [])
 
 
 def test_always_the_largest_class() -> None:

@@ -94,7 +94,7 @@ def test_bits_and_best_epoch_are_the_same(results: Path) -> None:
         assert best[0]["best_epoch"] == best[1]["best_epoch"]
 
 
-@pytest.mark.parametrize("name", ["float", "shuffled", "bn", "quantized"])
+@pytest.mark.parametrize("name", ["float", "shuffled", "bn", "averaged", "quantized"])
 @pytest.mark.slow
 def test_both_processes_hold_the_same_to_the_bit(results: Path, name: str) -> None:
     first, second = tensors(results, "2-0", name), tensors(results, "2-1", name)

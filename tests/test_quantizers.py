@@ -274,12 +274,13 @@ def test_mse_scale_of_one_bit_is_the_mean_magnitude() -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 8])
-def test_mse_scale_of_zeros_is_one(bits: int) -> None:
-    scale = quantizers.mse_scale(torch.zeros(2, 3), bits, True, per_channel=True)
-    assert scale.flatten().tolist() == [1.0, 1.0]
+def test_zeros_stay_next_to_zero(bits: int) -> None:
     dead = torch.stack([torch.zeros(3), torch.ones(3)])
-    scale = quantizers.mse_scale(dead, bits, True, per_channel=True).flatten()
-    assert scale[0] == 1.0
+    for x in (torch.zeros(2, 3), dead):
+        scale = quantizers.mse_scale(x, bits, True, per_channel=True)
+        assert scale[0] == (1.0 if bits > 1 else pytest.approx(1e-8))
+        # of one bit no code is zero: with a scale of 1 a dead channel would be all ones
+        assert quantizers.quantize(x, scale, bits, True)[0].abs().max() <= 1e-8
     assert 0 < scale[1] <= 1.0
 
 
@@ -345,6 +346,25 @@ def test_the_learned_gain_never_takes_the_scale_to_zero() -> None:
     # float32 products
     expected = torch.tensor([SMALLEST_GAIN, SMALLEST_GAIN, 0.5, 2.0])
     torch.testing.assert_close(share, expected, rtol=1e-6, atol=0)
+
+
+def test_a_gain_below_the_floor_can_return() -> None:
+    w = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    quantizer = WeightQuantizer(w, 4, per_channel=True)
+    quantizer.gain.data.fill_(-0.5)
+    wanted = 1.0
+    for push in (1.0, -1.0):  # a loss that falls with the scale, and one that rises with it
+        quantizer.gain.grad = None
+        (push * quantizer.scale.sum()).backward()
+        pulled_down = push > 0
+        assert (quantizer.gain.grad == 0).all() == pulled_down
+        assert (quantizer.gain.grad <= 0).all()
+    optimizer = torch.optim.SGD([quantizer.gain], lr=0.5)
+    for _ in range(50):
+        optimizer.zero_grad()
+        ((quantizer.scale / quantizer.base - wanted) ** 2).sum().backward()
+        optimizer.step()
+    assert quantizer.gain.detach().flatten().tolist() == pytest.approx([wanted] * 4)
 
 
 def test_gain_gradient_is_the_scale_gradient_times_the_first_scale() -> None:

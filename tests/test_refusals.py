@@ -220,6 +220,7 @@ UNSEEN: dict[str, tuple[Compute, str]] = {
         )[0].permute(1, 2, 0).view(x.shape),
         "functional.multi_head_attention_forward is called in forward",
     ),
+    "inner": (lambda net, x: torch.inner(x, net.square), "a product with a parameter (square)"),
     "matmul": (lambda net, x: x @ net.square, "a product with a parameter (square)"),
     "matmul of its transpose": (
         lambda net, x: x.matmul(net.square.t().contiguous()), "a product with a parameter (conti",

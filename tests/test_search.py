@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import hw
 from sdq import plugins
@@ -267,6 +268,48 @@ def test_weights_can_be_left_as_they_are(
     after = load_tensors(file)[0]
     for name, weight in before.items():
         assert torch.equal(after[f"module.qmodel.net.{name}.weight"], weight)
+
+
+class Scaled(nn.Module):
+    """A user's own parameter of that name, which is no scale of a quantizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+def test_a_user_s_gain_is_left_as_it_is(
+    toy: Callable[..., nn.Module], batches: Callable[..., list[Batch]], sample: Tensor,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    qmodel = quantize(nn.Sequential(toy(), Scaled()), QuantConfig(act_bits=8), sample=sample)
+    file = tmp_path / "s.safetensors"
+    traced(qmodel, batches(), file, QUICK.replaced(train_weights=False))
+    after = load_tensors(file)[0]
+    (name,) = [n for n in after if n.startswith("module.qmodel") and n.endswith("net.1.gain")]
+    assert float(after[name]) == 1.0
+    scales = [t for n, t in after.items() if n.endswith("tensor_quant.gain")]
+    assert any((t != 1).any() for t in scales)  # what is learned
+
+
+@pytest.mark.parametrize("method", ["sdq", "greedy", "hessian", "sensitivity"])
+def test_a_shuffling_loader_s_images_follow_from_the_seed(
+    method: str, qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]]
+) -> None:
+    data = TensorDataset(*(torch.cat(part) for part in zip(*batches(), strict=True)))
+    seen: list[list[float]] = []
+    for outer in (1, 2):
+        torch.manual_seed(outer)
+        loader, first = DataLoader(data, 10, shuffle=True), []
+        qmodel = qtoy()
+        qmodel.net.register_forward_pre_hook(lambda m, x, f=first: f.append(float(x[0].sum())))
+        budget = Budget(avg_weight_bits=2.0)
+        search(qmodel, loader, budget=budget, config=QUICK, method=method)
+        seen.append(first)
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("method", ["sdq", "hessian"])

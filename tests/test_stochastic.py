@@ -327,6 +327,23 @@ def test_the_active_pair_can_always_turn_back() -> None:
         assert float(found.theta.detach()) == sign * LARGEST_LOG_ODDS
 
 
+@pytest.mark.parametrize("decay", [0.1, 0.0179, 1e-4])
+@pytest.mark.parametrize("rise", [0.97, 0.99, 1 - 1e-4])
+def test_every_threshold_can_be_reached(decay: float, rise: float) -> None:
+    found = parameters((1, 2, 4, 8))
+    for expected in (2, 1, 1):  # the lowest pair is left downwards by its probability alone
+        found.theta.data.fill_(-50.0)
+        found.move_(decay, rise)
+        assert found.level.tolist() == [expected]
+    for expected in (2, 3, 3):
+        found.theta.data.fill_(50.0)
+        found.move_(decay, rise)
+        assert found.level.tolist() == [expected]
+    assert found.theta.abs().max() <= 50.0
+    assert float(found.beta().detach()) > rise  # at the top, and still able to turn back
+    assert float(found.theta.detach()[0, 2]) < 10
+
+
 def test_level_and_theta_are_saved() -> None:
     w = weight()
     (found, bits), (_, other) = layer(w, choices=(1, 2, 3)), layer(w, choices=(1, 2, 3))

@@ -111,6 +111,20 @@ def test_training_learns(
     assert accuracy > 0.8  # three classes
 
 
+def test_networks_of_three_dimensions_train() -> None:
+    net = nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv3d(1, 2, 3, padding=1), nn.Flatten(),
+                        nn.Linear(96, 2))  # fmt: skip
+    before = state(net)
+    train_(net, [(torch.randn(4, 3, 4, 4), torch.tensor([0, 1, 0, 1]))], TrainConfig(epochs=1))
+    assert not same(before, state(net))
+
+
+def test_labels_of_no_class_are_refused_in_training() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(RequestError, match=r"labels: must be 0 to 1, .* got 0 to 2"):
+        train_(net, [(torch.zeros(2, 1, 2, 2), torch.tensor([0, 2]))], TrainConfig(epochs=1))
+
+
 def test_decay_is_for_weights_alone(toy: Callable[..., nn.Module]) -> None:
     net = toy()
     net.quantizer = WeightQuantizer(net.wide.weight.detach(), 4, per_channel=True)

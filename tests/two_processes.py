@@ -66,6 +66,10 @@ def main() -> None:
     with_bn = network(batch_norm=True)
     sdq.train_(with_bn, loader, sgd.replaced(bn_batches=4), validation=loader, fabric=fabric)
 
+    # the average's statistics are means over processes too
+    averaged = network(batch_norm=True)
+    sdq.train_(averaged, loader, sgd, validation=loader, fabric=fabric)
+
     # it shuffles with torch's global generator, and dropout draws from it too
     data = TensorDataset(*(torch.cat(part) for part in zip(*loader, strict=True)))
     shuffled = nn.Sequential(network(), nn.Dropout(0.0))
@@ -86,7 +90,10 @@ def main() -> None:
         qmodel, loader, teacher=network(), config=sgd.replaced(lr=0.01, bin_warmup=0.0),
         validation=loader, fabric=fabric, watch=watch, checkpoint=checkpoint("finetune"),
     )  # fmt: skip
-    ends = {"float": net, "shuffled": shuffled, "bn": with_bn, "quantized": qmodel}
+    ends = {
+        "float": net, "shuffled": shuffled, "bn": with_bn, "averaged": averaged,
+        "quantized": qmodel,
+    }  # fmt: skip
     for name, module in ends.items():
         save_tensors(own / f"{name}.safetensors", module.state_dict())
     bits = {b.name: b.weight_bits for b in policy}
