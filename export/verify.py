@@ -93,8 +93,8 @@ def verify(
     path = Path(folder) / plugin.FILE
     with _reading(path):
         metadata = plugin.metadata(path)
-    inputs = inputs.detach()
     prepare = preparation(path, metadata, inputs)
+    inputs = inputs.detach()
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     recorded = read_record(Path(folder)).get(name)
     reasons = _check_sha256(recorded, sha256)
@@ -208,6 +208,11 @@ def preparation(path: Path, metadata: dict[str, str], inputs: Tensor) -> Prepara
     Raises:
         RequestError: the inputs are not what the file takes.
     """
+    if not isinstance(inputs, Tensor):
+        raise RequestError(
+            f"verify: inputs must be a torch.Tensor, got {type(inputs).__name__}; use "
+            "torch.from_numpy"
+        )
     if inputs.dim() != 4 or not len(inputs):
         raise RequestError(
             f"verify: inputs must be (N, C, H, W) with N at least 1, got {tuple(inputs.shape)}"

@@ -46,7 +46,7 @@ UNKNOWN = "to a client whose last message the server does not know"
 MEANINGS = {
     ("up", "class_counts"): "training images of each class; of segmentation, their number",
     ("down", "class_counts"): "training images of each class, of all clients together",
-    ("up", "num_examples"): "training images",
+    ("up", "num_examples"): "training images that it learned from",
     ("up", "steps"): "steps of its training",
     ("up", "train_loss"): "mean loss of its training",
     ("up", "sits_out"): "why it does not train in this round",
@@ -54,6 +54,7 @@ MEANINGS = {
     ("down", "evaluate"): "whether it is to send metrics",
     ("down", "policy"): "bits of each layer",
     ("down", "own"): "the same, of clients with a budget of their own",
+    ("down", "accepted"): "the last round in which the server took the client's reply",
     ("down", "reference"): "the round whose model the message is a change of",
 }
 """Of the values that every method has; what others are, the method's page says."""
@@ -153,6 +154,9 @@ def what_leaves(setting: Setting) -> Leaves:
         rounds.adapt([0])
     rounds.load_model_()
     found = _listed(transport.passed)
+    if len(setting.method.supervision) > 1:  # noise never gives a client a reason to
+        sits_out = SentValue("up", WHEN["train"], "sits_out", MEANINGS["up", "sits_out"], 0, ())
+        found = replace(found, values=(*found.values, sits_out))
     if isinstance(setting.method, QuantRounds):
         tensors, values = _begins(setting.method)
         found = replace(found, tensors=(*tensors, *found.tensors), values=(*values, *found.values))

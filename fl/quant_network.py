@@ -111,6 +111,25 @@ def set_bits_(qmodel: QuantModel, policy: BitwidthPolicy) -> None:
     qmodel.policy = policy
 
 
+def set_head_bits_(network: Network, policy: BitwidthPolicy) -> None:
+    """Give the heads that a method keeps beside the model's own the bits of a policy's head."""
+    heads = [head for head in network.extras.values() if hasattr(head, "weight_quant")]
+    if not heads:
+        return
+    bits = policy[network.head_name.removeprefix("net.")]
+    for head in heads if bits.searched else []:
+        for quantizer, _ in _weight_quantizers(head):
+            quantizer.set_bits_(bits.weight_bits)
+
+
+@torch.no_grad()
+def refit_(layer: nn.Module) -> None:
+    """Take the scales of a layer from its weight as it is now, if it is quantized."""
+    if hasattr(layer, "weight_quant"):
+        for quantizer, weight in _weight_quantizers(layer):
+            quantizer.fit_(weight)
+
+
 def _weight_quantizers(layer: nn.Module) -> Iterator[tuple[WeightQuantizer, Tensor]]:
     """Yield the quantizers of a layer's weight, each with the weights that are its own."""
     weight = cast(Tensor, layer.weight)
@@ -136,8 +155,7 @@ def fit_own_scales_(network: Network, routes: Mapping[str, Route], batches: Load
     for path, layer in network.named_modules():
         if not hasattr(layer, "weight_quant") or routes[f"{path}.weight"].comes_down:
             continue
-        for quantizer, weight in _weight_quantizers(layer):
-            quantizer.fit_(weight)
+        refit_(layer)
     for path, qmodel in quant_models(network).items():
         for name, layer in _quantized_layers(qmodel):
             if not routes[f"{path}.net.{name}.weight"].comes_down:

@@ -235,12 +235,14 @@ class Rounds:
         return found, failures
 
     def load_model_(self) -> bool:
-        """Put the server's model into the setting's network; tell whether it is whole.
+        """Put the server's model into the setting's network; tell whether it is one to evaluate.
 
         Tensors of the model that stay with the clients are collected and averaged over those that
-        have trained, if the configuration says so.
+        have trained, if the configuration says so, and the method has a use for that.
         """
         load_(self.setting.network, self.setting.initial | self.server.model)
+        if not self.setting.method.has_server_model:
+            return False
         missing = [n for n in self.setting.names(up=False) if n.startswith("model.")]
         if not missing:
             return True

@@ -358,8 +358,7 @@ class Run:
             for part in ("val", "test")
             if (known := {k: e[part] for k, e in clients.items() if part in e})
         }
-        whole = self.rounds.load_model_()
-        if whole and self.setting.method.has_server_model:
+        if self.rounds.load_model_():
             summary["generalization"] = self._generalization()
         self._select(summary)
 

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from fl.method import Aggregated, Method, Server, Side, View
 from fl.network import Network, Outputs
-from fl.quant_network import by_bits, distinct_acts, quant_models, set_bits_
+from fl.quant_network import (
+    by_bits,
+    distinct_acts,
+    quant_models,
+    set_bits_,
+    set_head_bits_,
+)
 from fl.quant_rounds import QuantClient, QuantRounds, QuantRoundsConfig
 from fl.record import Reply, Tensors
 from sdq.config import BinReduction, Config, TrainConfig
@@ -119,6 +125,7 @@ class TuneRounds(QuantRounds):
         models = quant_models(network)
         for path, qmodel in models.items():
             set_bits_(qmodel, self.policy if path == "model" and len(models) > 1 else own)
+        set_head_bits_(network, own)
 
     def views(self, side: Side) -> dict[str, View]:
         """Return the inner views; the server's have the server's bits."""
@@ -224,11 +231,11 @@ class TuneRounds(QuantRounds):
 
     def aggregate(self, server: Server, replies: Sequence[Reply]) -> Aggregated:
         """Average masters as the method does, and scales among those of equal bits."""
+        weights = self.weights(server, replies)  # a method may change them when it aggregates
         found = super().aggregate(server, replies)
         if not self.own:
             return found
         known = dict(server.memory.tensors[GROUP])
-        weights = self.weights(server, replies)
         groups: dict[tuple[str, int], list[int]] = {}
         for i, reply in enumerate(replies):
             own = self._widths_of(self._shared_policy(server.network, reply.client))

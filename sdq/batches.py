@@ -102,13 +102,18 @@ class Normalization:
             channels: of the images.
 
         Raises:
-            RequestError: neither one value nor one for each channel.
+            RequestError: neither one value nor one for each channel, or not of pixels in 0..1.
         """
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, channels):
                 raise RequestError(
                     f"--{name}: must be one value or one a channel ({channels}), got {len(values)}"
                 )
+        if not all(0 <= m <= 1 for m in mean) or not all(s <= 1 for s in std):
+            raise RequestError(
+                f"--mean, --std: must be of pixels in 0..1, got {', '.join(f'{x:g}' for x in mean)}"
+                f" and {', '.join(f'{x:g}' for x in std)}; divide those of 0..255 by 255"
+            )
         repeat = channels if len(mean) == 1 else 1, channels if len(std) == 1 else 1
         return cls(tuple(mean) * repeat[0], tuple(std) * repeat[1])
 

@@ -1,5 +1,6 @@
 """Images from a folder: class folders, or images with a CSV in one of several layouts."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,12 @@ from sdq.image_rows import (
     Row,
     build,
     class_folder_rows,
+    part_folders,
     sorted_names,
 )
+
+_DECIMAL = re.compile(r"[-+]?\d*\.\d+([eE][-+]?\d+)?")
+"""A number that is no class's."""
 
 GROUP_COLUMNS = ("patient_id", "patient", "lesion_id")
 """The wider group first: images of one never part."""
@@ -36,7 +41,8 @@ def read_folder(path: Path, options: DataOptions) -> Splits:
     Raises:
         RequestError: no layout fits, or an image is missing, unreadable or of another size.
     """
-    if any(p.is_dir() for p in (path / "train").glob("[!.]*")):
+    training = [p for p in part_folders(path) if SPLIT_NAMES[p.name.lower()] == "train"]
+    if any(p.is_dir() for folder in training for p in folder.glob("[!.]*")):
         rows, names = class_folder_rows(path)
         return build(path, rows, names, options)
     tables = [t for t in _csv_files(path) if _has_labels(t)]
@@ -243,23 +249,22 @@ def _table_rows(
         )
     labels, names = _table_labels(table, header, lines)
     rows = [
-        Row(ImageFile(file), label, split or _split_of(table, line), groups.get(file, ""))
+        Row(ImageFile(file), label, split or _split_of(table, header, line), groups.get(file, ""))
         for (_, file), label, line in zip(files, labels, lines, strict=True)
         if file is not None
     ]
     return rows, names
 
 
-def _split_of(table: Path, line: Mapping[str, str]) -> str:
-    if "split" not in line:
+def _split_of(table: Path, header: Sequence[str], line: Mapping[str, str]) -> str:
+    if "split" not in header:
         return ""
-    try:
-        return SPLIT_NAMES[line["split"].lower()]
-    except KeyError:
+    text = line.get("split", "")  # a row may end before it
+    if text.lower() not in SPLIT_NAMES:
         raise RequestError(
-            f"{table}: split must be train, val or test, got {line['split']!r:.100}; "
-            "mend the column"
-        ) from None
+            f"{table}: split must be train, val or test, got {text!r:.100}; mend the column"
+        )
+    return SPLIT_NAMES[text.lower()]
 
 
 def _table_labels(
@@ -273,6 +278,11 @@ def _table_labels(
             raise RequestError(
                 f"{table}: {column} must name a class in every row, got none in row "
                 f"{labels.index('') + 2}; fill it in or remove the row"
+            )
+        if labels and all(map(_DECIMAL.fullmatch, labels)):
+            raise RequestError(
+                f"{table}: {column} must name a class, a word or a whole number, got numbers with "
+                f"decimals, such as {labels[0]!r:.100}; divide them into classes first"
             )
         return labels, sorted(set(labels))
     names = [h for h in header if h in ISIC_CLASSES]

@@ -21,6 +21,9 @@ SPLIT_NAMES = {
     "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
+UNREAD = (".tif", ".tiff", ".gif", ".webp", ".dcm", ".ppm", ".pgm", ".jp2", ".heic")
+"""Images of other formats, which nobody should miss without a word."""
+
 IMAGE_COLUMNS = ("image", "image_id", "file", "filename", "image_name")
 LABEL_COLUMNS = ("label", "class", "dx", "target", "diagnosis")
 CENTRE_COLUMNS = ("centre", "center", "client", "site", "hospital", "dataset")
@@ -51,12 +54,31 @@ class Row:
 def class_folder_rows(path: Path) -> tuple[list[Row], tuple[str, ...]]:
     """Return the images of ``{train,val,test}/CLASS/`` and the sorted names of the classes."""
     rows, names = [], set()
-    for split in sorted(p for p in path.iterdir() if p.name in SPLIT_NAMES and p.is_dir()):
+    for split in part_folders(path):
         for folder in sorted(p for p in split.glob("[!.]*") if p.is_dir()):
             names.add(folder.name)
-            files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
-            rows += [Row(ImageFile(f), folder.name, SPLIT_NAMES[split.name]) for f in files]
+            part, files = SPLIT_NAMES[split.name.lower()], _images_of_class(folder)
+            rows += [Row(ImageFile(f), folder.name, part) for f in files]
     return rows, sorted_names(names)
+
+
+def part_folders(path: Path) -> list[Path]:
+    """Return the folders of a set's parts, ``train``, ``val`` and ``test``, however spelled."""
+    return sorted(p for p in path.iterdir() if p.name.lower() in SPLIT_NAMES and p.is_dir())
+
+
+def _images_of_class(folder: Path) -> list[Path]:
+    """Return the images of a class; RequestError if some there could not be read or are deeper."""
+    every = sorted(f for f in folder.rglob("*") if not f.name.startswith("."))
+    files = [f for f in every if f.suffix.lower() in SUFFIXES and f.parent == folder]
+    lost = [f for f in every if f.suffix.lower() in (*SUFFIXES, *UNREAD) and f not in set(files)]
+    if lost:
+        raise RequestError(
+            f"{folder}: its images must be {', '.join(SUFFIXES)} files in the folder itself, got "
+            f"{len(lost)} others, {lost[0].relative_to(folder)} first; convert or move them, or "
+            "take them away"
+        )
+    return files
 
 
 def sorted_names(names: Iterable[str]) -> tuple[str, ...]:

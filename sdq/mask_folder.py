@@ -14,14 +14,22 @@ from sdq.data import DataOptions, Splits
 from sdq.errors import RequestError
 from sdq.image_files import SUFFIXES, ImageFile
 from sdq.image_folder import GROUP_COLUMNS, FileIndex, column_by_file
-from sdq.image_rows import CENTRE_COLUMNS, LABEL_COLUMNS, SPLIT_NAMES, Row, build, sorted_names
+from sdq.image_rows import (
+    CENTRE_COLUMNS,
+    LABEL_COLUMNS,
+    SPLIT_NAMES,
+    Row,
+    build,
+    part_folders,
+    sorted_names,
+)
 
 ENDINGS = ("", "_mask", "_segmentation", "_lesion")
 
 
 def is_mask_folder(path: Path) -> bool:
     """Tell whether a folder is laid out so."""
-    return any((path / part / "masks").is_dir() for part in ("", *SPLIT_NAMES))
+    return any((part / "masks").is_dir() for part in (path, *part_folders(path)))
 
 
 def read_mask_folder(path: Path, options: DataOptions) -> Splits:
@@ -31,7 +39,7 @@ def read_mask_folder(path: Path, options: DataOptions) -> Splits:
         RequestError: an image without a mask, files of different sizes or that cannot be read, or
             values that are no class.
     """
-    parts = [p for p in sorted(path.iterdir()) if p.name in SPLIT_NAMES and p.is_dir()]
+    parts = part_folders(path)
     images = {part: _files(part / "images") for part in parts or [path]}
     index = FileIndex(path, (image for files in images.values() for image in files))
     splits, centres, groups, labels = (
@@ -41,7 +49,7 @@ def read_mask_folder(path: Path, options: DataOptions) -> Splits:
     rows: list[Row] = []
     for part, files in images.items():
         for image, mask in paired(str(part), files, _files(part / "masks")):
-            split = SPLIT_NAMES.get(part.name, "") if parts else _split(path, image, splits)
+            split = SPLIT_NAMES.get(part.name.lower(), "") if parts else _split(path, image, splits)
             rows.append(
                 Row(ImageFile(image), labels.get(image, ""), split, groups.get(image, ""),
                     centres.get(image, ""), (mask,))

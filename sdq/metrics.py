@@ -39,6 +39,11 @@ def predict(model: nn.Module, loader: Loader) -> tuple[Tensor, Tensor]:
 
 def check_labels(labels: Tensor, classes: int) -> None:
     """Raise RequestError unless labels ``(N,)`` are of the network's classes."""
+    if labels.dim() != 1 or labels.dtype not in (torch.int64, torch.uint8):
+        raise RequestError(
+            f"labels: must be int64 (N,), got {labels.dtype} {tuple(labels.shape)}; convert them, "
+            "such as by .flatten().long()"
+        )
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise RequestError(
             f"labels: must be 0 to {classes - 1}, for the network has {classes} outputs, got "

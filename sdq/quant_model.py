@@ -230,6 +230,8 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, sample: Ten
     from sdq import brevitas_layers  # here: only who quantizes waits for Brevitas
 
     config = config or QuantConfig()
+    if isinstance(model, QuantModel):
+        raise RequestError("model: must be a float network, got one that is quantized already")
     _check_weights(model)
     net = tracing.trace(model, sample, config.skip)
     if config.batch_norm != "train":

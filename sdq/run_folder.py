@@ -138,14 +138,17 @@ class RunFolder:
 
     def write_json(self, name: str, document: Any) -> None:
         """Write a JSON file, atomically; RunError if a number in it is NaN or infinite."""
+        self.write_text(name, self._text(name, document, indent=2) + "\n")
+
+    def _text(self, name: str, document: Any, indent: int | None = None) -> str:
+        """Return a document as JSON; RunError if a number in it is NaN or infinite."""
         try:
-            text = json.dumps(document, indent=2, allow_nan=False)
+            return json.dumps(document, indent=indent, allow_nan=False)
         except ValueError:
             raise RunError(
                 f"{self.path / name}: numbers must be finite, got NaN or infinity; "
                 "lower the learning rate"
             ) from None
-        self.write_text(name, text + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file, atomically."""
@@ -233,7 +236,7 @@ class RunFolder:
         """
         of = (record.get("phase"), record.get("epoch"))
         kept = [x for x in self.read_log() if (x.get("phase"), x.get("epoch")) != of]
-        texts = [json.dumps(x, allow_nan=False) for x in (*kept, dict(record))]
+        texts = [self._text("log.jsonl", x) for x in (*kept, dict(record))]
         self.write_text("log.jsonl", "\n".join(texts) + "\n")
 
     def checkpoint(self, phase: str, identity: Mapping[str, Any]) -> Checkpoint:

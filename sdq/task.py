@@ -103,14 +103,9 @@ def _class_loss(logits: Tensor, labels: Tensor) -> Tensor:
             "labels: must be one class an image, int64 (N,), or probabilities of sum 1, got rows "
             "of another sum; several labels an image are not supported"
         )
-    if not soft and (labels.dim() != 1 or labels.dtype not in (torch.int64, torch.uint8)):
-        raise RequestError(
-            f"labels: must be int64 (N,), got {labels.dtype} {tuple(labels.shape)}; convert them, "
-            "such as by .flatten().long()"
-        )
     try:
         return F.cross_entropy(logits, labels)
-    except IndexError:
+    except (IndexError, RuntimeError, ValueError):
         metrics.check_labels(labels, logits.shape[1])
         raise
 
@@ -203,4 +198,9 @@ class Teacher:
         """Return the distillation loss of a batch ``(N, C, H, W)``."""
         with torch.no_grad():
             targets = self.network.to(images.device)(images)
+        if targets.shape != student_logits.shape:
+            raise RequestError(
+                f"teacher: must give logits of shape {tuple(student_logits.shape)} as the student "
+                f"does, got {tuple(targets.shape)}; take one of the same classes"
+            )
         return task_of(student_logits).distillation(student_logits, targets)

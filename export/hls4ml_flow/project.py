@@ -19,7 +19,7 @@ from typing import Any, Literal
 import onnx
 
 from export.hls4ml_flow.reading import Network
-from sdq.errors import RunError
+from sdq.errors import RequestError, RunError
 
 FOLDER = "hls4ml"
 NETWORK = "network.onnx"
@@ -54,6 +54,30 @@ class Options:
     parallel_products: int = 4096
     reuse_factor: int | None = None
     backend: str = "Vitis"
+
+    def __post_init__(self) -> None:
+        """Refuse what hls4ml would take for something else."""
+        whole = {"parallel_products": self.parallel_products, "reuse_factor": self.reuse_factor}
+        wrong = [n for n, v in whole.items() if v is not None and not _is_count(v)]
+        if wrong:
+            raise RequestError(
+                f"hls4ml: {wrong[0]} must be a whole number of at least 1, got {whole[wrong[0]]!r}"
+            )
+        if not (isinstance(self.clock_ns, int | float) and 0 < self.clock_ns < math.inf):
+            raise RequestError(
+                f"hls4ml: clock_ns must be a positive number of nanoseconds, got {self.clock_ns!r}"
+            )
+        if self.io_type not in (None, "io_parallel", "io_stream"):
+            raise RequestError(
+                f"hls4ml: io_type must be io_parallel, io_stream or None, got {self.io_type!r}"
+            )
+        for name, text in (("part", self.part), ("backend", self.backend)):
+            if not isinstance(text, str) or not text.strip():
+                raise RequestError(f"hls4ml: {name} must be a name, got {text!r}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def installed() -> bool:
@@ -208,7 +232,10 @@ def _readme(network: Network, options: Options) -> str:
         if not network.inexact
         else "Not exact:\n\n" + "\n".join(f"- {sentence}" for sentence in network.inexact)
     )
-    values = "\n".join(f"- {name}: {value}" for name, value in asdict(options).items())
+    chosen = asdict(options) | {"io_type": network.io_type}
+    if options.reuse_factor is None:
+        chosen["reuse_factor"] = f"each layer's own, in {CONFIGURATION}"
+    values = "\n".join(f"- {name}: {value}" for name, value in chosen.items())
     shape = " x ".join(str(n) for n in network.input.shape)
     return f"""# The network for hls4ml
 
@@ -222,7 +249,9 @@ def _readme(network: Network, options: Options) -> str:
 
     hls4ml convert -c {CONFIGURATION}     # makes {PROJECT}/ anew, after a change of {CONFIGURATION}
     cd {PROJECT} && ./build_lib.sh        # compiles the C simulation with g++
-    hls4ml build -p {PROJECT} -s -l       # synthesises, where Vitis HLS is installed
+    cd {PROJECT} && vitis-run --mode hls --tcl build_prj.tcl   # synthesises, with Vitis
+
+The last is for the backend Vitis; `{PROJECT}/build_opt.tcl` says which of its steps are done.
 
 ## Numbers
 

@@ -37,6 +37,7 @@ from fl.losses import (
 )
 from fl.method import Aggregated, Progress, Server
 from fl.methods.fedlc import FedLC
+from fl.methods.fedrod import FedROD
 from fl.network import Network, Outputs
 from fl.record import Record, Reply, Tensors, misfit
 from fl.wrapper import Wrapper, WrapperClient, WrapperConfig, chain
@@ -233,11 +234,12 @@ class CPA(Wrapper):
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
-        if any(isinstance(inside, FedLC) for inside in chain(self.inner)):
-            raise RequestError(
-                "cpa.around: must be a method without a loss of its own, got fedlc, which is one; "
-                "take another"
-            )
+        for inside in chain(self.inner):
+            if isinstance(inside, FedLC | FedROD):
+                raise RequestError(
+                    "cpa.around: must be a method whose shared network has no loss of its own, got "
+                    f"{inside.name}; take another"
+                )
         self.loss = LossConfig(name="cpa", beta=self.config.beta)
 
     def check(self, config: FederationConfig) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fl.composition import refusals
 from fl.config import FederationConfig
-from fl.losses import LossConfig, criterion
+from fl.losses import Criterion, LossConfig, criterion
 from fl.method import Client, Method, Side, View
 from fl.network import Network, Outputs
 from fl.record import Tensors
@@ -80,7 +80,7 @@ class FCAClient(Client):
     def start(self) -> None:
         """Choose the prior of the federated head."""
         context, config = self.context, self.method.config
-        self.federated = context.criterion
+        self.federated: Criterion | None = None
         # the prior of cpa is everyone's in any case, and its weights are a wrapper's
         if config.federated_prior == "global" and context.loss.name != "cpa":
             progress = context.round / context.config.rounds
@@ -90,9 +90,10 @@ class FCAClient(Client):
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """Return the three terms."""
         config = self.method.config
+        federated = self.federated or self.context.criterion  # which may change within a round
         personal = self.context.network.extras[HEAD](outputs.known_features)
         return (
-            config.federated_weight * self.federated(outputs.logits, labels)
+            config.federated_weight * federated(outputs.logits, labels)
             + config.personal_weight * self.context.criterion(personal, labels)
             + config.consistency_weight * consistency(outputs.logits, personal, config.consistency)
         )

@@ -13,8 +13,10 @@ Optimization", NeurIPS 2020, equation 6 and section 4, https://arxiv.org/abs/200
 from collections.abc import Sequence
 
 from fl.composition import refusals
+from fl.config import FederationConfig
 from fl.method import Aggregated, Client, Method, Progress, Server
 from fl.record import Record, Reply, no_number
+from sdq.errors import RequestError
 
 VALUE = "fednova"
 
@@ -47,6 +49,14 @@ class FedNova(Method):
         aggregation="it sums changes divided by steps",
         noise="how many steps it took leaves the client",
     )
+
+    def check(self, config: FederationConfig) -> None:
+        """Refuse momentum that is kept from round to round: its sums begin at zero here."""
+        if config.keep_optimizer and config.optimizer == "sgd" and config.momentum:
+            raise RequestError(
+                "fednova: keep_optimizer must be off with momentum, whose count of gradients "
+                "begins anew in each round; leave it out"
+            )
 
     def misfit(self, server: Server, reply: Reply) -> str | None:
         """Look for the count, by which changes are divided; one step is 1, but for rounding."""

@@ -9,12 +9,15 @@ Source: Chen and Chao, "On Bridging Generic and Personalized Federated Learning 
 Classification", ICLR 2022, equations 7 to 9, https://arxiv.org/abs/2107.00778.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
 from fl.losses import balanced_softmax
 from fl.method import Client, Method, Side, View
 from fl.network import Network, Outputs
+from fl.quant_network import refit_
 from fl.record import Tensors
 
 HEAD = "personal_head"
@@ -48,12 +51,19 @@ class FedROD(Method):
         return {"personal": _personal, **generic} if side == "client" else generic
 
     def personal(self, network: Network) -> Tensors:
-        """Return the model with one head, the sum of both: what is linear may be added before."""
+        """Return the model with one head, the sum of both: what is linear may be added before.
+
+        Of quantized heads the sum is rounded anew, with scales of its own.
+        """
         state = super().personal(network)
-        for name, tensor in network.extras[HEAD].state_dict().items():
-            full = f"{network.head_name}.{name}"
-            state[full] = state[full] + tensor
-        return state
+        head = copy.deepcopy(network.head)
+        correction = dict(network.extras[HEAD].named_parameters())
+        with torch.no_grad():
+            for name in ("weight", "bias"):
+                if name in correction:
+                    head.get_parameter(name).add_(correction[name])
+        refit_(head)
+        return state | {f"{network.head_name}.{n}": t for n, t in head.state_dict().items()}
 
 
 def _generic(network: Network, images: Tensor) -> Tensor:

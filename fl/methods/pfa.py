@@ -87,6 +87,8 @@ def low_frequencies(height: int, width: int, share: float, rows: bool = False) -
 
 def _centre(size: int, share: float) -> Tensor:
     centre, half = size // 2, int(size * share / 2)
+    if share > 0:  # the zero frequency in any case: a head of one map would never be shared
+        half = max(half, 1)
     index = torch.arange(size)
     return (index >= centre - half) & (index < centre + half)
 

@@ -5,6 +5,8 @@ r"""SCAFFOLD: control variates take the difference between clients out of every 
 With ``control="steps"`` (option II), after S steps with learning rate :math:`\eta`,
 :math:`c_k^+ = c_k - c + (\bar w - w_k) / (S \eta)`; with ``"gradient"`` (option I) the gradient of
 the client's loss at :math:`\bar w`. The server adds :math:`\frac{1}{N}\sum_k (c_k^+ - c_k)` to c.
+A client takes up :math:`c_k^+` when it hears that the server did: after a reply that was lost, c
+would for good not be the mean of the :math:`c_k` any more, and all would converge elsewhere.
 
 Source: Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
 ICML 2020, algorithm 1, https://arxiv.org/abs/1910.06378.
@@ -20,10 +22,16 @@ from fl.composition import refusals
 from fl.config import FederationConfig
 from fl.method import Aggregated, Client, Method, Progress, Server
 from fl.record import Record, Reply, Tensors, misfit
+from sdq.batches import balanced_indices
 from sdq.config import Config
 from sdq.errors import RequestError
 
 GROUP = "scaffold"
+PENDING = "scaffold.pending"
+"""A client's control variate of which it does not know yet whether the server has it."""
+TRAINED = "scaffold_round"
+ACCEPTED = "accepted"
+"""The last round in which the server took a client's reply; -1: none."""
 
 
 class ScaffoldConfig(Config):
@@ -55,7 +63,9 @@ class ScaffoldClient(Client):
         self.shared = self.context.shared_parameters()
         self.anchor = {n: p.detach().clone() for n, p in self.shared.items()}
         self.common = self._on_device(self.context.received.tensors.get(GROUP, {}))
-        self.own = self._on_device(self.context.memory.tensors.get(GROUP, {}))
+        memory, accepted = self.context.memory, self.context.received.values.get(ACCEPTED, -1)
+        known = PENDING if memory.values.get(TRAINED) == accepted else GROUP
+        self.own = self._on_device(memory.tensors.get(known, {}))
         self.correction = {n: self.common[n] - self.own[n] for n in self.shared}
         self.renewed: Tensors = {}
         if _control(self.method.config, self.context.config) == "gradient":
@@ -68,10 +78,15 @@ class ScaffoldClient(Client):
         }
 
     def _gradient(self) -> Tensors:
-        """Return the mean gradient over the training set, statistics as they are."""
+        """Return the mean gradient over what it trains on, statistics as they are."""
         total = {n: torch.zeros_like(p) for n, p in self.shared.items()}
-        network = self.context.network.eval()
-        for images, labels in self.context.batches(0, augmented=False):
+        network, context = self.context.network.eval(), self.context
+        drawn = None
+        if context.config.sampling == "balanced":  # the gradient that steps have on average
+            drawn = balanced_indices(
+                context.labels, len(context.labels), context.generator("scaffold")
+            )
+        for images, labels in context.batches(0, augmented=False, indices=drawn):
             device = next(network.parameters()).device
             loss = self.loss(self.forward(images.to(device)), labels.to(device))
             gradients = torch.autograd.grad(loss, list(self.shared.values()), allow_unused=True)
@@ -96,7 +111,10 @@ class ScaffoldClient(Client):
                 for n, p in self.shared.items()
             }
         change = {n: (self.renewed[n] - self.own[n]).cpu() for n in self.shared}
-        self.context.memory.tensors[GROUP] = {n: t.cpu() for n, t in self.renewed.items()}
+        memory = self.context.memory
+        memory.tensors[GROUP] = {n: t.cpu() for n, t in self.own.items()}
+        memory.tensors[PENDING] = {n: t.cpu() for n, t in self.renewed.items()}
+        memory.values[TRAINED] = self.context.round
         return Record({GROUP: change})
 
 
@@ -118,16 +136,19 @@ class Scaffold(Method):
 
     def start_server(self, server: Server) -> None:
         """Begin with a control variate of zero."""
-        # what comes down is what clients correct
+        # what is trained and comes down is what clients correct
+        trained = {n for n, p in server.network.named_parameters() if p.requires_grad}
         server.memory.tensors[GROUP] = {
             n: torch.zeros_like(server.model[n])
-            for n in sorted(server.parameter_names())
+            for n in sorted(server.parameter_names() & trained)
             if server.routes[n].comes_down
         }
+        server.memory.values[ACCEPTED] = {}
 
     def send(self, server: Server, client: int) -> Record:
-        """Send the server's control variate."""
-        return Record({GROUP: server.memory.tensors[GROUP]})
+        """Send the server's control variate, and which of the client's it has."""
+        accepted = server.memory.values[ACCEPTED].get(str(client), -1)
+        return Record({GROUP: server.memory.tensors[GROUP]}, {ACCEPTED: accepted})
 
     def weights(self, server: Server, replies: Sequence[Reply]) -> list[float]:
         """Return equal weights, or the images."""
@@ -155,4 +176,5 @@ class Scaffold(Method):
         change = server.mean(sent, [1.0] * len(replies))
         share = len(replies) / server.num_clients
         server.memory.tensors[GROUP] = {n: c + share * change[n] for n, c in common.items()}
+        server.memory.values[ACCEPTED] |= {str(r.client): server.round for r in replies}
         return Aggregated(model)

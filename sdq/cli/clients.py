@@ -1,5 +1,6 @@
 """Who has which images: as `sdq federate` was asked, and again as a run of it says."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ class ClientRequest:
                 f"--partition: must be left out with {clients}, which says whose each image is, "
                 f"got {partition!r}"
             )
-        return cls(None, clients, Partition("natural"))
+        return cls(None, os.path.abspath(clients), Partition("natural"))
 
     def divide(self, splits: Splits, seed: int) -> list[ClientData]:
         """Divide a set; RequestError if it does not go with what was said."""

@@ -127,7 +127,7 @@ def _compared(run: RunFolder, name: str, device: DeviceRequest | None) -> Compar
         facts = {
             "verb": str(document["request"]["verb"]),
             "model": str(document["model"]["reference"]).rpartition("/")[2],
-            "data": str(document["data"]["reference"]).rpartition("/")[2],
+            "data": document["data"]["reference"],
         }
         fingerprint = str(document["data"]["fingerprint"])
         network = networks_of(run, device)[-1]

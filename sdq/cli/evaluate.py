@@ -78,6 +78,6 @@ def evaluate(
             metrics["quantized"] = task.metrics(quantized, labels)
             metrics["agreement"] = task.agreement(quantized, logits)
     rows = [summary(k, v) for k, v in metrics.items() if isinstance(v, dict)]
-    show_table(str(run or model), rows, quiet=quiet)
+    show_table(f"{run or model}, {len(labels):,} images", rows, quiet=quiet)
     if json_:
         show_json(metrics)

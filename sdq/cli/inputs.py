@@ -49,6 +49,11 @@ class DataRequest:
     client: dict[str, Any] | None = None
     """Whose images of them alone, as :func:`sdq.cli.clients.of_client` has it."""
 
+    def __post_init__(self) -> None:
+        """Let paths hold from any folder: a run is used from others than it was made in."""
+        for name in ("reference", "root", "split_file"):
+            object.__setattr__(self, name, _absolute(getattr(self, name)))
+
     @classmethod
     def recorded(cls, run: RunFolder) -> "DataRequest":
         """Return what was said about a run's data; RequestError if ``run.json`` does not say."""
@@ -87,14 +92,29 @@ class DataRequest:
 
 def same_data(one: str, other: str) -> bool:
     """Return whether two references name the same data, though a path be spelled otherwise."""
-    return one == other or _located(one) == _located(other)
+    return one == other or _spelled(one, os.path.realpath) == _spelled(other, os.path.realpath)
 
 
-def _located(reference: str) -> str:
+def is_path(reference: str) -> bool:
+    """Tell whether a reference is a file's or a folder's, and no name."""
+    return os.path.isabs(reference)
+
+
+def is_there(reference: str) -> bool:
+    """Tell whether the file or folder of a reference is there."""
+    return os.path.exists(reference) or os.path.exists(reference.rpartition(":")[0])
+
+
+def _absolute(reference: str | None) -> str | None:
+    return None if reference is None else _spelled(reference, os.path.abspath)
+
+
+def _spelled(reference: str, spell: Callable[[str], str]) -> str:
+    """Return a reference with its path, if it is one that is there, spelled otherwise."""
     file, colon, function = reference.rpartition(":")
     if colon and os.path.exists(file):  # Path's raises for names that are too long
-        return f"{os.path.realpath(file)}:{function}"
-    return os.path.realpath(reference) if os.path.exists(reference) else reference
+        return f"{spell(file)}:{function}"
+    return spell(reference) if reference and os.path.exists(reference) else reference
 
 
 _REQUEST = TypeAdapter(DataRequest)
@@ -180,7 +200,7 @@ class Inputs:
         splits = self.splits
         parts = {"train": splits.train, "val": splits.val, "test": splits.test}
         return {
-            "reference": self.request.reference,
+            "reference": self.request.reference.rpartition("/")[2],
             "fingerprint": fingerprint(splits),
             "task": splits.task,
             "class_names": list(splits.class_names),
@@ -201,7 +221,11 @@ def class_counts(splits: Splits) -> list[int] | None:
 
 
 def open_inputs(
-    request: DataRequest, recorded: dict[str, Any] | None = None, *, every_class: bool = True
+    request: DataRequest,
+    recorded: dict[str, Any] | None = None,
+    *,
+    every_class: bool = True,
+    whole: bool = False,
 ) -> Inputs:
     """Open data and prepare batches.
 
@@ -210,6 +234,7 @@ def open_inputs(
         recorded: ``run.json``'s ``data`` of the run the network comes from: its normalisation is
             used unless the request names one, and its classes and shape must fit.
         every_class: see :func:`sdq.data.open_data`.
+        whole: nothing is to be learned: data without parts of their own are all held out.
 
     Raises:
         RequestError: no such data, or shares, normalisation or a division that do not fit them.
@@ -223,9 +248,14 @@ def open_inputs(
     division_seed = request.seed if request.division_seed is None else request.division_seed
     splits = open_data(
         request.reference,
-        DataOptions(root, division_seed, request.image_size, (shares[0], shares[1], shares[2])),
+        DataOptions(
+            root, division_seed, request.image_size,
+            (1.0, 0.0, 0.0) if whole else (shares[0], shares[1], shares[2]),
+        ),
         every_class=every_class,
-    )
+    )  # fmt: skip
+    if whole and splits.test is splits.val is None:
+        splits = replace(splits, test=splits.train)
     if splits.task == "classification" and every_class and len(splits.class_names) < 2:
         raise RequestError(
             f"{request.reference}: must have 2 classes or more to tell apart, got "
@@ -286,6 +316,11 @@ def _as_recorded(reference: str, splits: Splits, recorded: dict[str, Any]) -> Sp
     named = not all(name.isdecimal() for name in splits.class_names)
     if task == "classification" and named and set(splits.class_names) <= set(names):
         splits = splits.numbered(names)  # it may have them in another order, or not all
+    elif named and not all(name.isdecimal() for name in names) and splits.class_names != names:
+        raise RequestError(
+            f"{reference}: must have the run's classes, {', '.join(names):.200}, got "
+            f"{', '.join(splits.class_names):.200}; give data of the same classes, named alike"
+        )
     if len(splits.class_names) != len(names):
         raise RequestError(
             f"{reference}: must have the run's {len(names)} classes, "

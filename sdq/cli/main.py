@@ -30,7 +30,8 @@ def run() -> None:
     """Run the command line and exit with its code."""
     # libraries' warnings are for developers; ours are messages of our own
     warnings.simplefilter("ignore")
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    strict = ("strict", "surrogateescape")  # the latter in the C locale
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in strict:
         # a name in a file may have characters that the terminal has not
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))
@@ -73,9 +74,9 @@ def main(arguments: list[str]) -> int:
             raise
         return _fail(str(missing), 2)
     except OSError as error:
-        return _os_error(error, _again(asked))
+        return _os_error(error, _again(arguments))
     except (KeyboardInterrupt, click.exceptions.Abort):
-        return _fail(f"interrupted; {_again(asked)}", _INTERRUPTED)
+        return _fail(f"interrupted; {_again(arguments)}", _INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> int:
@@ -84,8 +85,14 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _again(verb: str) -> str:
-    return "repeat the command" + (" with --resume to continue" if verb in verbs.RESUMABLE else "")
+def _again(arguments: list[str]) -> str:
+    """Say how to go on: where a run has begun already, from where it is."""
+    following = zip(arguments, [*arguments[1:], ""], strict=True)
+    outs = [value for option, value in following if option == "--out"]
+    outs += [a.removeprefix("--out=") for a in arguments if a.startswith("--out=")]
+    begun = any(os.path.isfile(os.path.join(out, "run.json")) for out in outs)
+    resumes = arguments[0] in verbs.RESUMABLE and begun if arguments else False
+    return "repeat the command" + (" with --resume to continue" if resumes else "")
 
 
 def _os_error(error: OSError, again: str) -> int:

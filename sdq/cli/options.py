@@ -24,7 +24,8 @@ def finite(option: typer.CallbackParam, value: float) -> float:
 
 def given(parameter: str) -> bool:
     """Tell whether an option of the running verb was given, and not left at its default."""
-    source = click.get_current_context().get_parameter_source(parameter)
+    context = click.get_current_context(silent=True)
+    source = None if context is None else context.get_parameter_source(parameter)
     return source is not None and source is not ParameterSource.DEFAULT
 
 

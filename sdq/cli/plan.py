@@ -126,6 +126,11 @@ def make_quantization(
         (pattern, options.integers(value, "--layer-choices"))
         for pattern, value in options.rules(asked.layer_choices, "--layer-choices")
     ]
+    if options.given("act_choices") and not asked.learn_act_bits:
+        raise RequestError(
+            "--act-choices: must go with --learn-act-bits, or activations have --act-bits "
+            f"({asked.act_bits}) all; add it, or drop --act-choices"
+        )
     acts = options.integers(asked.act_choices, "--act-choices")
     quant = QuantConfig(
         bit_choices=options.integers(asked.choices, "--choices"),

@@ -59,6 +59,8 @@ class Source:
     network: nn.Module
     described: dict[str, Any]
     inputs: inp.Inputs
+    held_out: bool = False
+    """Whether it is known not to have been trained on the images that are measured on."""
 
 
 def open_source(asked: SourceOptions, request: inp.DataRequest) -> Source:
@@ -92,9 +94,16 @@ def open_from(run_folder: Path, request: inp.DataRequest) -> Source:
     run = RunFolder.open(run_folder)
     inp.check_ended(run)
     document = run.read_json("run.json")
-    request = request.like(inp.DataRequest.recorded(run))
-    inputs = inp.open_inputs(request, document["data"])
-    return Source(inp.load_float(run), document["model"], inputs)
+    before = inp.DataRequest.recorded(run)
+    if options.given("split") and inp.same_data(before.reference, request.reference):
+        raise RequestError(
+            f"--split: {request.reference} must be divided as for {run_folder}, or images that it "
+            "was trained on are measured on; leave it out"
+        )
+    inputs = inp.open_inputs(request.like(before), document["data"])
+    same = inputs.describe()["fingerprint"] == document["data"]["fingerprint"]
+    held_out = same and bool(document.get("held_out", True))
+    return Source(inp.load_float(run), document["model"], inputs, held_out)
 
 
 def training_data(source: Source, plan: Plan) -> "Loader":
@@ -166,7 +175,7 @@ def prepare(source: Source, plan: Plan) -> QuantModel:
 def start(run: RunFolder, source: Source, plan: Plan, qmodel: QuantModel, seed: int) -> None:
     """Write what a run knows at its start."""
     run.update(
-        data=source.inputs.describe(), model=source.described, seed=seed,
+        data=source.inputs.describe(), model=source.described, seed=seed, held_out=source.held_out,
         quant=qmodel.config.model_dump(), command=options.command_line(),
     )  # fmt: skip
     run.write_tensors("float.safetensors", source.network.state_dict())

@@ -29,7 +29,8 @@ def run_inputs(
         image_size: side in pixels; None: as it was.
         mean: of pixels, as ``--mean`` has it; None: as it was.
         std: likewise.
-        split: shares, as ``--split`` has them; None: as it was.
+        split: shares, as ``--split`` has them; None: other data without parts are measured on
+            whole.
         batch_size: images at a time; None: as it was.
         seed: of the division; None: as it was.
 
@@ -48,6 +49,11 @@ def run_inputs(
             f"{folder.path}: data must be named, since the server of this federation had none; "
             "pass --data"
         )
+    if data is None and inp.is_path(before.reference) and not inp.is_there(before.reference):
+        raise RequestError(
+            f"{folder.path}: its data, {before.reference}, must be where they were, but are not; "
+            "name them with --data"
+        )
     if data is None:
         count = batch_size or before.batch_size
         request = replace(before, root=root or before.root, batch_size=count)
@@ -61,14 +67,18 @@ def run_inputs(
             )
         recorded_norm = Normalization(tuple(recorded["mean"]), tuple(recorded["std"]))
         return inp.Inputs(inputs.splits, recorded_norm, inputs.train, request)
+    own = inp.same_data(data, before.reference)
     size = image_size or before.image_size
     request = inp.DataRequest(
         data, root or before.root, size, mean, std, split or before.split,
         batch_size or before.batch_size, before.seed if seed is None else seed,
     )  # fmt: skip
-    if inp.same_data(data, before.reference) and (split, seed) != (None, None):
+    if own and (split, seed) != (None, None):
         raise RequestError(
             f"--split, --seed: {data} must be divided as for {folder.path}, or images that it was "
             "trained on are measured on; leave them out"
         )
-    return inp.open_inputs(request.like(before), recorded, every_class=every_class)
+    whole = split is None and not own
+    return inp.open_inputs(
+        request.like(before), recorded, every_class=every_class and not whole, whole=whole
+    )

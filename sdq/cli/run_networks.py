@@ -51,7 +51,8 @@ def networks_of(run: RunFolder, device: DeviceRequest | None = None) -> list[Net
     # of a method that keeps clients' networks apart there is only what these are worth
     worth = metrics.get("float") or metrics.get("generalization") or {}
     special = metrics.get("specialization")
-    if not (run.path / "policy.json").is_file():
+    bits_chosen = "quantized" in metrics or document["request"]["verb"] == "search"
+    if not bits_chosen and not (run.path / "policy.json").is_file():
         name = "float" if worth or not special else OWN
         return [Network(name, worth or special or {}, float(FLOAT_BITS))]
     policy, layers = read_policy(run.path)

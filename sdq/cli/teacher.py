@@ -77,6 +77,13 @@ def open_teacher(request: TeacherRequest, inputs: inp.Inputs) -> nn.Module | Non
         inp.check_ended(run)
         recorded = run.read_json("run.json")["data"]
         _check(request.run, recorded, inputs)
+        reference = inp.DataRequest.recorded(run).reference
+        same_data = inp.same_data(reference, inputs.request.reference)
+        if same_data and recorded["fingerprint"] != inputs.describe()["fingerprint"]:
+            raise RequestError(
+                f"--teacher {request.run}: data must be divided as they are here, or it was "
+                "trained on images that are measured on; train it with the same --seed and --split"
+            )
         network = inp.load_float(run)
         own = Normalization(tuple(recorded["mean"]), tuple(recorded["std"]))
         if own != inputs.normalization:
@@ -109,10 +116,4 @@ def _check(name: str, recorded: dict[str, Any], inputs: inp.Inputs) -> None:
         raise RequestError(
             f"--teacher {name}: images must be the data's {own_shape} (C, H, W), got {shape}; "
             "train it on images of that size"
-        )
-    same_data = inp.same_data(recorded["reference"], inputs.request.reference)
-    if same_data and recorded["fingerprint"] != inputs.describe()["fingerprint"]:
-        raise RequestError(
-            f"--teacher {name}: data must be divided as they are here, or it was trained on "
-            "images that are measured on; train it with the same --seed and --split"
         )

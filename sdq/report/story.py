@@ -80,7 +80,7 @@ def quantized(
     found = [data_sentence(document), _smaller(document["request"], networks)]
     if metrics is None:
         return [*found, "Only the bits were chosen: no network was trained or measured for them."]
-    return [*found, _tuned(document["request"]), _measured(document, metrics)]
+    return [*found, _tuned(document), _measured(document, metrics)]
 
 
 def compared(
@@ -122,11 +122,15 @@ def _budget(request: Mapping[str, Any]) -> str:
     return "; ".join(parts) or "any bits"
 
 
-def _tuned(request: Mapping[str, Any]) -> str:
-    if request.get("ptq"):
+def _tuned(document: Mapping[str, Any]) -> str:
+    request = document["request"]
+    if ptq := request.get("ptq"):
+        if ptq["rounding"] == "nearest" or not ptq["steps"]:
+            return "Each weight was then rounded to the nearest level; nothing was trained."
+        count = min(ptq["images"], document["data"]["num_examples"]["train"])
         return (
-            f"How to round was then learned from {request['ptq']['images']:,} images without their "
-            "labels; nothing was trained."
+            f"How to round was then learned from {count:,} images without their labels; nothing "
+            "was trained."
         )
     epochs = (request.get("train") or {}).get("epochs", 0)
     times = passes(epochs)
@@ -143,8 +147,12 @@ def _measured(document: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     part = "test" if "test" in images else "val"
     before, after = metrics["float"], metrics["quantized"]
     name = headline([before, after])
-    told = (
-        f"Both networks were tried on {images.get(part, 0):,} images that neither was trained on."
+    told = f"Both networks were tried on {images.get(part, 0):,} images that "
+    told += (
+        "neither was trained on."
+        if document.get("held_out", True)
+        else "nothing here was learned from; what the float network was trained on before is not "
+        "known."
     )
     for each in dict.fromkeys(("accuracy", name)):
         if each is not None and each in before and each in after:

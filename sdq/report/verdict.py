@@ -59,7 +59,7 @@ def quantized_verdict(
     notes = [*unknown, *(_note(row) for row in rows if row.level == "unsure")]
     images = f"{pair.images:,} images"
     if warnings:
-        names = _listed([row.name for row in rows if row.level == "warning"])
+        names = _listed([_name(row) for row in rows if row.level == "warning"])
         text = f"Look before you use it: compression cost {names} more than the other classes."
         return Verdict(text, "bad", warnings, notes)
     _, mean = mean_loss([row.paired for row in rows if row.paired is not None])
@@ -93,11 +93,16 @@ def _unrecognised(rows: Sequence[ClassRow]) -> list[str]:
     found = [row for row in rows if row.before < HARDLY * row.images]
     if not found:
         return []
-    told = _listed([f"{row.name} ({row.before} of {row.images})" for row in found])
+    told = _listed([f"{_name(row)} ({row.before} of {row.images})" for row in found])
     return [
         f"Hardly ever right even in float: {told}. What compression costs a class shows only where "
         "the float network knows it."
     ]
+
+
+def _name(row: ClassRow) -> str:
+    """Return a class's name; one that is a number must not be taken for an amount."""
+    return f"class {row.name}" if row.name.isdecimal() else row.name
 
 
 def _points(share: float) -> str:
@@ -110,7 +115,7 @@ def _warning(row: ClassRow, rows: Sequence[ClassRow]) -> str:
     average, _ = mean_loss([r.paired for r in rows if r.paired is not None])
     interval = row.paired.interval()
     return (
-        f"{row.name}: {row.before} of {row.images} right before, {row.after} after: "
+        f"{_name(row)}: {row.before} of {row.images} right before, {row.after} after: "
         f"{_points(row.paired.loss)} points lost (95 % interval {_points(interval.low)} to "
         f"{_points(interval.high)}); the classes lost {_points(average)} on average. "
         "More than chance explains."
@@ -119,7 +124,7 @@ def _warning(row: ClassRow, rows: Sequence[ClassRow]) -> str:
 
 def _note(row: ClassRow) -> str:
     return (
-        f"{row.name}: {row.before} of {row.images} right before, {row.after} after. With so few "
+        f"{_name(row)}: {row.before} of {row.images} right before, {row.after} after. With so few "
         "images that may be chance; test more of them."
     )
 

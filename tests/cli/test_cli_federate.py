@@ -472,5 +472,6 @@ def test_other_data_are_measured_by_the_names_of_their_classes(sdq, home, tmp_pa
     )
     assert other == own
     np.savez(tmp_path / "strange.npz", class_names=np.array(list("abx")), **arrays)
-    # names of other classes say nothing of the order; their number is all there is to go by
-    assert sdq(f"evaluate {run} --data {tmp_path}/strange.npz --quiet").code == 0
+    done = sdq(f"evaluate {run} --data {tmp_path}/strange.npz --quiet")
+    assert done.code == 2
+    assert "must have the run's classes, a, b, c, got a, b, x" in done.err

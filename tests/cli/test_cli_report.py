@@ -180,7 +180,7 @@ def test_data_that_are_gone(sdq, files, tmp_path):
     done = sdq(f"report {run} --json --quiet")
     assert done.code == 0
     missing = " ".join(done.json["missing"])
-    assert f"{data}: no such file" in missing
+    assert f"its data, {data}, must be where they were, but are not; name them" in missing
     assert "Pictures of test images" in missing
     root = parsed(run / "report.html")
     assert root.all("table", id="class-table")
