@@ -56,6 +56,27 @@ def test_class_folders(tmp_path: Path, all_of: Callable[..., torch.Tensor]) -> N
         np.testing.assert_array_equal(all_of(splits, part).permute(0, 2, 3, 1), expected)
 
 
+def test_parts_may_be_spelled_with_capitals(tmp_path: Path) -> None:
+    for part in ("Train", "Test", "VAL"):
+        for name in ("b", "a"):
+            draw(tmp_path / part / name / "0.png", 6, 5)
+    splits = open_data(str(tmp_path), OPTIONS)
+    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("lost", ["1.tif", "deeper/1.png", "1.webp"])
+def test_images_that_would_be_left_out_are_named(
+    lost: str, tmp_path: Path, refuses: Callable[..., Any]
+) -> None:
+    for name in ("b", "a"):
+        draw(tmp_path / "train" / name / "0.png", 6, 5)
+    file = tmp_path / "train" / "b" / lost
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"whatever")
+    with refuses("b: its images must be .jpg, .jpeg, .png, .bmp files", f"got 1 others, {lost}"):
+        open_data(str(tmp_path), OPTIONS)
+
+
 def test_class_folders_train_alone_numbers_and_grey(tmp_path: Path) -> None:
     for name in ("10", "9", "2"):
         draw(tmp_path / "train" / name / "x.png", 4, 4)
@@ -422,6 +443,8 @@ def test_mixed_groups_reach_train_by_their_rarest_class(tmp_path: Path) -> None:
         ("image,label", ["twin,a"], ["'twin' must be one file, got a/twin.png, b/twin.png"]),
         ("image,MEL,NV", ["0,1,0", "1,1,1"], ["one of MEL, NV must be 1", "got 2 in row 3"]),
         ("image,MEL,NV", ["0,0.0,0.0"], ["one of MEL, NV must be 1 in every row, got 0 in row 2"]),
+        ("image,label", ["0,0.5", "1,1.25"], ["label must name a class", "such as '0.5'"]),
+        ("image,label,split", ["0,a,train", "1,b"], ["split must be train, val or test, got ''"]),
         ("image,label", [], ["the set must have at least one image, got none"]),
     ],
 )

@@ -141,6 +141,8 @@ def test_json_and_log(tmp_path: Path) -> None:
         assert run.read_json("metrics.json") == {"float": {"accuracy": 0.5, "auc": None}}
         for epoch in range(3):
             run.log({"epoch": epoch})
+        with pytest.raises(RunError, match=r"log\.jsonl: numbers must be finite"):
+            run.log({"epoch": 3, "bin_loss": float("inf")})
     lines = (run.path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2]
 

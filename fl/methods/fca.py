@@ -80,20 +80,24 @@ class FCAClient(Client):
     def start(self) -> None:
         """Choose the prior of the federated head."""
         context, config = self.context, self.method.config
-        self.federated: Criterion | None = None
+        self.of_everyone: Criterion | None = None
         # the prior of cpa is everyone's in any case, and its weights are a wrapper's
         if config.federated_prior == "global" and context.loss.name != "cpa":
             progress = context.round / context.config.rounds
             counts = context.all_counts
-            self.federated = criterion(context.loss, counts, counts, progress)
+            self.of_everyone = criterion(context.loss, counts, counts, progress)
+
+    @property
+    def federated(self) -> Criterion:
+        """The federated head's; the client's own may change within a round."""
+        return self.of_everyone or self.context.criterion
 
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """Return the three terms."""
         config = self.method.config
-        federated = self.federated or self.context.criterion  # which may change within a round
         personal = self.context.network.extras[HEAD](outputs.known_features)
         return (
-            config.federated_weight * federated(outputs.logits, labels)
+            config.federated_weight * self.federated(outputs.logits, labels)
             + config.personal_weight * self.context.criterion(personal, labels)
             + config.consistency_weight * consistency(outputs.logits, personal, config.consistency)
         )

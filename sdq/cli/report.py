@@ -1,5 +1,6 @@
 """``sdq report``: a run folder as one HTML page."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -197,6 +198,8 @@ def _setting(document: dict[str, Any]) -> Table:
                 add(f"{prefix}.{key}" if prefix else key, inner)
         elif value not in (None, [], ""):
             shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            if isinstance(value, str) and os.path.isabs(value):  # the page may be shown to others
+                shown = os.path.basename(value)
             rows.append([text(prefix), text(shown)])
 
     data = document.get("data") or {}

@@ -15,7 +15,7 @@ from export.format import ToolMissing
 from export.formats import hls4ml
 from export.hls4ml_flow import project, simulation
 from sdq.batches import Normalization
-from sdq.errors import RunError
+from sdq.errors import RequestError, RunError
 from sdq.quant_model import QuantModel
 
 SHIFTS = {
@@ -48,6 +48,26 @@ def test_the_folder(tmp_path, network, sample):
     readme = (tmp_path / "hls4ml" / "README.md").read_text()
     assert "Every integer code is the network's." in readme
     assert "hls4ml convert -c config.json" in readme
+    script = tmp_path / "hls4ml" / "project" / "build_prj.tcl"
+    assert script.is_file()
+    assert f"vitis-run --mode hls --tcl {script.name}" in readme
+    assert "- io_type: io_parallel\n" in readme
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reuse_factor": 0}, "reuse_factor must be a whole number of at least 1, got 0"),
+        ({"reuse_factor": 2.5}, "reuse_factor must be a whole number"),
+        ({"parallel_products": 0}, "parallel_products must be a whole number"),
+        ({"clock_ns": -1}, "clock_ns must be a positive number of nanoseconds, got -1"),
+        ({"io_type": "io_foo"}, "io_type must be io_parallel, io_stream or None, got 'io_foo'"),
+        ({"part": ""}, "part must be a name, got ''"),
+    ],
+)
+def test_wrong_options_are_refused(options, words):
+    with pytest.raises(RequestError, match=words):
+        hls4ml.Options(**options)
 
 
 @needs_hls4ml

@@ -274,10 +274,13 @@ def test_cpa_is_the_loss_wherever_it_is_around(refuses: Any) -> None:
     )
     inner.start()
     assert inner.federated == "cpa's"
-    with refuses("cpa.around: must be a method without a loss of its own, got fedlc"):
-        fl.method("cpa", around="fedlc")
-    with refuses("cpa.around: must be a method without a loss of its own, got fedlc"):
-        fl.method("cpa", around="det", inner={"around": "fedlc"})
+    inner.context.criterion = "cpa's, of another epoch"
+    assert inner.federated == "cpa's, of another epoch"
+    for own in ("fedlc", "fedrod"):
+        with refuses("must be a method whose shared network has no loss of its own", f"got {own}"):
+            fl.method("cpa", around=own)
+        with refuses("must be a method whose shared network has no loss of its own", f"got {own}"):
+            fl.method("cpa", around="det", inner={"around": own})
     federation = fl.FederationConfig(loss=LossConfig(name="cpa", beta=0))
     with refuses("cpa: loss.beta must be the method's, 0.8, got 0"):
         fl.method("cpa").check(federation)
