@@ -123,6 +123,8 @@ class Rounds:
         self.setting = setting
         self.transport = transport
         self.end = ServerEnd(setting, references or Store())
+        self.collected = 0
+        """Bytes that came up for evaluations of the server's model."""
         self._sent: dict[int, Tensors] = {}  # what each client of this round is to start from
         self.hear = hear or (lambda kind, answer: None)
         self.server = Server(
@@ -260,6 +262,7 @@ class Rounds:
         for answer in self._ask("collect", requests):
             if isinstance(answer, Failure) or not answer.model:
                 continue
+            self.collected += answer.record.num_bytes()
             weight = float(self.server.counts[answer.client].sum()) or 1.0
             total += weight
             for name, tensor in answer.model.items():

@@ -358,8 +358,10 @@ class Run:
             for part in ("val", "test")
             if (known := {k: e[part] for k, e in clients.items() if part in e})
         }
+        before = self.rounds.collected
         if self.rounds.load_model_():
             summary["generalization"] = self._generalization()
+        summary["bytes_up"] += self.rounds.collected - before
         self._select(summary)
 
     def _generalization(self) -> dict[str, Any]:

@@ -53,8 +53,9 @@ def routes(
         policy: of batch normalisation: ``share_all`` leaves factors and statistics to the method;
             ``share_affine``: factors as the method says, each client keeps its own statistics and
             they go up for the server's model alone; ``local_stats``: the same, but they do not
-            leave the client; ``local_all``: factors and statistics do not. A tensor that the
-            method keeps local is never sent by a policy.
+            go up in a round; ``local_all``: factors and statistics do not. A tensor that the
+            method keeps local is never sent by a policy. For the evaluation of the server's model
+            what is kept so is asked for, unless the federation's ``assemble`` is false.
     """
     affine, statistics = norm_names(network)
     found = {}

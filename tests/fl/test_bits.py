@@ -10,15 +10,18 @@ import torch
 from torch import nn
 
 import fl
+import sdq
 from fl.bits import ClientBudget, FederatedBits, PhasesConfig
 from fl.compression import CompressionConfig
 from fl.evaluation import primary
 from fl.opening import Opening
 from fl.phases import Learning, learning
 from fl.quant_network import float_name
+from fl.setting import centred
 from fl.tune_rounds import TuneRounds
 from sdq import plugins
 from sdq.apply_policy import apply_policy_
+from sdq.batches import Batches
 from sdq.config import QuantConfig, SearchConfig
 from sdq.cost import Budget
 from sdq.errors import RequestError
@@ -91,6 +94,30 @@ def test_every_method_ends_within_all_budgets(method: str, tiny: Make, hospitals
     # before search and tuning each client told a scale, 4 bytes, for each of 3 activations
     clients = 1 if method == "centralized" else 3
     assert found.bytes_up == sum(r["bytes_up"] for r in rounds) + 2 * clients * 3 * 4
+
+
+@pytest.mark.parametrize("method", ["fca", "fedper"])
+def test_a_client_s_own_model_is_what_was_measured(
+    method: str, tiny: Make, hospitals: Clients
+) -> None:
+    """With a head at the client's own bits, not at everyone's."""
+    clients = hospitals((9, 8, 8), (9, 8, 8), (9, 8, 8))
+    found = go(
+        tiny(), clients, method=method, rounds=1, budget=Budget(avg_weight_bits=8.0),
+        phases=PHASES.replaced(search_rounds=1, tune_rounds=2),
+        personal={1: ClientBudget(Budget(avg_weight_bits=1.5))},
+    )  # fmt: skip
+    own = found.personal[1]
+    alone = quantize(tiny(), QUANT, sample=SAMPLE)
+    apply_policy_(alone, own.policy)
+    alone.load_state_dict(own.state)
+    heads = [b.weight_bits for b in own.policy if b.name == "head"]
+    assert heads[0] < 8
+    metrics = sdq.evaluate(alone, Batches(clients[1].test, centred(1)))
+    told = primary(own.evaluation["test"])
+    assert {k: metrics[k] for k in ("accuracy", "auc", "ece")} == pytest.approx(
+        {k: told[k] for k in ("accuracy", "auc", "ece")}
+    )
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,8 @@ def row(name: str, tiny: Make) -> str:
         with contextlib.suppress(RequestError):
             allowed.append(setting(tiny(), fl.method(name), batch_norm=policy) and policy)
     cells.append(of.method.batch_norm + (", no other" if len(allowed) == 1 else ""))
-    stays = sorted({kept(n) for n in of.names(down=False)})
+    up = set(of.names(up=True))
+    stays = sorted({kept(n) + (" (goes up)" if n in up else "") for n in of.names(down=False)})
     cells.append(", ".join(stays) if of.names(up=True) else "everything")
     leaves = what_leaves(of)
     beside = {t.group for t in leaves.tensors if t.group != "model"}
@@ -133,7 +134,7 @@ def test_the_documentation_has_the_table(tiny: Make, tiny_maps: Make) -> None:
         row(name, tiny if "classification" in fl.method(name).tasks else tiny_maps)
         for name in plugins.names("fl.methods")
     ]
-    title = [*composition.FEATURES, "batch norm", "stays with the client", "sends beside the model"]
+    title = [*composition.FEATURES, "batch norm", "is the client's own", "sends beside the model"]
     expected = [f"| method | {' | '.join(title)} |", "|---|" + "---|" * len(title), *lines]
     assert "\n".join(expected) in text, "\n".join(expected)
     # and why not, once for each reason

@@ -111,3 +111,15 @@ def test_which_modes_bring_clients_to_their_mean() -> None:
     assert after["amp"] == pytest.approx(0.076, abs=2e-3)
     assert after["complex"] == pytest.approx(0.063, abs=2e-3)
     assert after["amp_phase"] > 1.5 * away(weights)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(1, 16, 1, 1), (2, 16, 1, 1), (1, 8)])
+def test_the_zero_frequency_is_always_shared(mode: str, shape: tuple[int, ...]) -> None:
+    """A head of one map or two has no other low ones, and would never be shared at all."""
+    weights = [w + 10 for w in drawn(shape, 2)]  # the zero frequency is a sum: above zero
+    for rows in (False, True) if len(shape) == 2 else (False,):
+        fused = fuse(weights, [1, 1], mode, 0.7, rows)  # type: ignore[arg-type]
+        mean = float(sum(w.sum() for w in weights)) / 2
+        assert [float(w.sum()) for w in fused] == pytest.approx([mean, mean])
+        assert not torch.allclose(fused[0], fused[1])  # high ones are each client's own

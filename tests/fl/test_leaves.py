@@ -84,6 +84,34 @@ def test_a_real_federation_sends_exactly_that(case: str, tiny: Make, hospitals: 
     assert listed(found) - ignored <= transport.passed | ignored
 
 
+def test_local_sends_nothing_of_a_model(tiny: Make, hospitals: Clients) -> None:
+    data = hospitals((12, 5, 4), (3, 10, 6), (8, 2, 9))
+    of = setting(tiny(), "local")
+    transport = Listening(of, data, Store())
+    transport.passed = set()
+    run_over(of, transport, 3, test=[c.test for c in data])
+    assert {t[0] for t in transport.passed if len(t) > 2} == set()
+    assert not what_leaves(setting(tiny(), "local")).tensors
+
+
+def test_what_is_collected_counts(tiny: Make, hospitals: Clients) -> None:
+    """FedPer's heads, of three clients, at every second of six rounds."""
+    data = hospitals((12, 5, 4), (3, 10, 6), (8, 2, 9))
+    found = []
+    for assemble in (True, False):
+        config = CONFIG.replaced(assemble=assemble)
+        found.append(fl.run(tiny(), method="fedper", clients=data, num_classes=3, config=config))
+    head = sum(t.nbytes for n, t in tiny().state_dict().items() if n.startswith("head."))
+    assert found[0].bytes_up - found[1].bytes_up == 3 * 3 * head
+
+
+def test_a_method_of_weak_clients_may_tell_why_it_sits_out(tiny_maps: Make) -> None:
+    of = Setting.of(
+        tiny_maps(), fl.method("fedst"), CONFIG, num_classes=3, image_shape=(1, 6, 6),
+    )  # fmt: skip
+    assert ("up", "sits_out") in {(v.way, v.name) for v in what_leaves(of).values}
+
+
 def test_bytes_of_a_round(tiny: Make, hospitals: Clients) -> None:
     for case in ("fedavg", "bits", "scaffold"):
         of = setting(tiny(), case)

@@ -6,7 +6,8 @@ Client A minimises ``w^2 / 2``, client B ``3 (w - 4)^2 / 2``; their sum is least
 0.1 a round, from w = 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,13 @@ from fl.methods.fednova import FedNova, FedNovaClient, accumulated
 from fl.methods.fedprox import FedProx, FedProxClient, FedProxConfig
 from fl.methods.scaffold import Scaffold, ScaffoldClient, ScaffoldConfig
 from fl.network import Outputs
+from fl.record import Failure, Reply, Request
 from fl.rounds import Rounds
 from fl.run import InProcess
 from fl.setting import Setting
 from fl.store import Store
 from sdq.data import ArrayImages, ImageSet
+from sdq.errors import RequestError
 
 A, B = (1.0, 3.0), (0.0, 4.0)
 
@@ -189,6 +192,49 @@ def test_scaffold_with_the_gradient_as_control(after: After) -> None:
     assert after(method, 1) == pytest.approx(1.67)
     # A: 1.67 -> 2.003 -> 2.3027; B: 1.67 -> 1.869 -> 2.0083
     assert after(method, 2) == pytest.approx((2.3027 + 2.0083) / 2)
+
+
+class Losing(InProcess):
+    """The network between: B's third reply is lost after B has trained."""
+
+    def ask(self, requests: Iterable[Request]) -> Iterator[Reply | Failure]:
+        for request in requests:
+            for answer in super().ask([request]):
+                lost = (request.kind, request.round, request.client) == ("train", 2, 1)
+                yield Failure(request.client, "lost") if lost else answer
+
+
+@pytest.mark.parametrize("control", ["steps", "gradient"])
+def test_scaffold_after_a_lost_reply(control: Any) -> None:
+    """Without knowing that it is lost, B would correct by what the server does not have: 3.31."""
+    method = ScaffoldOnNumbers(ScaffoldConfig(control=control))
+    setting = Setting.of(Number(), method, CONFIG, num_classes=2, image_shape=(1, 1, 2))
+    store = Store()
+    rounds = Rounds(setting, Losing(setting, clients(1, 1), store), 2)
+    rounds.begin()
+    for _ in range(120):
+        rounds.round(evaluate=False)
+    assert float(rounds.server.model["model.w"]) == pytest.approx(3.0, abs=1e-6)
+    common = float(rounds.server.memory.tensors["scaffold"]["model.w"])
+    own = [float(store[k].tensors["scaffold.pending"]["model.w"]) for k in range(2)]
+    assert common == pytest.approx(sum(own) / 2, abs=1e-9)
+
+
+def test_scaffold_trains_what_is_not_frozen() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 3), nn.Linear(3, 2))
+    net[1].requires_grad_(False)
+    config = CONFIG.replaced(rounds=2)
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    found = fl.run(net, method=Scaffold(), num_classes=2, config=config, clients=clients(2, 2))
+    assert not found.history[-1]["failures"]
+    changed = {n for n, t in found.state.items() if not torch.equal(t, before[n])}
+    assert changed == {"2.weight", "2.bias"}
+
+
+def test_fednova_counts_from_the_start_of_a_round() -> None:
+    config = CONFIG.replaced(momentum=0.9, keep_optimizer=True)
+    with pytest.raises(RequestError, match="fednova: keep_optimizer must be off with momentum"):
+        fl.run(Number(), method=FedNova(), num_classes=2, config=config, clients=clients(1, 1))
 
 
 def test_fedprox(after: After) -> None:
