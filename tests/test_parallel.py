@@ -50,7 +50,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("processes")
     for processes in (1, 2):
         script = Path(__file__).with_name("two_processes.py")
-        command = [sys.executable, str(script), str(processes), str(out)]
+        command = [sys.executable, "-P", str(script), str(processes), str(out)]
         # what one process prints is of no interest unless it fails
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr

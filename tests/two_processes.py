@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sdq
 from sdq.checkpoint import Checkpoint, save_tensors
 from sdq.parallel import open_fabric
+from sdq.train import StepReport
 
 SIZES = (16, 16, 7, 3)
 """The last two cannot be halved; of the last one each half would be too small."""
@@ -49,7 +50,7 @@ def main() -> None:
     own = out / f"{processes}-{fabric.global_rank}"
     reports: dict[str, list[float]] = {}
 
-    def watch(report: sdq.train.StepReport) -> None:
+    def watch(report: StepReport) -> None:
         reports.setdefault(report.phase, []).append(report.loss)
 
     def checkpoint(phase: str) -> Checkpoint:  # only the first process must write
