@@ -153,9 +153,8 @@ def fit_own_scales_(network: Network, routes: Mapping[str, Route], batches: Load
         batches: of the client's images, not augmented.
     """
     for path, layer in network.named_modules():
-        if not hasattr(layer, "weight_quant") or routes[f"{path}.weight"].comes_down:
-            continue
-        refit_(layer)
+        if hasattr(layer, "weight_quant") and not routes[f"{path}.weight"].comes_down:
+            refit_(layer)
     for path, qmodel in quant_models(network).items():
         for name, layer in _quantized_layers(qmodel):
             if not routes[f"{path}.net.{name}.weight"].comes_down:

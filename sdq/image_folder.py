@@ -22,8 +22,7 @@ from sdq.image_rows import (
     sorted_names,
 )
 
-_DECIMAL = re.compile(r"[-+]?\d*\.\d+([eE][-+]?\d+)?")
-"""A number that is no class's."""
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?")
 
 GROUP_COLUMNS = ("patient_id", "patient", "lesion_id")
 """The wider group first: images of one never part."""
@@ -279,10 +278,11 @@ def _table_labels(
                 f"{table}: {column} must name a class in every row, got none in row "
                 f"{labels.index('') + 2}; fill it in or remove the row"
             )
-        if labels and all(map(_DECIMAL.fullmatch, labels)):
+        measured = [x for x in labels if _NUMBER.fullmatch(x) and not float(x).is_integer()]
+        if measured and all(map(_NUMBER.fullmatch, labels)):
             raise RequestError(
                 f"{table}: {column} must name a class, a word or a whole number, got numbers with "
-                f"decimals, such as {labels[0]!r:.100}; divide them into classes first"
+                f"decimals, such as {measured[0]!r:.100}; divide them into classes first"
             )
         return labels, sorted(set(labels))
     names = [h for h in header if h in ISIC_CLASSES]

@@ -69,9 +69,11 @@ def part_folders(path: Path) -> list[Path]:
 
 def _images_of_class(folder: Path) -> list[Path]:
     """Return the images of a class; RequestError if some there could not be read or are deeper."""
-    every = sorted(f for f in folder.rglob("*") if not f.name.startswith("."))
-    files = [f for f in every if f.suffix.lower() in SUFFIXES and f.parent == folder]
-    lost = [f for f in every if f.suffix.lower() in (*SUFFIXES, *UNREAD) and f not in set(files)]
+    seen = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in (*SUFFIXES, *UNREAD)]
+    # a program's own folders (thumbnails, checkpoints) and files are hidden
+    seen = [f for f in seen if not any(p.startswith(".") for p in f.relative_to(folder).parts)]
+    files = [f for f in seen if f.suffix.lower() in SUFFIXES and f.parent == folder]
+    lost = [f for f in seen if f.suffix.lower() not in SUFFIXES or f.parent != folder]
     if lost:
         raise RequestError(
             f"{folder}: its images must be {', '.join(SUFFIXES)} files in the folder itself, got "

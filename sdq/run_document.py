@@ -4,6 +4,7 @@ A run folder is copied, synchronised and edited; a reader must not fall over wha
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,17 @@ LARGEST_IMAGE = 2**27
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Size = Annotated[int, Field(ge=1)]
+
+
+def held_out(document: Mapping[str, Any]) -> bool:
+    """Tell whether it is known that a run's networks never learned from what they are measured on.
+
+    Args:
+        document: ``run.json``. Of weights from a file nobody knows what they were trained on.
+    """
+    request = document.get("request", {})
+    own = request.get("verb") in ("train", "federate") and not request.get("weights")
+    return bool(document.get("held_out", own))
 
 
 class _Part(BaseModel):

@@ -23,6 +23,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -125,7 +126,7 @@ class RunFolder:
         before = _flat(RunFolder.open(self.path).read_json("run.json").get("request", {}))
         now = _flat(json.loads(json.dumps(request)))
         for key in [*now, *before]:
-            if before.get(key) != now.get(key):
+            if _without_place(key, before.get(key)) != _without_place(key, now.get(key)):
                 raise RequestError(
                     f"--resume: {key} must be as in the interrupted run, "
                     f"{before.get(key)!r}, got {now.get(key)!r}; repeat the same command, "
@@ -309,6 +310,14 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # used from a source tree
             found[package] = "unknown"
     return found
+
+
+PLACES = ("data.reference", "data.root", "data.split_file", "clients")
+"""Of a request, paths of data: where they are may change; that they do not, a fingerprint says."""
+
+
+def _without_place(key: str, value: Any) -> Any:
+    return os.path.basename(value) if key in PLACES and isinstance(value, str) else value
 
 
 def fingerprint(splits: Splits, sample: int = 256) -> str:

@@ -47,6 +47,7 @@ def test_class_folders(tmp_path: Path, all_of: Callable[..., torch.Tensor]) -> N
                 kept[part, name, i] = draw(tmp_path / part / name / f"{i}.{suffix}", 6, 5, 3)
     (tmp_path / "train" / "a" / "notes.txt").write_text("not an image")
     (tmp_path / "train" / ".cache").mkdir()
+    draw(tmp_path / "train" / "a" / ".thumbnails" / "0.png", 6, 5, 3)
     splits = open_data(str(tmp_path), OPTIONS)
     assert splits.class_names == ("a", "b")
     assert splits.image_shape == (3, 6, 5)
@@ -443,7 +444,7 @@ def test_mixed_groups_reach_train_by_their_rarest_class(tmp_path: Path) -> None:
         ("image,label", ["twin,a"], ["'twin' must be one file, got a/twin.png, b/twin.png"]),
         ("image,MEL,NV", ["0,1,0", "1,1,1"], ["one of MEL, NV must be 1", "got 2 in row 3"]),
         ("image,MEL,NV", ["0,0.0,0.0"], ["one of MEL, NV must be 1 in every row, got 0 in row 2"]),
-        ("image,label", ["0,0.5", "1,1.25"], ["label must name a class", "such as '0.5'"]),
+        ("image,label", ["0,1.0", "1,1.25"], ["label must name a class", "such as '1.25'"]),
         ("image,label,split", ["0,a,train", "1,b"], ["split must be train, val or test, got ''"]),
         ("image,label", [], ["the set must have at least one image, got none"]),
     ],

@@ -143,11 +143,10 @@ class Scaffold(Method):
             for n in sorted(server.parameter_names() & trained)
             if server.routes[n].comes_down
         }
-        server.memory.values[ACCEPTED] = {}
 
     def send(self, server: Server, client: int) -> Record:
         """Send the server's control variate, and which of the client's it has."""
-        accepted = server.memory.values[ACCEPTED].get(str(client), -1)
+        accepted = server.memory.values.get(ACCEPTED, {}).get(str(client), -1)
         return Record({GROUP: server.memory.tensors[GROUP]}, {ACCEPTED: accepted})
 
     def weights(self, server: Server, replies: Sequence[Reply]) -> list[float]:
@@ -176,5 +175,6 @@ class Scaffold(Method):
         change = server.mean(sent, [1.0] * len(replies))
         share = len(replies) / server.num_clients
         server.memory.tensors[GROUP] = {n: c + share * change[n] for n, c in common.items()}
-        server.memory.values[ACCEPTED] |= {str(r.client): server.round for r in replies}
+        accepted = {str(r.client): server.round for r in replies}
+        server.memory.values[ACCEPTED] = server.memory.values.get(ACCEPTED, {}) | accepted
         return Aggregated(model)

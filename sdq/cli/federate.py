@@ -240,6 +240,7 @@ def federate(
     network = network.to(place)
     if asked_bits is not None:
         asked_bits = prepare(network, inputs, asked_bits)
+    clients = asked_clients.split_file or clients
     division = {"clients": clients, "partition": partition, "seed": images.seed}
     federation = Federation(
         network, inputs, hospitals, settings, described, division, head, ending.quiet,

@@ -316,7 +316,13 @@ def _as_recorded(reference: str, splits: Splits, recorded: dict[str, Any]) -> Sp
     named = not all(name.isdecimal() for name in splits.class_names)
     if task == "classification" and named and set(splits.class_names) <= set(names):
         splits = splits.numbered(names)  # it may have them in another order, or not all
-    elif named and not all(name.isdecimal() for name in names) and splits.class_names != names:
+    # a single foreground is what is marked, whatever its name
+    elif (
+        named
+        and not all(name.isdecimal() for name in names)
+        and splits.class_names != names
+        and len(names) > 1
+    ):
         raise RequestError(
             f"{reference}: must have the run's classes, {', '.join(names):.200}, got "
             f"{', '.join(splits.class_names):.200}; give data of the same classes, named alike"

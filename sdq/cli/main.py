@@ -4,6 +4,7 @@
 standard output.
 """
 
+import codecs
 import errno
 import io
 import os
@@ -33,8 +34,22 @@ def run() -> None:
     strict = ("strict", "surrogateescape")  # the latter in the C locale
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in strict:
         # a name in a file may have characters that the terminal has not
-        sys.stdout.reconfigure(errors="backslashreplace")
+        codecs.register_error("sdq", _printable)
+        sys.stdout.reconfigure(errors="sdq")
     sys.exit(main(sys.argv[1:]))
+
+
+def _printable(error: UnicodeError) -> tuple[bytes, int]:
+    """Encode what a terminal has no character for: undecoded bytes of a path as they were."""
+    assert isinstance(error, UnicodeEncodeError)
+    odd = error.object[error.start : error.end]
+    parts = (
+        bytes([ord(c) - 0xDC00])
+        if 0xDC80 <= ord(c) <= 0xDCFF
+        else c.encode("ascii", "backslashreplace")
+        for c in odd
+    )
+    return b"".join(parts), error.end
 
 
 def main(arguments: list[str]) -> int:

@@ -41,6 +41,7 @@ from sdq.ptq import check_ptq
 from sdq.quant_model import QuantModel
 from sdq.quant_model import quantize as quantize_model
 from sdq.report.predictions import Predictions
+from sdq.run_document import held_out
 from sdq.run_folder import RunFolder, check_new
 from sdq.search import check_search, search
 from sdq.search_space import SearchSpace
@@ -95,15 +96,15 @@ def open_from(run_folder: Path, request: inp.DataRequest) -> Source:
     inp.check_ended(run)
     document = run.read_json("run.json")
     before = inp.DataRequest.recorded(run)
-    if options.given("split") and inp.same_data(before.reference, request.reference):
+    own = inp.same_data(before.reference, request.reference)
+    if options.given("split") and own and request.split != before.split:
         raise RequestError(
             f"--split: {request.reference} must be divided as for {run_folder}, or images that it "
             "was trained on are measured on; leave it out"
         )
     inputs = inp.open_inputs(request.like(before), document["data"])
     same = inputs.describe()["fingerprint"] == document["data"]["fingerprint"]
-    held_out = same and bool(document.get("held_out", True))
-    return Source(inp.load_float(run), document["model"], inputs, held_out)
+    return Source(inp.load_float(run), document["model"], inputs, same and held_out(document))
 
 
 def training_data(source: Source, plan: Plan) -> "Loader":

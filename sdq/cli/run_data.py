@@ -1,6 +1,7 @@
 """The data of an earlier run, as they were there."""
 
 from dataclasses import replace
+from typing import Any
 
 from sdq.batches import Normalization
 from sdq.cli import inputs as inp
@@ -78,7 +79,25 @@ def run_inputs(
             f"--split, --seed: {data} must be divided as for {folder.path}, or images that it was "
             "trained on are measured on; leave them out"
         )
-    whole = split is None and not own
-    return inp.open_inputs(
-        request.like(before), recorded, every_class=every_class and not whole, whole=whole
-    )
+    if own or split is not None:
+        return inp.open_inputs(request.like(before), recorded, every_class=every_class)
+    if seed is not None:
+        raise RequestError(
+            "--seed: must go with --split: without it all of other data is measured, undivided; "
+            "leave it out"
+        )
+    whole = inp.open_inputs(request, recorded, every_class=False, whole=True)
+    undivided = whole.splits.test is whole.splits.train
+    if not undivided and before.split_file is None and before.client is None:
+        return whole
+    as_before = replace(before, reference=request.reference, root=request.root)
+    return _as_before(as_before, recorded) or whole
+
+
+def _as_before(request: inp.DataRequest, recorded: dict[str, Any]) -> inp.Inputs | None:
+    """Return data divided as a run's were, if they are those, moved or copied; else None."""
+    try:
+        found = inp.open_inputs(request, recorded, every_class=False)
+    except RequestError:
+        return None
+    return found if found.describe()["fingerprint"] == recorded["fingerprint"] else None

@@ -5,6 +5,7 @@ from typing import Any
 
 from sdq.report.networks import Network
 from sdq.report.tables import headline, metric_cell, metric_label, scaled, share
+from sdq.run_document import held_out
 
 SEARCHES = {
     "sdq": "was learned by gradient, together with the weights",
@@ -56,15 +57,16 @@ def trained(document: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str
     return [
         data_sentence(document),
         f"It was trained on {images['train']:,} images, {passes(epochs)} over them.{kept} "
-        f"{_tried(images)}",
+        f"{_tried(images, known=held_out(document))}",
     ]
 
 
-def _tried(images: Mapping[str, int]) -> str:
+def _tried(images: Mapping[str, int], *, known: bool) -> str:
     part = "test" if "test" in images else "val"
     if part not in images:
         return ""
-    return f"Then it was tried on {images[part]:,} images that it was not trained on."
+    here = "" if known else " here"
+    return f"Then it was tried on {images[part]:,} images that it was not trained on{here}."
 
 
 def quantized(
@@ -150,7 +152,7 @@ def _measured(document: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     told = f"Both networks were tried on {images.get(part, 0):,} images that "
     told += (
         "neither was trained on."
-        if document.get("held_out", True)
+        if held_out(document)
         else "nothing here was learned from; what the float network was trained on before is not "
         "known."
     )

@@ -68,7 +68,8 @@ def test_data_that_are_gone_are_named_with_the_run(sdq, undivided, monkeypatch):
 
 def test_all_of_an_external_set_is_measured(sdq, undivided, monkeypatch):
     trained(sdq, undivided.parent, monkeypatch)
-    shutil.copy(undivided, undivided.parent / "other.npz")
+    arrays = dict(np.load(undivided))
+    np.savez("other.npz", images=255 - arrays["images"], labels=arrays["labels"])
     done = sdq("evaluate f --data other.npz --json")
     assert done.code == 0, done.err
     assert done.json["float"]["num_examples"] == 120
@@ -76,6 +77,52 @@ def test_all_of_an_external_set_is_measured(sdq, undivided, monkeypatch):
     assert "f, 120 images" in " ".join(shown.out.split())
     part = sdq("evaluate f --data other.npz --split 0.5,0,0.5 --json --quiet")
     assert part.json["float"]["num_examples"] == 60
+    refused = sdq("evaluate f --data other.npz --seed 1 --quiet")
+    assert "--seed: must go with --split" in refused.err
+
+
+def test_the_run_s_own_images_are_known_wherever_they_are(sdq, undivided, monkeypatch):
+    """Moved, they would be measured whole, training images and all."""
+    run = trained(sdq, undivided.parent, monkeypatch)
+    own = sdq("evaluate f --json --quiet").json["float"]
+    assert own["num_examples"] == document(run)["data"]["num_examples"]["test"] < 120
+    (undivided.parent / "moved").mkdir()
+    undivided.rename(undivided.parent / "moved" / "renamed.npz")
+    assert sdq("evaluate f --data moved/renamed.npz --json --quiet").json["float"] == own
+
+
+def test_what_weights_from_a_file_were_trained_on_stays_unknown(sdq, undivided, monkeypatch):
+    trained(sdq, undivided.parent, monkeypatch)
+    train = "train --model mlp --weights f/model.safetensors --data own.npz --epochs 1"
+    assert sdq(f"{train} --quiet --out g").code == 0
+    quantize = "quantize --from g --data own.npz --bits 4 --search-method uniform --epochs 0"
+    assert sdq(f"{quantize} --quiet --out q").code == 0
+    assert document(undivided.parent / "q")["held_out"] is False
+    assert sdq("report g --quiet").code == 0
+    page = (undivided.parent / "g" / "report.html").read_text()
+    assert "images that it was not trained on here." in page
+
+
+def test_a_kept_client_is_opened_from_any_folder(sdq, undivided, monkeypatch):
+    monkeypatch.chdir(undivided.parent)
+    rows = [f"{i},{'ab'[i % 2]},{'test' if i % 5 == 0 else 'train'}" for i in range(120)]
+    (undivided.parent / "split.csv").write_text("\n".join(["index,client,split", *rows]) + "\n")
+    command = (
+        "federate --method fedavg --model mlp --data own.npz --clients split.csv --rounds 1 "
+        "--keep-clients --quiet"
+    )
+    done = sdq(f"{command} --out fed")
+    assert done.code == 0, done.err
+    (undivided.parent / "sub").mkdir()
+    here = sdq("evaluate fed/clients/a --json --quiet")
+    assert here.code == 0, here.err
+    monkeypatch.chdir(undivided.parent / "sub")
+    there = sdq("evaluate ../fed/clients/a --json --quiet")
+    assert there.code == 0, there.err
+    assert there.json == here.json
+    elsewhere = command.replace("own", "../own").replace("split", "../split")
+    done = sdq(f"{elsewhere} --resume --out ../fed")
+    assert done.code == 0, done.err
 
 
 def test_a_page_says_what_is_known_of_the_images(sdq, undivided, monkeypatch):
@@ -131,14 +178,13 @@ def test_an_interrupted_command_says_how_to_go_on(sdq, undivided, monkeypatch):
 
 def test_a_page_is_named_in_any_locale(sdq, undivided, monkeypatch):
     trained(sdq, undivided.parent, monkeypatch)
-    odd = undivided.parent / "größe"
-    shutil.copytree(undivided.parent / "f", odd)
+    shutil.copytree(undivided.parent / "f", undivided.parent / "größe")
     environment = os.environ | {
         "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "sdq", "report", "f"], cwd=undivided.parent, env=environment,
+        [sys.executable, "-m", "sdq", "report", "größe"], cwd=undivided.parent, env=environment,
         capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert b"Traceback" not in done.stderr
+    assert done.stdout.splitlines()[0] == "größe/report.html".encode()

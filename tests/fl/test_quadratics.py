@@ -220,6 +220,25 @@ def test_scaffold_after_a_lost_reply(control: Any) -> None:
     assert common == pytest.approx(sum(own) / 2, abs=1e-9)
 
 
+def test_scaffold_goes_on_without_knowing_what_was_taken(after: After) -> None:
+    """As a state of before has it: what clients kept then is what the server has."""
+    method = ScaffoldOnNumbers()
+    setting = Setting.of(Number(), method, CONFIG, num_classes=2, image_shape=(1, 1, 2))
+    store = Store()
+    rounds = Rounds(setting, InProcess(setting, clients(1, 1), store), 2)
+    rounds.begin()
+    rounds.round(evaluate=False)
+    rounds.server.memory.values.clear()
+    for client in range(2):
+        kept = store[client].copy()
+        kept.tensors["scaffold"] = kept.tensors.pop("scaffold.pending")
+        kept.values.pop("scaffold_round")
+        store.put(client, kept, 0)
+    rounds.round(evaluate=False)
+    rounds.round(evaluate=False)
+    assert float(rounds.server.model["model.w"]) == pytest.approx(after(ScaffoldOnNumbers(), 3))
+
+
 def test_scaffold_trains_what_is_not_frozen() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(2, 3), nn.Linear(3, 2))
     net[1].requires_grad_(False)
