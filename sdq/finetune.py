@@ -10,6 +10,7 @@ from sdq.batches import seeded
 from sdq.calibration import calibrate_
 from sdq.checkpoint import Checkpoint
 from sdq.config import TrainConfig
+from sdq.errors import RequestError
 from sdq.outcome import Trained
 from sdq.quant_model import QuantModel
 from sdq.task import Teacher, task_of
@@ -104,6 +105,11 @@ def finetune_(
         RunError: the loss became NaN or infinite.
     """
     config = config or TrainConfig()
+    if not hasattr(qmodel, "policy"):  # a compiled one has its own
+        raise RequestError(
+            f"finetune: must have a quantized model, got {type(qmodel).__name__}; give what "
+            "sdq.quantize returned (of DataParallel its .module)"
+        )
     if not qmodel.calibrated:
         with seeded(config.seed, "calibrate"):
             calibrate_(qmodel, loader)

@@ -16,6 +16,9 @@ from torch import Tensor
 from sdq.errors import RequestError
 from sdq.image_files import DECODE_THREADS, UNDECODABLE, fit_side
 
+MOST_UNNAMED = 32
+"""More classes than these nobody leaves without names: such values are shades of grey."""
+
 
 def class_indices(where: str, mask: np.ndarray, classes: int | None) -> np.ndarray:
     """Return masks as class indices, uint8 of the same shape.
@@ -42,6 +45,12 @@ def class_indices(where: str, mask: np.ndarray, classes: int | None) -> np.ndarr
     if classes is None:
         white = high == 255 and bool(np.isin(mask, (0, 255)).all())
         classes = 1 if white else max(high, 1)
+        if MOST_UNNAMED < classes < 256:
+            raise RequestError(
+                f"{where}: masks without names must have values in 0..{MOST_UNNAMED}, or 0 and 255 "
+                f"alone, got {high}, as grey edges of a resized mask are; save 0 and 1, or name "
+                "the classes (mask_names)"
+            )
     if classes == 1 and 127 < high < 256 and low >= 0:
         grey: np.ndarray = (mask > 127).astype(np.uint8)
         return grey

@@ -28,7 +28,7 @@ from sdq.policy import FLOAT_BITS, LayerBits
 from sdq.quant_model import QuantModel
 from sdq.rounding import SoftRounding, annealed_beta, rounding_regularizer
 from sdq.task import task_of
-from sdq.train import StepReport, Watcher, channels_last_
+from sdq.train import StepReport, Watcher, channels_last
 
 SEARCH_BATCH = 32
 """Images a step of a search: a few hundred images have few steps otherwise."""
@@ -93,19 +93,19 @@ def ptq_(
     training, wanted = qmodel.training, {p: p.requires_grad for p in qmodel.parameters()}
     qmodel.eval().requires_grad_(False)
     if images.dim() == 4:  # as in training: faster on a CPU
-        channels_last_(qmodel)
         images = images.contiguous(memory_format=torch.channels_last)
-    blocks = split(qmodel)
-    as_float, as_quantized = images, images
-    reports = []
-    for index, block in enumerate(blocks):
-        with in_float(qmodel):
-            as_float = _through(block.module, as_float)
-        report = _Reconstruction(qmodel, block, config, as_quantized, as_float).run_(
-            index, len(blocks), watch
-        )
-        reports.append(report)
-        as_quantized = _through(block.module, as_quantized)
+    with channels_last(qmodel):
+        blocks = split(qmodel)
+        as_float, as_quantized = images, images
+        reports = []
+        for index, block in enumerate(blocks):
+            with in_float(qmodel):
+                as_float = _through(block.module, as_float)
+            report = _Reconstruction(qmodel, block, config, as_quantized, as_float).run_(
+                index, len(blocks), watch
+            )
+            reports.append(report)
+            as_quantized = _through(block.module, as_quantized)
     qmodel.train(training)
     for parameter in qmodel.parameters():
         parameter.requires_grad_(wanted.get(parameter, True))

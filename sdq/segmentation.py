@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdq.errors import RequestError
+
 SMOOTH = 1e-4
 """Added to both sides of Dice's fraction: two empty masks agree. Source: FedMix's released code."""
 
@@ -16,16 +18,42 @@ def class_maps(targets: Tensor, classes: int) -> Tensor:
     """Return one map for each foreground class, float ``(N, classes, H, W)``.
 
     Args:
-        targets: int64 ``(N, H, W)``, 0 is background; or such maps already, which are returned.
+        targets: integers ``(N, H, W)`` or ``(N, 1, H, W)``, 0 is background and 1 the first
+            foreground class; or such maps already, of 0 to 1.
         classes: number of foreground classes.
+
+    Raises:
+        RequestError: targets of another kind. On a GPU values are not looked at.
 
     >>> class_maps(torch.tensor([[[0, 2]]]), 2).tolist()
     [[[[0.0, 0.0]], [[0.0, 1.0]]]]
     """
-    if targets.dim() == 4:
-        return targets
+    whole = not targets.is_floating_point()
+    if targets.dim() == 4 and targets.shape[1] == classes and not (whole and classes == 1):
+        _check_values(targets, 1, "maps of each class")
+        return targets.float()
+    if targets.dim() == 4 and targets.shape[1] == 1:
+        targets = targets[:, 0]
+    if targets.dim() != 3 or not whole:
+        raise RequestError(
+            f"masks: must be integers (N, H, W), or maps (N, {classes}, H, W) of 0 to 1, got "
+            f"{targets.dtype} {tuple(targets.shape)}; give the number of each pixel's class, 0 for "
+            "background, such as by .long()"
+        )
+    _check_values(targets, classes, "numbers of classes, 0 for background")
     numbers = torch.arange(1, classes + 1, device=targets.device).view(1, -1, 1, 1)
     return (targets[:, None] == numbers).float()
+
+
+def _check_values(targets: Tensor, most: int, what: str) -> None:
+    if targets.device.type != "cpu" or not targets.numel():  # a GPU would have to be waited for
+        return
+    low, high = (float(x) for x in targets.aminmax())
+    if not 0 <= low <= high <= most:
+        repair = "divide by 255" if high == 255 else "number the foreground classes from 1"
+        raise RequestError(
+            f"masks: must be {what}, in 0..{most}, got {low:g} to {high:g}; {repair}"
+        )
 
 
 def soft_dice(a: Tensor, b: Tensor, smooth: float = SMOOTH) -> Tensor:

@@ -6,7 +6,8 @@ the resumed run ends bit for bit where the undisturbed one does.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -109,25 +110,25 @@ def fit(
         device = next(objective.module.parameters()).device
         fabric = Fabric(accelerator=device.type, devices=1)
     groups = [g for g in objective.parameter_groups() if g["params"]]
-    channels_last_(objective.module)
-    raw = _optimizer(groups, config)
-    forward, optimizer = fabric.setup(objective.module, raw)
-    # after setup, so that what is loaded goes to the device where the module now is
-    outcome = Outcome(objective.module, loader, config, fabric, validation)
-    first = checkpoint.load_(objective.module, raw, outcome) if checkpoint else 0
-    if not fabric.is_global_zero:  # the first process speaks and writes for all
-        checkpoint = watch = None
-    bases = [group["lr"] for group in groups]
-    loop = _Loop(
-        objective, config, phase, fabric, outcome, checkpoint, watch, forward, optimizer, raw,
-        bases, number_of_steps(loader),
-    )  # fmt: skip
-    for epoch in range(first, config.epochs):
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
-        mean_loss = loop.train_epoch(epoch, loader)
-        loop.end_epoch(epoch, mean_loss)
-    return outcome.finish_()
+    with channels_last(objective.module):
+        raw = _optimizer(groups, config)
+        forward, optimizer = fabric.setup(objective.module, raw)
+        # after setup, so that what is loaded goes to the device where the module now is
+        outcome = Outcome(objective.module, loader, config, fabric, validation)
+        first = checkpoint.load_(objective.module, raw, outcome) if checkpoint else 0
+        if not fabric.is_global_zero:  # the first process speaks and writes for all
+            checkpoint = watch = None
+        bases = [group["lr"] for group in groups]
+        loop = _Loop(
+            objective, config, phase, fabric, outcome, checkpoint, watch, forward, optimizer, raw,
+            bases, number_of_steps(loader),
+        )  # fmt: skip
+        for epoch in range(first, config.epochs):
+            if hasattr(loader, "set_epoch"):
+                loader.set_epoch(epoch)
+            mean_loss = loop.train_epoch(epoch, loader)
+            loop.end_epoch(epoch, mean_loss)
+        return outcome.finish_()
 
 
 @dataclass
@@ -265,9 +266,30 @@ def channels_last_(module: nn.Module) -> None:
 
     By a fifth; what is computed is the same. ``module.to`` refuses networks with others.
     """
-    for tensor in (*module.parameters(), *module.buffers()):
+    for _, tensor in _tensors(module):
         if tensor.dim() == 4:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def channels_last(module: nn.Module) -> Iterator[None]:
+    """Lay out weights as :func:`channels_last_` does for a while.
+
+    A user's network is as before afterwards: safetensors, for one, refuses other layouts.
+    """
+    plain = {name for name, tensor in _tensors(module) if tensor.is_contiguous()}
+    channels_last_(module)
+    try:
+        yield
+    finally:
+        for name, tensor in _tensors(module):
+            if name in plain:
+                tensor.data = tensor.data.contiguous()
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def _optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:

@@ -164,6 +164,10 @@ def test_npz_masks_are_resized_to_the_nearest_pixel(tmp_path: Path) -> None:
             {"masks": pixels(3, 4, 4, top=3) * 2, "mask_names": np.array(["a", "b"])},
             ("masks must have values in 0..2, got 4",),
         ),
+        (
+            {"masks": pixels(3, 4, 4, top=2) * 254},
+            ("masks without names must have values in 0..32, or 0 and 255 alone, got 254",),
+        ),
         ({"masks": np.zeros((3, 4, 4), np.uint8)}, ("every class must have a training image",)),
         ({"train_images": pixels(3, 4, 4)}, ("no array 'train_masks'",)),
     ],

@@ -137,7 +137,8 @@ def test_a_training_ends_with_fresh_statistics(
     weights = dict(plain.named_parameters())
     assert all(torch.equal(p, weights[n]) for n, p in fresh.named_parameters())
     reestimate_statistics_(plain, batches(), 4)
-    assert same(state(plain), state(fresh))
+    for name, tensor in state(plain).items():  # in training weights lie otherwise in memory
+        torch.testing.assert_close(tensor, state(fresh)[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
 # ------------------------------------------------------------------------------------ best epoch

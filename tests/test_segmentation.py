@@ -1,12 +1,16 @@
 """Losses of maps against numbers worked by hand."""
 
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from sdq.errors import RequestError
 from sdq.losses import distillation
+from sdq.mask_metrics import segmentation_metrics
 from sdq.segmentation import (
     class_maps,
     dice_loss,
@@ -90,3 +94,32 @@ def test_no_gradient_flows_into_the_teacher() -> None:
     loss.backward()
     assert teacher.grad is None
     assert student.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("masks", "words"),
+    [
+        (torch.full((2, 4, 4), 255), "in 0..1, got 255 to 255; divide by 255"),
+        (torch.full((2, 4, 4), -1), "got -1 to -1; number the foreground classes from 1"),
+        (torch.full((2, 4, 4), 2), "must be numbers of classes, 0 for background, in 0..1, got 2"),
+        (torch.full((2, 1, 4, 4), 255.0), "must be maps of each class, in 0..1, got 255 to 255"),
+        (torch.zeros(2, 4, 4), "must be integers (N, H, W), or maps (N, 1, H, W) of 0 to 1"),
+        (torch.zeros(2, 3, 4, 4).long(), "got torch.int64 (2, 3, 4, 4)"),
+        (torch.zeros(2).long(), "got torch.int64 (2,)"),
+    ],
+)
+def test_masks_of_another_form_are_refused(masks: Tensor, words: str) -> None:
+    """White masks of 255 were no class at all, and a network that finds nothing had Dice 1."""
+    logits = torch.zeros(2, 1, 4, 4)
+    for compute in (segmentation_loss, segmentation_metrics):
+        with pytest.raises(RequestError, match=re.escape(words)):
+            compute(logits, masks)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.bool])
+def test_masks_may_have_a_channel(kind: torch.dtype) -> None:
+    logits = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    masks = torch.arange(32).reshape(2, 4, 4) % 2
+    expected = segmentation_loss(logits, masks)
+    assert segmentation_loss(logits, masks[:, None].to(kind)) == expected
+    assert segmentation_loss(logits, masks[:, None].float()) == expected

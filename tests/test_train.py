@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sdq.batches import Augmentation, Batches, Normalization
@@ -109,6 +110,15 @@ def test_training_learns(
     images, labels = batches(seed=1, count=1, size=200)[0]
     accuracy = (net.eval()(images).argmax(1) == labels).float().mean()
     assert accuracy > 0.8  # three classes
+
+
+def test_a_network_s_layout_is_its_own(
+    toy: Callable[..., nn.Module], batches: Callable[..., list[Batch]], tmp_path: Path
+) -> None:
+    net = toy()
+    train_(net, batches(), TrainConfig(epochs=1))
+    assert all(t.is_contiguous() for t in net.state_dict().values())
+    save_file(net.state_dict(), tmp_path / "net.safetensors")  # which refuses other layouts
 
 
 def test_networks_of_three_dimensions_train() -> None:

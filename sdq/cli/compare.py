@@ -11,6 +11,7 @@ import typer
 
 from sdq.checkpoint import write_bytes_atomically
 from sdq.cli import options
+from sdq.cli.cost import time_unit
 from sdq.cli.device import DeviceRequest
 from sdq.cli.progress import show_json, show_table
 from sdq.cli.run_networks import (
@@ -168,17 +169,19 @@ def _row(each: Compared, first: Compared, *, same: bool) -> dict[str, object]:
     }
     if "latency_s" in first.network.costs or "latency_s" in network.costs:
         latency = network.costs.get("latency_s")
-        row["ms"] = None if latency is None else latency * 1e3
-    for name in ("accuracy", "balanced_accuracy", "auc", "dice", "iou"):
+        unit, factor = time_unit(first.network.costs.get("latency_s", latency or 0.0))
+        row[unit] = None if latency is None else latency * factor
+    for name in ("accuracy", "balanced_accuracy", "auc", "dice", "dice_nonempty", "iou", "hd95"):
         if name in first.network.metrics or name in network.metrics:
             row[name.replace("_", " ")] = network.metrics.get(name)
     if same:
-        row["accuracy - first"] = _told(each, first)
+        main = "dice" if "dice" in first.network.metrics else "accuracy"
+        row[f"{main} - first"] = _told(each, first, main)
     return row
 
 
-def _told(each: Compared, first: Compared) -> str:
-    ours, theirs = (e.network.metrics.get("accuracy") for e in (each, first))
+def _told(each: Compared, first: Compared, main: str) -> str:
+    ours, theirs = (e.network.metrics.get(main) for e in (each, first))
     if each is first or not each.like(first) or ours is None or theirs is None:
         return "-"
     told = f"{signed(100 * (ours - theirs))} points"

@@ -62,20 +62,33 @@ def cost(
 
 
 SHOWN: dict[str, tuple[str, float]] = {
-    "latency_s": ("ms", 1e3), "energy_j": ("energy (uJ)", 1e6), "flash_bytes": ("flash (kB)", 1e-3),
+    "energy_j": ("energy (uJ)", 1e6), "flash_bytes": ("flash (kB)", 1e-3),
 }  # fmt: skip
 """How a table shows costs whose own unit is too small or too large: name, and what to multiply."""
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """Return the unit in which a time has three digits among four decimals, and its number.
+
+    >>> time_unit(2e-4), time_unit(3e-7)
+    (('ms', 1000.0), ('us', 1000000.0))
+    """
+    if seconds >= 1e-5:
+        return "ms", 1e3
+    return ("us", 1e6) if seconds >= 1e-8 else ("ns", 1e9)
 
 
 def show_device(target: str, found: hw.TargetCost, policy: BitwidthPolicy) -> None:
     """Print what each layer takes of a device, and what all take together."""
     rows: list[dict[str, Any]] = []
+    unit, factor = time_unit(found.latency_s)
+    names = SHOWN | {"latency_s": (unit, factor)}
     for i, (use, bits) in enumerate(zip(found.layers, policy, strict=True)):
         mark = "<- bottleneck" if i == found.bottleneck else ""
         shown = {"layer": use.name, "weight bits": bits.weight_bits, "act bits": bits.act_bits}
-        rows.append({**shown, **_shown(use.costs), **use.layout, "": mark})
+        rows.append({**shown, **_shown(use.costs, names), **use.layout, "": mark})
     last = dict.fromkeys(rows[0]) | {"layer": "total", "": ""}
-    totals = {key: value for key, value in _shown(found.totals).items() if key in last}
+    totals = {key: value for key, value in _shown(found.totals, names).items() if key in last}
     show_table(target, [*rows, {**last, **totals}])
     for name, share in found.shares.items():
         limit = found.limits.get(name, found.capacity[name])
@@ -85,14 +98,14 @@ def show_device(target: str, found: hw.TargetCost, policy: BitwidthPolicy) -> No
         )
     rate = f", {found.totals['fps']:,.1f} samples a second" if "fps" in found.totals else ""
     slowest = found.layers[found.bottleneck].name
-    print(f"{target}: {found.latency_s * 1e3:.4f} ms{rate}, bottleneck {slowest}")
+    print(f"{target}: {found.latency_s * factor:.4f} {unit}{rate}, bottleneck {slowest}")
     if found.limits:
         print("fits" if found.fits else f"does not fit: {', '.join(found.over)}")
 
 
-def _shown(costs: Mapping[str, float]) -> dict[str, float]:
-    names = {name: SHOWN.get(name, (name, 1)) for name in costs}
-    return {shown: costs[name] * factor for name, (shown, factor) in names.items()}
+def _shown(costs: Mapping[str, float], names: Mapping[str, tuple[str, float]]) -> dict[str, float]:
+    known = {name: names.get(name, (name, 1)) for name in costs}
+    return {shown: costs[name] * factor for name, (shown, factor) in known.items()}
 
 
 def read_policy(what: Path) -> tuple[BitwidthPolicy, tuple[LayerSpec, ...]]:
