@@ -123,8 +123,14 @@ def test_several_methods_have_a_folder_each_and_start_alike(sdq, home, federated
     metrics = federated["two"].json["metrics"]["methods"]
     assert list(metrics) == ["fedavg", "fedper"]
     assert metrics["fedavg"] == federated["one"].json["metrics"]
-    # FedPer keeps the head, 8 x 3 and 3 numbers, on 3 clients in 2 rounds
-    assert metrics["fedavg"]["bytes_up"] - metrics["fedper"]["bytes_up"] == 6 * 4 * 27
+    # FedPer keeps the head, 8 x 3 and 3 numbers, on 3 clients in 2 rounds; evaluation asks for it
+    assert metrics["fedavg"]["bytes_down"] - metrics["fedper"]["bytes_down"] == 6 * 4 * 27
+    lines = (home / "two" / "fedper" / "log.jsonl").read_text().splitlines()
+    evaluated = sum("generalization" in json.loads(line) for line in lines)
+    assert evaluated
+    assert metrics["fedavg"]["bytes_up"] - metrics["fedper"]["bytes_up"] == (
+        6 * 4 * 27 - evaluated * 3 * 4 * 27
+    )
     for name in metrics:
         assert json.loads((home / "two" / name / "metrics.json").read_text()) == metrics[name]
     refused = sdq(f"evaluate {home}/two")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sdq import plugins
 from sdq.apply_policy import apply_policy_
-from sdq.calibration import calibrate_
+from sdq.calibration import calibrate_, in_float
 from sdq.config import QuantConfig
 from sdq.outcome import reestimate_statistics_
 from sdq.quant_model import QuantModel, quantize
@@ -47,9 +47,8 @@ def logits_of(output: Tensor) -> Tensor:
 
 def settle(qmodel: QuantModel) -> None:
     """Calibrate a network of fresh weights: its normalisation has seen no data yet."""
-    for quantizer in qmodel.act_quantizers().values():
-        quantizer.observing = True
-    reestimate_statistics_(qmodel, [(images(), LABELS)], 1)
+    with in_float(qmodel):
+        reestimate_statistics_(qmodel, [(images(), LABELS)], 1)
     calibrate_(qmodel, [(images(), LABELS)])
 
 
