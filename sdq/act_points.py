@@ -102,10 +102,15 @@ def _maker(net: nn.Module, node: fx.Node) -> fx.Node:
 
     What is done to the network's input before it is quantized stays outside the integer part.
     """
-    source = node
-    while passes_on(net, source):
-        source = source.all_input_nodes[0]
+    source = origin(net, node)
     return node if source.op == "placeholder" else source
+
+
+def origin(net: nn.Module, node: fx.Node) -> fx.Node:
+    """Return the node that made a tensor's values, behind all that only passes them on."""
+    while passes_on(net, node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def passes_on(net: nn.Module, node: fx.Node) -> bool:

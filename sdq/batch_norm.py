@@ -1,10 +1,9 @@
 """Batch normalisation that training leaves alone: folded into the layer before, or frozen."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_weights, fuse_linear_bn_weights
 
@@ -77,11 +76,13 @@ def settle_(net: fx.GraphModule, sample: Tensor, *, fold: bool) -> None:
         fold: into the weights of the layer before, where nothing else reads or shares what that
             layer computes with; the others are frozen.
     """
-    outputs = _Shapes(net).of(sample) if fold else {}
+    if fold:
+        with evaluating(net), torch.no_grad():
+            ShapeProp(net).propagate(sample)
     for node in list(net.graph.nodes):
         norm = _module(net, node)
         source = node.args[0] if node.args else node.kwargs.get("input")
-        if fold and _is_plain(norm) and _foldable(net, source, node, outputs):
+        if fold and _is_plain(norm) and _foldable(net, source, node):
             assert isinstance(norm, _BatchNorm)
             _fold_(net.get_submodule(str(source.target)), norm)
             node.replace_all_uses_with(source)
@@ -107,29 +108,11 @@ def _module(net: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return net.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-class _Shapes(fx.Interpreter):
-    """Notes the number of dimensions of what every module gives."""
-
-    def of(self, sample: Tensor) -> dict[str, int]:
-        """Return them by the module's path."""
-        self.found: dict[str, int] = {}
-        assert isinstance(self.module, nn.Module)
-        with evaluating(self.module), torch.no_grad():
-            self.run(sample)
-        return self.found
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        output = super().call_module(target, args, kwargs)
-        if isinstance(output, Tensor):
-            self.found[str(target)] = output.dim()
-        return output
-
-
-def _foldable(net: fx.GraphModule, source: fx.Node, norm: fx.Node, outputs: dict[str, int]) -> bool:
+def _foldable(net: fx.GraphModule, source: fx.Node, norm: fx.Node) -> bool:
     layer = _module(net, source)
     if layer is None or type(layer) not in KINDS or list(source.users) != [norm]:
         return False
-    if isinstance(layer, nn.Linear) and outputs[str(source.target)] != 2:
+    if isinstance(layer, nn.Linear) and len(source.meta["tensor_meta"].shape) != 2:
         return False  # what is normalised is the second dimension, and not the layer's features
     calls = [n.target for n in net.graph.nodes if n.op == "call_module"]
     weight = layer.weight

@@ -9,7 +9,7 @@ gradients pass the rounding as if it were not there.
 import torch
 from torch import Tensor, fx, nn
 
-from sdq.act_points import passes_on
+from sdq.act_points import origin
 from sdq.channel_bits import SettledQuantizer
 from sdq.learned_scale import ActQuantizer, WeightQuantizer
 
@@ -159,9 +159,7 @@ def _fit_(quantizer: WeightQuantizer, weight: Tensor, least: Tensor) -> None:
 
 def _quantizing(net: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """Return the module whose codes a layer is called with, if one quantizes them."""
-    source = node.all_input_nodes[0]
-    while passes_on(net, source):
-        source = source.all_input_nodes[0]
+    source = origin(net, node.all_input_nodes[0])
     if source.op != "call_module":
         return None
     module = net.get_submodule(str(source.target))

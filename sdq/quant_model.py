@@ -155,9 +155,7 @@ class QuantModel(nn.Module):
         Of a layer that is called several times, the last call counts.
         """
         calls = [n for n in self.net.graph.nodes if n.op == "call_module" and n.target == name]
-        source = calls[-1].all_input_nodes[0]
-        while act_points.passes_on(self.net, source):
-            source = source.all_input_nodes[0]
+        source = act_points.origin(self.net, calls[-1].all_input_nodes[0])
         found = source.op == "call_module" and source in self._act_nodes()
         return str(source.target) if found else None
 
@@ -184,7 +182,7 @@ class QuantModel(nn.Module):
             path = first.setdefault(id(self._act_proxy(node).tensor_quant), str(node.target))
             found = readers.setdefault(path, [])
             found += [name for name in self._readers(node) if name in names]
-            if self._is_input(node.all_input_nodes[0]):
+            if act_points.origin(self.net, node.all_input_nodes[0]).op == "placeholder":
                 fixed.add(path)
         distinct = {path: tuple(dict.fromkeys(found)) for path, found in readers.items()}
         inputs = Counter(name for found in distinct.values() for name in found)
@@ -194,12 +192,6 @@ class QuantModel(nn.Module):
             for path, found in distinct.items()
             if path not in fixed and found and alone.issuperset(found)
         }
-
-    def _is_input(self, node: fx.Node) -> bool:
-        """Tell whether a tensor is the network's input, as it came or reshaped."""
-        while act_points.passes_on(self.net, node):
-            node = node.all_input_nodes[0]
-        return node.op == "placeholder"
 
     @property
     def calibrated(self) -> bool:

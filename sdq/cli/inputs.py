@@ -95,14 +95,18 @@ def same_data(one: str, other: str) -> bool:
     return one == other or _spelled(one, os.path.realpath) == _spelled(other, os.path.realpath)
 
 
-def is_path(reference: str) -> bool:
-    """Tell whether a reference is a file's or a folder's, and no name."""
-    return os.path.isabs(reference)
+def is_gone(reference: str) -> bool:
+    """Tell whether a run's data were a file or folder that is not there any more."""
+    there = os.path.exists(reference) or os.path.exists(reference.rpartition(":")[0])
+    return os.path.isabs(reference) and not there
 
 
-def is_there(reference: str) -> bool:
-    """Tell whether the file or folder of a reference is there."""
-    return os.path.exists(reference) or os.path.exists(reference.rpartition(":")[0])
+def other_division(option: str, reference: str, run: Path) -> RequestError:
+    """Return the refusal of an option that would divide a run's own data otherwise."""
+    return RequestError(
+        f"{option}: {reference} must be divided as for {run}, or images that it was trained on "
+        "are measured on; leave it out"
+    )
 
 
 def _absolute(reference: str | None) -> str | None:
@@ -316,12 +320,13 @@ def _as_recorded(reference: str, splits: Splits, recorded: dict[str, Any]) -> Sp
     named = not all(name.isdecimal() for name in splits.class_names)
     if task == "classification" and named and set(splits.class_names) <= set(names):
         splits = splits.numbered(names)  # it may have them in another order, or not all
-    # a single foreground is what is marked, whatever its name
     elif (
         named
-        and not all(name.isdecimal() for name in names)
-        and splits.class_names != names
         and len(names) > 1
+        and not all(n.isdecimal() for n in names)
+        and (
+            splits.class_names != names  # a single foreground is what is marked, whatever its name
+        )
     ):
         raise RequestError(
             f"{reference}: must have the run's classes, {', '.join(names):.200}, got "

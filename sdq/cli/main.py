@@ -106,7 +106,7 @@ def _again(arguments: list[str]) -> str:
     outs = [value for option, value in following if option == "--out"]
     outs += [a.removeprefix("--out=") for a in arguments if a.startswith("--out=")]
     begun = any(os.path.isfile(os.path.join(out, "run.json")) for out in outs)
-    resumes = arguments[0] in verbs.RESUMABLE and begun if arguments else False
+    resumes = begun and arguments[0] in verbs.RESUMABLE
     return "repeat the command" + (" with --resume to continue" if resumes else "")
 
 

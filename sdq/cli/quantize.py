@@ -98,10 +98,7 @@ def open_from(run_folder: Path, request: inp.DataRequest) -> Source:
     before = inp.DataRequest.recorded(run)
     own = inp.same_data(before.reference, request.reference)
     if options.given("split") and own and request.split != before.split:
-        raise RequestError(
-            f"--split: {request.reference} must be divided as for {run_folder}, or images that it "
-            "was trained on are measured on; leave it out"
-        )
+        raise inp.other_division("--split", request.reference, run_folder)
     inputs = inp.open_inputs(request.like(before), document["data"])
     same = inputs.describe()["fingerprint"] == document["data"]["fingerprint"]
     return Source(inp.load_float(run), document["model"], inputs, same and held_out(document))

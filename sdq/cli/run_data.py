@@ -50,7 +50,7 @@ def run_inputs(
             f"{folder.path}: data must be named, since the server of this federation had none; "
             "pass --data"
         )
-    if data is None and inp.is_path(before.reference) and not inp.is_there(before.reference):
+    if data is None and inp.is_gone(before.reference):
         raise RequestError(
             f"{folder.path}: its data, {before.reference}, must be where they were, but are not; "
             "name them with --data"
@@ -75,10 +75,7 @@ def run_inputs(
         batch_size or before.batch_size, before.seed if seed is None else seed,
     )  # fmt: skip
     if own and (split, seed) != (None, None):
-        raise RequestError(
-            f"--split, --seed: {data} must be divided as for {folder.path}, or images that it was "
-            "trained on are measured on; leave them out"
-        )
+        raise inp.other_division("--split, --seed", data, folder.path)
     if own or split is not None:
         return inp.open_inputs(request.like(before), recorded, every_class=every_class)
     if seed is not None:
@@ -87,7 +84,8 @@ def run_inputs(
             "leave it out"
         )
     whole = inp.open_inputs(request, recorded, every_class=False, whole=True)
-    undivided = whole.splits.test is whole.splits.train
+    train, test = whole.splits.train, whole.splits.test
+    undivided = test is not None and test.images is train.images
     if not undivided and before.split_file is None and before.client is None:
         return whole
     as_before = replace(before, reference=request.reference, root=request.root)

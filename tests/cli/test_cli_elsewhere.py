@@ -81,8 +81,11 @@ def test_all_of_an_external_set_is_measured(sdq, undivided, monkeypatch):
     assert "--seed: must go with --split" in refused.err
 
 
-def test_the_run_s_own_images_are_known_wherever_they_are(sdq, undivided, monkeypatch):
+@pytest.mark.parametrize("names", [None, ["a", "b", "c"]])
+def test_the_run_s_own_images_are_known_wherever_they_are(sdq, undivided, monkeypatch, names):
     """Moved, they would be measured whole, training images and all."""
+    if names is not None:
+        np.savez(undivided, class_names=np.array(names), **dict(np.load(undivided)))
     run = trained(sdq, undivided.parent, monkeypatch)
     own = sdq("evaluate f --json --quiet").json["float"]
     assert own["num_examples"] == document(run)["data"]["num_examples"]["test"] < 120
