@@ -18,7 +18,8 @@ def lines_of(rows: list[dict[str, Any]], edge_bits: int, commands: list[str]) ->
         "# SDQ beside other toolkits",
         "",
         "Float weights, images, their order and, in `qat`, loop, loss (the float network's soft "
-        "labels) and learning rates are the same for all. First and last layer have "
+        "labels) and learning rates are the same for all; SDQ's loss has its bin regularization "
+        "beside, with mixed bits and with uniform ones. First and last layer have "
         f"{edge_bits} bits. `bytes` are bits times weights of all layers, over 8; scales, "
         "biases and normalisation are not counted. No toolkit's weights have more levels than its "
         "bits allow, unless a row says so. `less than SDQ` is in points, with the standard error "

@@ -1,6 +1,7 @@
 """What the benchmark scripts share: common options, the command a table prints, its figures."""
 
 import argparse
+import json
 import shlex
 import statistics
 import sys
@@ -54,6 +55,32 @@ def part(images: ImageSet, count: int, purpose: str = "part of the images") -> I
         return images
     order = torch.randperm(len(images), generator=generator(0, purpose))
     return images.subset(order[:count].sort().values)
+
+
+def keep_rows(folder: Path, options: argparse.Namespace, *told: str) -> None:
+    """Make the folder of finished rows, or refuse one whose rows are of other settings.
+
+    Args:
+        folder: of the rows.
+        options: of this call.
+        told: names of the options that rows, by their files' names or their own words, tell.
+
+    Raises:
+        SystemExit: another option is not what the folder's rows were measured with.
+    """
+    free = {"out", "table", "commands", "data_root", "seeds", *told}
+    asked = {name: str(value) for name, value in vars(options).items() if name not in free}
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "settings.json"
+    if not file.exists():
+        file.write_text(json.dumps(asked, indent=1))
+    had = json.loads(file.read_text())
+    for name in sorted(asked.keys() | had.keys()):
+        if asked.get(name) != had.get(name):
+            raise SystemExit(
+                f"--{name.replace('_', '-')}: must be {had.get(name)}, as the rows in {folder} "
+                f"have it, got {asked.get(name)}; give another --out"
+            )
 
 
 def command() -> str:

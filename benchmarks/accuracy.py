@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", type=Path, required=True)
     options = parser.parse_args()
+    _reports.keep_rows(options.out, options, "bits", "methods")
     root = ["--data-root", str(options.data_root)] if options.data_root else []
     data = ["--data", options.data, *root]
     results: dict[str, list[dict[str, Any]]] = {}

@@ -33,7 +33,7 @@ def main() -> None:
     """Measure what is not measured yet, and write the table."""
     options = arguments()
     torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
+    _reports.keep_rows(options.out, options, "models", "formats")
     splits = open_data(options.data, DataOptions(root=options.data_root))
     rows: list[dict[str, Any]] = []
     for name in options.models.split(","):

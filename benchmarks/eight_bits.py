@@ -36,7 +36,7 @@ def main() -> None:
     """Train what is not trained yet, quantize, measure, and write the table."""
     options = arguments()
     torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
+    _reports.keep_rows(options.out, options, "models")
     splits = open_data(options.data, DataOptions(root=options.data_root))
     assert splits.test is not None
     normalization = Normalization.of(splits.train)

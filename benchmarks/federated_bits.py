@@ -66,8 +66,9 @@ SEARCH = sdq.SearchConfig()
 def main() -> None:
     """Run what is missing and write the table."""
     options = arguments()
+    torch.set_num_threads(1)
     splits = open_data(options.data, DataOptions(root=options.data_root))
-    options.out.mkdir(parents=True, exist_ok=True)
+    _reports.keep_rows(options.out, options, "rows")
     rows: list[dict[str, Any]] = []
     for seed in map(int, options.seeds.split(",")):
         bench = Bench(options, splits, seed)

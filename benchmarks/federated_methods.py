@@ -62,7 +62,7 @@ def main() -> None:
     """Run what is missing and write the table."""
     options = arguments()
     splits = open_data(options.data, DataOptions(root=options.data_root))
-    options.out.mkdir(parents=True, exist_ok=True)
+    _reports.keep_rows(options.out, options, "partitions", "variants")
     rows = []
     for partition in options.partitions.split(","):
         for seed in map(int, options.seeds.split(",")):

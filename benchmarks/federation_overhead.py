@@ -248,6 +248,15 @@ def main() -> None:
     parser.add_argument("--table", type=Path)
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if min(asked.clients) < SAMPLED or max(asked.sampled) > max(asked.clients):
+        parser.error(
+            f"--clients: must be {SAMPLED} or more, and the most of them as many as any of "
+            f"--sampled, got {asked.clients} and {asked.sampled}; ask for more clients"
+        )
+    if asked.rounds < 2:
+        parser.error(
+            f"--rounds: must be 2 or more, of which the first warms up, got {asked.rounds}"
+        )
     torch.set_num_threads(1)
     if asked.one:
         count, sampled, method, on_disk, rounds = asked.one

@@ -54,7 +54,7 @@ METRICS = ("dice", "iou", "hd95")
 def main() -> None:
     """Run what is missing and write the table after every run."""
     options = arguments()
-    options.out.mkdir(parents=True, exist_ok=True)
+    _reports.keep_rows(options.out, options, "supervision", "variants")
     rows: list[dict[str, Any]] = []
     for seed in map(int, options.seeds.split(",")):
         bench = Bench(options, seed)
@@ -131,7 +131,7 @@ class Bench:
         if method in WITH_ALL_MASKS:  # whatever the mix: these runs serve every one
             mix = re.sub("[a-z]+", "pixel", mix)
         elif method == "labelled":
-            mix = re.sub("box|image", "none", mix)
+            mix = labelled_alone(mix)
         folder = self.options.out / f"{mix}-{variant.replace(';', '+')}-{self.seed}"
         file = folder / "figures.json"
         if file.exists():
@@ -165,6 +165,15 @@ def read(mix: str) -> tuple[tuple[Supervision, ...], list[float]]:
     assert all(words), f"--supervision: {mix} must be LEVEL[SHARE]-LEVEL[SHARE]-..."
     levels, shares = zip(*(word.groups() for word in words if word), strict=True)
     return parsed(",".join(levels), levels), [float(s) for s in shares if s]
+
+
+def labelled_alone(mix: str) -> str:
+    """Return a mix in which only clients with masks know anything.
+
+    >>> labelled_alone("pixel1-box9")
+    'pixel1-none9'
+    """
+    return re.sub("box|image", "none", mix)
 
 
 def by_lesion(images: ImageSet) -> tuple[ImageSet, ImageSet]:
@@ -218,10 +227,13 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         group = groups.setdefault((row["mix"], row["variant"]), [])
         if all(row["seed"] != other["seed"] for other in group):
             group.append(row)
-    base = {row["seed"]: figure(row, "dice") for row in rows if row["variant"] == "labelled"}
-    lines += [
-        f"| {mix} | {variant} | {cells(group, base)} |" for (mix, variant), group in groups.items()
-    ]
+    labelled = {mix: group for (mix, variant), group in groups.items() if variant == "labelled"}
+    for (mix, variant), group in groups.items():
+        beside = labelled.get(labelled_alone(mix), [])
+        if variant in WITH_ALL_MASKS and len(labelled) == 1:  # they serve every mix
+            (beside,) = labelled.values()
+        base = {row["seed"]: figure(row, "dice") for row in beside}
+        lines.append(f"| {mix} | {variant} | {cells(group, base)} |")
     _reports.write(options.table, lines)
 
 

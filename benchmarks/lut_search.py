@@ -32,7 +32,7 @@ def main() -> None:
     """Run what is missing and write the table."""
     options = arguments()
     rows: list[dict[str, Any]] = []
-    for bench in search_methods.benches(Bench, options):
+    for bench in search_methods.benches(Bench, options, "shares"):
         rows.append({"variant": "float", "seed": bench.seed, **bench.float_figures()})
         for bits in UNIFORM:
             rows.append(bench.row(f"uniform {bits}", bits=bits))
@@ -120,11 +120,13 @@ def uniform(qmodel: QuantModel, bits: int) -> BitwidthPolicy:
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the table as Markdown."""
     part = f"{options.train_images:,} of its training images, " if options.train_images else ""
+    start = "published float weights, then " if options.weights else ""
     lines = [
         f"# Bitwidths for the LUTs of {options.target}: {options.model} on {options.data}",
         "",
-        f"Seeds {options.seeds}; {part}test split; mean ± standard deviation over seeds. "
-        f"{options.float_epochs} epochs of float training, {options.search_epochs} of search, "
+        f"Seeds {options.seeds}; {part}{options.judge} split; mean ± standard deviation over "
+        f"seeds. {start}{options.float_epochs} epochs of float training, "
+        f"{options.search_epochs} of search, "
         f"{options.epochs} of fine-tuning, {options.act_bits}-bit activations, folded for "
         f"{options.fps:g} samples a second. LUTs are the model's (docs/hardware.md), not "
         f"synthesised. torch {torch.__version__}.",

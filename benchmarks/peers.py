@@ -2,9 +2,10 @@
 
 Every toolkit is a file of ``benchmarks/toolkits``. It runs in an environment of its own (made with
 pip in ``--envs`` when it is first needed), in a process of its own, on the same float weights, the
-same images in the same order and, where it trains, with the same loop, loss and learning rates. It
-hands back logits, its bits and its weights; accuracy and bytes are computed here, by one rule, and
-the weights must have no more levels than their bits allow.
+same images in the same order and, where it trains, with the same loop, loss and learning rates
+(SDQ's loss has its bin regularization beside). It hands back logits, its bits and its weights;
+accuracy and bytes are computed here, by one rule, and the weights must have no more levels than
+their bits allow.
 
     python benchmarks/peers.py --data dermamnist --data-root DIR --float-epochs 6 --task ptq \
         --bits 4 --out runs/peers --table benchmarks/results/peers.md
@@ -34,12 +35,11 @@ from sdq.batches import Augmentation, Batches, Normalization
 from sdq.checkpoint import save_tensors
 from sdq.data import ArrayImages, DataOptions, ImageSet, open_data
 from sdq.metrics import agreement, classification_metrics, predict
-from sdq.plugins import load
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # for `benchmarks.toolkits`
 
-from benchmarks.toolkits._job import Request, layers, write_onnx  # noqa: E402
+from benchmarks.toolkits._job import Request, float_network, layers, write_onnx  # noqa: E402
 
 TOOLKITS = "sdq,sdq_uniform,brevitas,modelopt,torchao,quark,nncf,inc"
 NEEDED = ("safetensors", "pydantic", "lightning-fabric", "torchmetrics", "numpy")
@@ -99,7 +99,8 @@ class Group:
 
     def __init__(self, options: argparse.Namespace, seed: int) -> None:
         self.options, self.seed = options, seed
-        self.folder = options.out.resolve() / f"{options.data}-{options.model}-{seed}"
+        names = (Path(options.data).stem, Path(options.model).stem)  # which may be paths
+        self.folder = options.out.resolve() / "-".join([*names, str(seed)])
         self.folder.mkdir(parents=True, exist_ok=True)
         made_of = {name: str(getattr(options, name)) for name in MADE_OF}
         file = self.folder / "group.json"
@@ -110,9 +111,7 @@ class Group:
         if self.facts["made_of"] != made_of:
             raise SystemExit(f"{file}: must be made of {made_of}; remove the folder")
         self.normalization = Normalization(tuple(self.facts["mean"]), tuple(self.facts["std"]))
-        network = load("sdq.models", options.model).build(self.facts["classes"])
-        network.load_state_dict(load_file(self.folder / "float.safetensors"))
-        self.network: torch.nn.Module = network.eval()
+        self.network = float_network(self.folder, options.model, self.facts["classes"])
         self.labels = torch.from_numpy(np.load(self.folder / "test_labels.npy"))
         self.wanted, _ = predict(self.network, self.test_batches())
 
@@ -171,15 +170,21 @@ class Group:
     def row(self, name: str, bits: int) -> dict[str, Any]:
         """Return a toolkit's row, measured unless it is known."""
         out, options = self.out(name, bits), self.options
-        file = out / "row.json"
-        if file.exists():
-            found: dict[str, Any] = json.loads(file.read_text())
-            return found
-        out.mkdir(exist_ok=True)
+        file, asked = out / "row.json", out / "request.json"
         request = self.request(bits)
-        request.save(out / "request.json")
+        found = json.loads(file.read_text()) if file.exists() else {"failed": "not run"}
+        if "failed" not in found:
+            if Request.load(asked) != request:
+                raise SystemExit(
+                    f"{asked}: must be what is asked now, {request}; give another --out, or remove "
+                    "the folder"
+                )
+            return dict(found)
+        out.mkdir(exist_ok=True)
+        request.save(asked)
         row = {
-            "data": options.data, "model": options.model, "task": options.task, "bits": bits,
+            "data": Path(options.data).stem, "model": Path(options.model).stem,
+            "task": options.task, "bits": bits,
             "act_bits": options.act_bits, "seed": self.seed, "toolkit": name,
             "float": classification_metrics(self.wanted, self.labels)["accuracy"],
             "train_images": self.facts["train_images"], "test_images": self.facts["test_images"],

@@ -10,6 +10,7 @@ draws. What is in ``--out`` already is not done again, so several calls gather i
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import time
@@ -45,7 +46,11 @@ def run_seed(options: argparse.Namespace, seed: int, done: list[dict[str, Any]])
     data = soft_labelled(network, images)
     held_out = list(source.inputs.held_out())
     wanted, labels = predict(network, held_out)
-    of = {"data": options.data, "model": source.described["reference"], "seed": seed}
+    of = {
+        "data": options.data, "model": source.described["reference"], "seed": seed,
+        "source": Path(options.from_ or options.weights or "first weights").name,
+        "network": fingerprint(network), "images": options.images,
+    }  # fmt: skip
     have = {key(row) for row in done}
 
     def note(**row: Any) -> None:
@@ -98,37 +103,51 @@ def clock() -> float:
     return time.process_time()
 
 
+def fingerprint(network: torch.nn.Module) -> str:
+    """Return a name for a network's weights."""
+    found = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+OF = ("data", "model", "network", "images", "seed")
+"""What a float network's rows are of."""
+
+
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[k] for k in ("data", "model", "seed", "act_bits", "bits", "method", "steps"))
+    return tuple(row[k] for k in (*OF, "act_bits", "bits", "method", "steps"))
 
 
 def write_table(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write means over the seeds as Markdown."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["data"], row["model"], *key(row)[3:]), []).append(row)
-    base = {key(r)[:3]: r["accuracy"] for r in rows if r["method"] == "float"}
+        of = (row["data"], f"{row['model']}, {row['source']}", row["images"])
+        groups.setdefault((*of, *key(row)[len(OF) :]), []).append(row)
+    base = {key(r)[: len(OF)]: r["accuracy"] for r in rows if r["method"] == "float"}
     lines = [
         "# Quantization after training, without labels",
         "",
-        f"{options.images} training images, test split; a seed chooses these images and what the "
-        "rounding draws. Accuracy is mean ± standard deviation over seeds, `loss` the mean of what "
-        "is lost to the same seed's float network, in points; `agreement` is the share of images "
-        "on which the quantized network decides as the float one. Bits are the mean over the "
-        "searched layers; first and last layer and the input are at 8. CPU seconds, one thread.",
+        "`images` of the training split are seen, the test split measured; a seed chooses these "
+        "images and what the rounding draws. Accuracy is mean ± standard deviation over seeds, "
+        "`loss` the mean of what is lost to the same seed's float network, in points; `agreement` "
+        "is the share of images on which the quantized network decides as the float one. Bits are "
+        "the mean over the searched layers; first and last layer and the input are at 8. CPU "
+        "seconds, one thread.",
         "",
         "```",
         *options.commands,
         "```",
         "",
-        "| data | network | bits | rounding | method | seeds | accuracy | loss | agreement "
-        "| search s | rounding s |",
-        "|---" * 11 + "|",
+        "| data | network | bits | rounding | method | seeds | accuracy | loss | images "
+        "| agreement | search s | rounding s |",
+        "|---" * 12 + "|",
     ]
     for group, found in groups.items():
-        data, model, act, bits, method, steps = group
+        data, model, images, act, bits, method, steps = group
         values = [r["accuracy"] for r in found]
-        lost = statistics.mean(100 * (base[key(r)[:3]] - r["accuracy"]) for r in found)
+        lost = statistics.mean(100 * (base[key(r)[: len(OF)]] - r["accuracy"]) for r in found)
         means = [
             statistics.mean(r[k] for r in found) for k in ("agreement", "search_s", "rounding_s")
         ]
@@ -139,7 +158,7 @@ def write_table(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None
             cells = [data, model, f"W{bits:g}A{act}", rounding, method]
         seeds = ",".join(str(r["seed"]) for r in found)
         cells += [seeds, _reports.spread(values), f"{lost:.2f}"]
-        cells += [f"{means[0]:.4f}", f"{means[1]:.0f}", f"{means[2]:.0f}"]
+        cells += [str(images), f"{means[0]:.4f}", f"{means[1]:.0f}", f"{means[2]:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     _reports.write(options.table, lines)
 
@@ -163,6 +182,7 @@ def main() -> None:
     parser.add_argument("--commands", nargs="*", help="Shown in the table; default: this one.")
     options = parser.parse_args()
     options.commands = options.commands or [_reports.command()]
+    torch.set_num_threads(1)
 
     def rows() -> list[dict[str, Any]]:
         lines = options.out.read_text().splitlines() if options.out.exists() else []

@@ -43,7 +43,7 @@ def main() -> None:
     """Run what is missing and write the table."""
     options = arguments()
     splits = open_data(options.data, DataOptions(root=options.data_root))
-    options.out.mkdir(parents=True, exist_ok=True)
+    _reports.keep_rows(options.out, options, "partition", "variants")
     rows: list[dict[str, Any]] = []
     for seed in map(int, options.seeds.split(",")):
         bench = Bench(options, splits, options.partition, seed)

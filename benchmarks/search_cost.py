@@ -1,7 +1,7 @@
 """What a search costs: seconds and peak memory of every method beside one float training.
 
 Each is a process of its own with the same network, images and budget; the clock is the process's
-CPU time, memory the highest resident set less that before the network is built.
+CPU time, memory the highest resident set less that just before it runs.
 
     python benchmarks/search_cost.py --data dermamnist --data-root DIR \
         --table benchmarks/results/search_cost.md
@@ -23,7 +23,6 @@ from torch import nn
 import sdq
 from sdq.batches import Augmentation, Batches, Normalization
 from sdq.data import DataOptions, open_data
-from sdq.plugins import load
 
 METHODS = ("sdq", "interpolate", "hessian", "sensitivity", "greedy", "random", "uniform")
 FLOAT = "float training"
@@ -92,9 +91,7 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
 
 
 def network(options: argparse.Namespace, splits: Any) -> nn.Module:
-    torch.manual_seed(0)
-    found: nn.Module = load("sdq.models", options.model).build(len(splits.class_names))
-    return found
+    return _reports.untrained(options.model, splits, seed=0)
 
 
 def write(options: argparse.Namespace, rows: dict[str, dict[str, float]]) -> None:

@@ -28,11 +28,10 @@ from scipy.stats import spearmanr
 from torch import nn
 
 import sdq
-from sdq.batches import Augmentation, Batches, Normalization, first_weights
+from sdq.batches import Augmentation, Batches, Normalization
 from sdq.checkpoint import load_tensors, save_tensors
 from sdq.data import DataOptions, Splits, open_data
 from sdq.parallel import open_fabric
-from sdq.plugins import load
 from sdq.train import StepReport
 
 FIGURES = ("accuracy", "balanced_accuracy", "auc")
@@ -43,7 +42,7 @@ def main() -> None:
     """Run what is missing and write the table."""
     options = arguments()
     rows: list[dict[str, Any]] = []
-    for bench in benches(Bench, options):
+    for bench in benches(Bench, options, "bits", "variants"):
         rows.append({"variant": "float", "bits": 32.0, "seed": bench.seed, **bench.float_figures()})
         for bits in map(float, options.bits.split(",")):
             for variant in filter(None, options.variants.split(",")):
@@ -56,7 +55,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = search_parser(__doc__)
     parser.add_argument("--bits", default="2")
-    parser.add_argument("--variants", default=METHODS, help="none: the float network alone")
+    parser.add_argument("--variants", default=METHODS, help="empty: the float network alone")
     return parser.parse_args()
 
 
@@ -97,13 +96,11 @@ class Bench:
         judged = {"test": splits.test, "validation": splits.val}[options.judge]
         assert judged is not None
         self.test = Batches(judged, self.normalization, batch_size=500)
-        self.sample = torch.zeros(1, *splits.image_shape)
-        self.classes = len(splits.class_names)
+        self.splits, self.sample = splits, torch.zeros(1, *splits.image_shape)
         self.network = self.float_network()
 
     def float_network(self) -> nn.Module:
-        with first_weights(self.seed):
-            network: nn.Module = load("sdq.models", self.options.model).build(self.classes)
+        network = _reports.untrained(self.options.model, self.splits, self.seed)
         file = self.options.out / f"float-{self.seed}.safetensors"
         if not file.exists():
             if self.options.weights:
@@ -198,11 +195,14 @@ class Bench:
 AnyBench = TypeVar("AnyBench", bound=Bench)
 
 
-def benches(kind: type[AnyBench], options: argparse.Namespace) -> Iterator[AnyBench]:
-    """Yield a bench for each seed, on one device and one set of images."""
+def benches(kind: type[AnyBench], options: argparse.Namespace, *told: str) -> Iterator[AnyBench]:
+    """Yield a bench for each seed, on one device and one set of images.
+
+    ``told`` is as of :func:`_reports.keep_rows`.
+    """
     fabric = open_fabric(options.device)
     splits = open_data(options.data, DataOptions(root=options.data_root))
-    options.out.mkdir(parents=True, exist_ok=True)
+    _reports.keep_rows(options.out, options, *told)
     for seed in map(int, options.seeds.split(",")):
         yield kind(options, splits, seed, fabric)
 

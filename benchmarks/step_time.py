@@ -332,8 +332,7 @@ def main() -> None:
     lines = [
         f"# Step time and memory: ResNet-20, batch {BATCH}, W{WEIGHT_BITS}A{ACT_BITS}",
         "",
-        f"`python benchmarks/step_time.py --device {options.device} --threads {options.threads} "
-        f"--repeats {options.repeats}`",
+        f"`{_reports.command()}`",
         "",
         f"{on}, {os.cpu_count()} cores, {options.threads} thread(s), torch {torch.__version__}, "
         f"Brevitas {brevitas.__version__}, Python {platform.python_version()}. A step is forward,"

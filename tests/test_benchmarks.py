@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,19 @@ def test_a_printed_command_names_no_folder_of_its_reader(monkeypatch: pytest.Mon
     assert reports.command() == (
         "python benchmarks/ptq.py --data-root DIR --weights=FILE --variants 'a;b=1' --bits=2"
     )
+
+
+def test_a_folder_of_rows_is_of_one_setting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    keep_rows = importlib.import_module("_reports").keep_rows
+    asked = {"epochs": 3, "bits": "2", "seeds": "0", "out": tmp_path, "judge": "test"}
+    keep_rows(tmp_path / "rows", Namespace(**asked), "bits")
+    keep_rows(tmp_path / "rows", Namespace(**asked | {"bits": "3", "seeds": "1,2"}), "bits")
+    with pytest.raises(SystemExit, match=r"--judge: must be test, as the rows in .* have it, got v"):
+        keep_rows(tmp_path / "rows", Namespace(**asked | {"judge": "validation"}), "bits")
+    keep_rows(tmp_path / "others", Namespace(**asked | {"judge": "validation"}), "bits")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sdq.batches import Augmentation, Batches, Normalization, generator
 from sdq.config import TrainConfig
 from sdq.data import ArrayImages, ImageSet
-from sdq.plugins import load
+from sdq.plugins import call_with_known, load
 from sdq.task import Teacher
 from sdq.train import FloatTraining, Forward, fit
 
@@ -117,9 +117,7 @@ class Job:
 
     def network(self) -> nn.Module:
         """Return the float network in evaluation mode, a new one each time."""
-        network: nn.Module = load("sdq.models", self.request.model).build(self.request.classes)
-        network.load_state_dict(load_file(self.folder / "float.safetensors"))
-        return network.eval()
+        return float_network(self.folder, self.request.model, self.request.classes)
 
     def bits_of(self, name: str) -> int:
         return self.request.edge_bits if name in self.request.edges else self.request.bits
@@ -174,6 +172,17 @@ class Distillation(FloatTraining):
     def loss(self, forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy to the float network's answers."""
         return self.teacher.loss(forward(images), images)
+
+
+def float_network(folder: Path, model: str, classes: int) -> nn.Module:
+    """Return the float network of a group's folder, for its images, in evaluation mode."""
+    with np.load(folder / "images.npz", allow_pickle=False) as file:
+        _, channels, _, side = file["test_images"].shape
+    network: nn.Module = call_with_known(
+        load("sdq.models", model).build, num_classes=classes, in_channels=channels, image_size=side
+    )
+    network.load_state_dict(load_file(folder / "float.safetensors"))
+    return network.eval()
 
 
 def layers(network: nn.Module) -> dict[str, nn.Module]:
