@@ -49,7 +49,7 @@ def test_a_folder_of_rows_is_of_one_setting(
     asked = {"epochs": 3, "bits": "2", "seeds": "0", "out": tmp_path, "judge": "test"}
     keep_rows(tmp_path / "rows", Namespace(**asked), "bits")
     keep_rows(tmp_path / "rows", Namespace(**asked | {"bits": "3", "seeds": "1,2"}), "bits")
-    with pytest.raises(SystemExit, match=r"--judge: must be test, as the rows in .* have it, got v"):
+    with pytest.raises(SystemExit, match=r"--judge: must be test, as the rows in .* got v"):
         keep_rows(tmp_path / "rows", Namespace(**asked | {"judge": "validation"}), "bits")
     keep_rows(tmp_path / "others", Namespace(**asked | {"judge": "validation"}), "bits")
 
