@@ -299,6 +299,11 @@ def test_fedadam(after: After) -> None:
     """m = .067; v = .99e-6 + .01 x .67^2 = .00448999."""
     expected = 1 + 0.01 * 0.067 / (0.00448999**0.5 + 0.001)
     assert after(FedAdamOnNumbers(), 1) == pytest.approx(expected, abs=1e-12)
+    # FedAvg goes from w to .65 w + 1.02
+    change = 1.02 - 0.35 * expected
+    first, second = 0.9 * 0.067 + 0.1 * change, 0.99 * 0.00448999 + 0.01 * change**2
+    expected += 0.01 * first / (second**0.5 + 0.001)
+    assert after(FedAdamOnNumbers(), 2) == pytest.approx(expected, abs=1e-12)
 
 
 def test_climb(after: After) -> None:
