@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Size, Tensor, nn
 
 import fl
-from fl.channel import MODEL, UPLOADS
+from fl.channel import MODEL, RESIDUAL, UPLOADS, ClientEnd
 from fl.compression import (
     CODES,
     STEPS,
@@ -99,6 +99,21 @@ def test_error_feedback_pays_back() -> None:
         errors.append(float((total / count - change).norm() / change.norm()))
     assert errors[0] == pytest.approx(0.6, abs=0.02)  # the root of 0.3634
     assert errors[-1] < 0.12  # without feedback it would stay where it was
+
+
+def test_a_client_sends_what_it_owes(tiny: Make) -> None:
+    """No change of its own, and .25 left over for every number, which one bit says exactly."""
+    config = CONFIG.replaced(compress=CompressionConfig(up=1, down=None, tensor_bits={"*": 1}))
+    of = Setting.of(tiny(), fl.method("fedavg"), config, num_classes=3, image_shape=(1, 6, 6))
+    model = {name: of.initial[name] for name in of.names(down=True)}
+    request = Request("train", 0, 0, Record({"model": model}))
+    shapes = ClientEnd(of, request, None).codecs.up.shapes
+    owed = {name: torch.full_like(of.initial[name], 0.25) for name in shapes}
+    end = ClientEnd(of, request, Record({RESIDUAL: owed}))
+    groups, keeps = end.sent(model)
+    for name, tensor in end.codecs.up.decode(groups).items():
+        torch.testing.assert_close(tensor, owed[name])
+    assert all(not tensor.any() for tensor in keeps.tensors[RESIDUAL].values())
 
 
 def test_what_is_zero_is_not_sent() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,6 +107,17 @@ def test_climb_weighs_by_excess() -> None:
     assert two == pytest.approx([1.16, 0.84])
     four = CLIMB().weights(Known, [Said(k) for k in (1, 2, 3, 4)])  # type: ignore[arg-type, misc]
     assert four == pytest.approx([0, 7.75, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("weighting", "expected"), [("examples", [11.6, 25.2]), ("uniform", [1.16, 0.84])]
+)
+def test_climb_weighs_images_unless_told_otherwise(weighting: str, expected: list[float]) -> None:
+    known = {"climb": {"multipliers": torch.tensor([0.32, 0.0])}}
+    server = SimpleNamespace(memory=SimpleNamespace(tensors=known))
+    said = [SimpleNamespace(client=k, num_examples=n) for k, n in ((0, 10), (1, 30))]
+    method = fl.method("climb", weighting=weighting)
+    assert method.weights(server, said) == pytest.approx(expected)
 
 
 def blobs() -> tuple[Tensor, Tensor, Tensor]:
