@@ -24,6 +24,9 @@ from fl.setting import Setting
 HELLO_SECONDS = 60.0
 """How long a node may take to say who it is."""
 
+FIRST_SECONDS = 300.0
+"""How long it may take when it is first asked: it starts Python, and imports torch."""
+
 OPENING_SECONDS = 180.0
 """How long it may take where it first quantizes a network."""
 
@@ -65,6 +68,8 @@ class GridTransport:
     """Of each node: which client it says it is, and why that is refused, or nothing."""
     trained: set[int] = field(default_factory=set)
     """Clients that have trained; they should remember it."""
+    met: set[int] = field(default_factory=set)
+    """Nodes that were asked who they are."""
 
     def __post_init__(self) -> None:
         self.federation = self.federation or f"run-{self.grid.run.run_id:016x}"
@@ -141,7 +146,9 @@ class GridTransport:
 
     def _greet(self, nodes: list[int], told: Record) -> dict[int, tuple[str, ...]]:
         """Take what nodes say of themselves; return the models that they lack, by node."""
-        seconds = HELLO_SECONDS if self.opening is None else OPENING_SECONDS
+        known = HELLO_SECONDS if self.opening is None else OPENING_SECONDS
+        seconds = known if self.met.issuperset(nodes) else FIRST_SECONDS
+        self.met.update(nodes)
         # found later, it would take the node back to a phase that is over
         messages = [Message(packed(told), n, TYPES["hello"], ttl=seconds) for n in nodes]
         mine = {**self.agreed, **identity(self.setting)}

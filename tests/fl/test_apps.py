@@ -28,7 +28,8 @@ from flwr.server.superlink.linkstate.utils import create_message_error_unavailab
 
 from fl import apps, node
 from fl.grid import InProcessGrid, run_apps
-from fl.messages import packed, unpacked
+from fl.grid_transport import FIRST_SECONDS, HELLO_SECONDS
+from fl.messages import TYPES, packed, unpacked
 
 Clients = Callable[..., list[fl.ClientData]]
 Make = Callable[..., nn.Module]
@@ -351,6 +352,21 @@ def test_a_message_is_not_worth_more_than_its_round(tiny: Make, hospitals: Clien
     case.grid.send_and_receive = watching  # type: ignore[method-assign]
     case.run()
     assert lives == {5}
+
+
+def test_a_node_may_take_its_time_when_it_is_first_asked(tiny: Make, hospitals: Clients) -> None:
+    """It has torch to import; one that does not answer then holds up later rounds for less."""
+    case = Case(tiny, hospitals(), "fedavg", dead=[1], participation=1.0)
+    send, waits = case.grid.send_and_receive, []
+
+    def watching(messages: Any, *, timeout: float | None = None) -> Any:
+        if messages and messages[0].metadata.message_type == TYPES["hello"]:
+            waits.append((len(messages), timeout, messages[0].metadata.ttl))
+        return send(messages)
+
+    case.grid.send_and_receive = watching  # type: ignore[method-assign]
+    case.run()
+    assert waits[:2] == [(3, FIRST_SECONDS, FIRST_SECONDS), (1, HELLO_SECONDS, HELLO_SECONDS)]
 
 
 def test_run_folders_of_the_server_and_of_each_hospital(
