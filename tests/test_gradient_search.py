@@ -51,6 +51,48 @@ def test_the_loss_is_the_task_s_plus_the_regularizer_priced_by_share_of_the_budg
     assert loss == pytest.approx(task + 0.5 * regularizer, rel=1e-5)  # float32
 
 
+@pytest.mark.parametrize("distill", [True, False])
+def test_a_teacher_s_soft_labels_take_the_place_of_labels(
+    distill: bool, qtoy: Callable[..., QuantModel], toy: Callable[..., nn.Module],
+    batches: Callable[..., list[Batch]],
+) -> None:  # fmt: skip
+    qmodel, teacher = qtoy(), toy().eval()
+    images, labels = batches()[0]
+    calibrate_(qmodel, batches())
+    config = QUICK.replaced(distill=distill)
+    space = SearchSpace.of(qmodel, config.granularity)
+    constraints = Budget(avg_weight_bits=2.0).constraints(space)
+    problem = SearchProblem(qmodel, batches(), space, constraints, config, teacher)
+    objective = BitwidthSearch(problem, "draw", steps=10)
+    objective.module.eval()
+    objective.loss(qmodel, images, labels)
+    logits = qmodel(images)  # under the bits that were drawn
+    soft = -(teacher(images).softmax(1) * logits.log_softmax(1)).sum(1).mean()
+    hard = nn.functional.cross_entropy(logits, labels)
+    expected = float((soft if distill else hard).detach())
+    assert objective.task_losses == pytest.approx([expected], rel=1e-5)
+
+
+def test_the_error_of_a_block_is_the_mean_over_its_weights(
+    qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]]
+) -> None:
+    """All layers are one unit; its step costs one bit of the budget's two."""
+    qmodel = qtoy(bit_choices=(2, 3))
+    calibrate_(qmodel, batches())
+    config = QUICK.replaced(granularity="network")
+    objective = objective_of(qmodel, Budget(avg_weight_bits=2.0), config)
+    objective.bits.draw_()
+    qmodel(batches()[0][0])
+    objective.prices.log_price.fill_(0.0)
+    counts = [b.num_weights for b in qmodel.policy if b.searched]
+    residuals = [float(q.residual()) for q in objective.quantizers]
+    mean = sum(n * r for n, r in zip(counts, residuals, strict=True)) / sum(counts)
+    assert len(set(counts)) > 1
+    assert mean != pytest.approx(sum(residuals) / len(residuals), rel=1e-3)
+    expected = 0.5 * float(objective.bits.beta().detach()) * 12 * mean
+    assert float(objective.regularizer().detach()) == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_gradient_of_the_regularizer_pushes_every_beta_down(
     qtoy: Callable[..., QuantModel], batches: Callable[..., list[Batch]]
 ) -> None:
