@@ -30,6 +30,12 @@ def conv(k: int, c: int, side: int, window: int = 3, groups: int = 1, calls: int
     return LayerSpec("conv", "conv2d", weight, (c, side, side), (k, side, side), macs, False)
 
 
+def test_of_a_rate_and_a_latency_the_stricter_counts() -> None:
+    assert hw.Demand(fps=100.0, latency_s=0.02).seconds == 0.01
+    assert hw.Demand(fps=100.0, latency_s=0.002).seconds == 0.002
+    assert hw.Demand().seconds is None
+
+
 # 16 rows take input channels, 32 columns output channels; a unit holds (8 / w) (8 / a) multipliers
 BY_HAND = [
     (conv(16, 16, 32), 8, 8, 1 * 1024 * 9 * 1),
