@@ -62,10 +62,14 @@ def run_inputs(
         if inputs.splits.label_names and recorded.get("task") != "segmentation":
             inputs = inputs.classifying()
         if inputs.describe()["fingerprint"] != recorded["fingerprint"]:
-            raise RequestError(
-                f"{before.reference}: must be the data the run was made with, but it changed "
-                "since; name it with --data if that is meant"
-            )
+            # a hospital that lacks a class has them numbered as all hospitals together
+            numbered = _as_before(request, recorded)
+            if numbered is None:
+                raise RequestError(
+                    f"{before.reference}: must be the data the run was made with, but it changed "
+                    "since; name it with --data if that is meant"
+                )
+            inputs = numbered
         recorded_norm = Normalization(tuple(recorded["mean"]), tuple(recorded["std"]))
         return inp.Inputs(inputs.splits, recorded_norm, inputs.train, request)
     own = inp.same_data(data, before.reference)
